@@ -1,0 +1,1 @@
+"""Requests in, predictions out: evidence and adapter combined."""

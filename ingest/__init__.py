@@ -1,0 +1,1 @@
+"""Events in: validate, embed, write, dead-letter."""

@@ -1,0 +1,191 @@
+"""What the workers ask of Kafka; held on the in-memory broker and on real Kafka by one contract suite.
+
+Invariant: a consumer never delivers a record before its partition was positioned by the ``Start`` callback, and
+never resets an offset by itself. Errors are ours: ``TransientError``, ``ProducerFenced``, ``OffsetOutOfRange``.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from oppu.values import OutRecord, Partition, Record
+
+Start = Callable[[frozenset[Partition], Mapping[Partition, int | None]], Mapping[Partition, int]]
+"""Given newly assigned partitions and their committed offsets, say where to begin reading each."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMetadata:
+    """Proof of group membership that a transaction carries; ``raw`` is the client library's own value."""
+
+    group_id: str
+    generation: int
+    member_id: str
+    raw: Any = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Produced:
+    """Where an acknowledged record lies."""
+
+    partition: Partition
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class TopicSpec:
+    """A topic to create. ``config`` is passed to the broker as it is."""
+
+    name: str
+    partitions: int
+    replication: int
+    config: Mapping[str, str] = field(default_factory=dict)
+
+
+class Consumer(Protocol):
+    """A member of a consumer group that reads committed records only."""
+
+    def poll(self, timeout_seconds: float, max_records: int) -> list[Record]:
+        """Join, heartbeat and fetch; records of one partition are in offset order.
+
+        Raises:
+            OffsetOutOfRange: A position lies outside the log.
+            TransientError: The broker cannot be reached.
+        """
+        ...
+
+    def assignment(self) -> frozenset[Partition]:
+        """Return the partitions held now."""
+        ...
+
+    def seek(self, partition: Partition, offset: int) -> None:
+        """Move the position; the next record delivered is the one at ``offset``."""
+        ...
+
+    def pause(self, partitions: Iterable[Partition]) -> None:
+        """Stop fetching from these partitions while still heartbeating."""
+        ...
+
+    def resume(self, partitions: Iterable[Partition]) -> None:
+        """Fetch from these partitions again."""
+        ...
+
+    def committed(self, partitions: Iterable[Partition]) -> dict[Partition, int | None]:
+        """Return the group's committed next offsets."""
+        ...
+
+    def beginning_offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
+        """Return the first offset that the broker still holds."""
+        ...
+
+    def end_offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
+        """Return the next offset that will be readable (the last stable offset)."""
+        ...
+
+    def group_metadata(self) -> GroupMetadata:
+        """Return the current membership for :meth:`TransactionalProducer.send_offsets`."""
+        ...
+
+    def close(self) -> None:
+        """Leave the group and release the connection."""
+        ...
+
+
+class Producer(Protocol):
+    """Sends records and waits for their acknowledgement by all in-sync replicas."""
+
+    def send(self, records: Sequence[OutRecord]) -> list[Produced]:
+        """Send and wait until all are acknowledged.
+
+        Raises:
+            TransientError: At least one was not acknowledged; some may have been written.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the connection."""
+        ...
+
+
+class TransactionalProducer(Protocol):
+    """One transaction at a time under a stable ``transactional.id``; a newer instance fences the older."""
+
+    def begin(self) -> None:
+        """Open a transaction.
+
+        Raises:
+            ProducerFenced: A newer producer holds the id.
+        """
+        ...
+
+    def send(self, records: Sequence[OutRecord]) -> None:
+        """Add records to the transaction; acknowledged at the latest by :meth:`commit`."""
+        ...
+
+    def send_offsets(self, offsets: Mapping[Partition, int], group: GroupMetadata) -> None:
+        """Add the group's next offsets to the transaction.
+
+        Raises:
+            ProducerFenced: The generation is stale.
+        """
+        ...
+
+    def commit(self) -> None:
+        """Make records and offsets visible together.
+
+        Raises:
+            TransientError: The outcome is unknown; seek back to the committed offsets.
+        """
+        ...
+
+    def abort(self) -> None:
+        """Drop the transaction; does nothing where none is open."""
+        ...
+
+    def close(self) -> None:
+        """Abort what is open and release the connection."""
+        ...
+
+
+class Admin(Protocol):
+    """Topics and the cluster."""
+
+    def cluster_id(self) -> str:
+        """Return the cluster's own id."""
+        ...
+
+    def topic_ids(self, topics: Sequence[str]) -> dict[str, str]:
+        """Return each existing topic's identity (its UUID); a topic that was recreated has another."""
+        ...
+
+    def create_topics(self, topics: Sequence[TopicSpec]) -> list[str]:
+        """Create the missing ones and return their names."""
+        ...
+
+    def describe_topics(self, topics: Sequence[str]) -> dict[str, TopicSpec]:
+        """Return partitions, replication and non-default configuration of the existing ones."""
+        ...
+
+    def close(self) -> None:
+        """Release the connection."""
+        ...
+
+
+class Broker(Protocol):
+    """Opens clients against one cluster."""
+
+    def consumer(self, group: str, topics: Sequence[str], start: Start, *, client_id: str) -> Consumer:
+        """Open a group member; ``start`` is called with every new assignment before its records are read."""
+        ...
+
+    def producer(self, *, client_id: str) -> Producer:
+        """Open an idempotent producer (``acks=all``)."""
+        ...
+
+    def transactional_producer(self, transactional_id: str) -> TransactionalProducer:
+        """Open a transactional producer, which aborts its predecessor's open transaction at once."""
+        ...
+
+    def admin(self) -> Admin:
+        """Open an administrative client."""
+        ...

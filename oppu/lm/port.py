@@ -1,0 +1,168 @@
+"""What updater and inference ask of the model; the simulator's small fake keeps the same promises.
+
+Letters: n rows, c choices of a row. Scores are natural-log probabilities, normalised over a row's choices.
+Invariant: a row's answer depends on that row and its adapter only, never on its batch-mates.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oppu.values import BaseId, UserId
+
+Tensors = Mapping[str, NDArray[np.float32]]
+"""An adapter's weights in PEFT's naming (``base_model.model.….lora_A.weight``), each float32."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class AdapterRef:
+    """Names one immutable adapter version; the only key any cache of adapters may use."""
+
+    user_id: UserId = field(repr=False)
+    epoch: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One prompt to answer.
+
+    ``evidence`` are earlier (input, output) pairs, best first, that are put into the prompt as far as they fit;
+    ``profile`` is a line about the user. ``choices`` empty means free text.
+    """
+
+    task: str
+    input: str = field(repr=False)
+    evidence: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    profile: str = field(default="", repr=False)
+    choices: tuple[str, ...] = field(default=(), repr=False)
+    adapter: AdapterRef | None = None
+    max_new_tokens: int = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A row's result: ``scores`` and ``base_scores`` ``[c] float64`` log probabilities, with the adapter and
+    without; for free text ``text`` and empty scores."""
+
+    scores: NDArray[np.float64]
+    base_scores: NDArray[np.float64]
+    text: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One training pair. ``choices`` empty means free text: loss over the output's tokens."""
+
+    task: str
+    input: str = field(repr=False)
+    output: str = field(repr=False)
+    choices: tuple[str, ...] = field(default=(), repr=False)
+    evidence: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    profile: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainJob:
+    """One user's update: start from ``parent`` weights (``None``: fresh), over ``examples`` in this order."""
+
+    user_id: UserId = field(repr=False)
+    parent: Tensors | None = field(repr=False)
+    examples: tuple[Example, ...] = field(repr=False)
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """Optimisation of one update (AdamW, linear warm-up of 10 %)."""
+
+    learning_rate: float
+    weight_decay: float
+    passes: int
+    batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """The weights an update ended with; ``tensors`` is ``None`` where they are not finite."""
+
+    tensors: Tensors | None = field(repr=False)
+    steps: int
+    mean_loss: float
+
+
+class AdapterSource(Protocol):
+    """Reads adapter versions."""
+
+    def load(self, ref: AdapterRef) -> Tensors:
+        """Return a version's checked weights.
+
+        Raises:
+            AdapterUnreadable: Missing, truncated, tampered with, or made for another base.
+        """
+        ...
+
+
+class LanguageModel(Protocol):
+    """One base model with a bank of user adapters."""
+
+    @property
+    def base(self) -> BaseId:
+        """Fingerprint of base weights, tokenizer and prompt format."""
+        ...
+
+    def resident(self, ref: AdapterRef) -> bool:
+        """Say whether the version is in the bank."""
+        ...
+
+    def install(self, ref: AdapterRef, tensors: Tensors) -> None:
+        """Put a version into the bank, evicting the least recently used; never one that ``answer`` is using.
+
+        Raises:
+            AdapterUnreadable: Names, shapes or values do not fit this base.
+        """
+        ...
+
+    def answer(self, rows: Sequence[Row]) -> list[Scored]:
+        """Score choices or generate text for rows of mixed users in few forward passes.
+
+        Args:
+            rows: Every ``adapter`` must be resident.
+
+        Returns:
+            One result a row, in order.
+        """
+        ...
+
+    def losses(self, examples: Sequence[Example], tensors: Tensors | None) -> NDArray[np.float64]:
+        """Return each example's loss under one user's weights, ``[n] float64`` nats.
+
+        For choice tasks −log p(output) over the choices; for text the mean over the output's tokens.
+        """
+        ...
+
+    def scores(self, examples: Sequence[Example], tensors: Tensors | None) -> list[NDArray[np.float64]]:
+        """Return each choice example's log probabilities ``[c]`` (empty for text), under one user's weights."""
+        ...
+
+    def train(
+        self, jobs: Sequence[TrainJob], config: TrainConfig, *, heartbeat: Callable[[], None]
+    ) -> list[Trained]:
+        """Train several users' adapters; each result equals training that user alone.
+
+        Args:
+            jobs: One a user.
+            config: Common to all.
+            heartbeat: Called at least once an optimizer step.
+
+        Returns:
+            One result a job, in order.
+        """
+        ...
+
+    def adapter_config(self) -> Mapping[str, object]:
+        """Return the JSON content of PEFT's ``adapter_config.json`` for this base."""
+        ...

@@ -1,0 +1,254 @@
+"""One frozen, typed settings object, built once in ``main`` from the environment and an optional TOML file.
+
+``OPPU_<SECTION>__<NAME>`` sets a value; the environment wins over the file named by ``--config``. Nobody else
+reads the environment. Units are in the names. Secrets print as stars.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from oppu.errors import ConfigError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class KafkaSettings(_Section):
+    """Connection to the cluster and the shape of our topics."""
+
+    bootstrap_servers: str = Field("127.0.0.1:9092", description="Comma-separated host:port list.")
+    topic_prefix: str = Field(
+        "oppu.", pattern=r"^[a-zA-Z0-9._-]*$", description="Put before each topic's name."
+    )
+    group_prefix: str = Field("oppu-", description="Put before each consumer group's and transaction's name.")
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
+    sasl_username: str | None = None
+    sasl_password: SecretStr | None = None
+    ssl_cafile: Path | None = None
+    ssl_certfile: Path | None = None
+    ssl_keyfile: Path | None = None
+    partitions: int = Field(6, ge=1, description="Partitions of topics we create.")
+    replication: int = Field(3, ge=1, description="Replication factor of topics we create.")
+    min_insync_replicas: int = Field(2, ge=1)
+    max_poll_records: int = Field(500, ge=1, le=10_000, description="Records of one poll batch.")
+    poll_timeout_seconds: float = Field(0.05, gt=0, le=5)
+    session_timeout_seconds: float = Field(10.0, gt=1)
+    transaction_timeout_seconds: float = Field(10.0, gt=1)
+    request_timeout_seconds: float = Field(15.0, gt=1)
+    stuck_after_seconds: float = Field(
+        60.0, gt=0, description="Lag grows but polls return nothing: rebuild the client."
+    )
+    dead_letter_retention_seconds: int = Field(7 * 86_400, ge=60)
+
+    @model_validator(mode="after")
+    def _sasl_is_whole(self) -> "KafkaSettings":
+        if self.security_protocol.startswith("SASL") and not (
+            self.sasl_mechanism and self.sasl_username and self.sasl_password
+        ):
+            raise ValueError(
+                f"security_protocol {self.security_protocol} needs sasl_mechanism, sasl_username and sasl_password"
+            )
+        return self
+
+
+class StoreSettings(_Section):
+    """The history store."""
+
+    url: str = Field(
+        "sqlite:///.oppu/history.db", description="SQLAlchemy URL: sqlite:///… or postgresql+psycopg://…"
+    )
+    busy_timeout_seconds: float = Field(5.0, gt=0)
+    answers_retention_seconds: int = Field(7 * 86_400, ge=60)
+
+
+class RegistrySettings(_Section):
+    """Where adapter versions lie."""
+
+    url: str = Field(".oppu/adapters", description="Any fsspec URL or a folder.")
+    keep_versions: int = Field(3, ge=1, description="Versions kept beside head and parent.")
+    grace_seconds: float = Field(600.0, ge=0, description="Younger versions are never collected.")
+
+
+class LimitsSettings(_Section):
+    """Maxima of what a record may ask; over them the answer is ``limit_exceeded``."""
+
+    record_bytes: int = Field(256 * 1024, ge=1024)
+    text_characters: int = Field(20_000, ge=1)
+    user_id_bytes: int = Field(512, ge=1)
+    choices: int = Field(1_000, ge=2)
+    retrieve: int = Field(64, ge=0)
+    max_new_tokens: int = Field(256, ge=1)
+    past_years: int = Field(100, ge=1, description="How old occurred_at may be.")
+    future_seconds: float = Field(86_400, ge=0, description="How far ahead occurred_at may be.")
+
+
+class IngestSettings(_Section):
+    """The ingest worker."""
+
+    dead_letter_share: float | None = Field(
+        None, gt=0, le=1, description="Stop when this share of recent records is refused; none = never."
+    )
+    dead_letter_window_records: int = Field(1_000, ge=10)
+    dead_letter_min_users: int = Field(
+        10, ge=1, description="Distinct keys among the refused before it counts."
+    )
+    embed_batch: int = Field(64, ge=1)
+
+
+class RetrieverSettings(_Section):
+    """Evidence from a user's history."""
+
+    mode: Literal["dense", "bm25", "recency", "hybrid"] = "hybrid"
+    k: int = Field(4, ge=0)
+    neighbours: int = Field(16, ge=1, description="Neighbours in the kNN distribution over outputs.")
+    resident_bytes: int = Field(512 * 2**20, ge=2**20, description="Memory of all loaded users' views.")
+    max_items: int = Field(5_000, ge=1, description="Newest items kept for a user.")
+    half_life_events: float = Field(50.0, gt=0, description="Recency weight of the profile's label prior.")
+
+
+class ModelSettings(_Section):
+    """The shared base model and the embedder."""
+
+    base: str = Field(
+        "offline", description="Hugging Face id or path of a causal LM; 'offline' = MiniLM warm start."
+    )
+    embedder: str = Field(
+        "offline", description="sentence-transformers id or path; 'offline' = packaged MiniLM."
+    )
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    threads: int | None = Field(None, ge=1, description="Torch threads; none = all cores.")
+    max_tokens: int = Field(256, ge=32, description="Prompt length; evidence is cut first, the query never.")
+    lora_rank: int = Field(8, ge=1, le=256)
+    lora_alpha: float = Field(8.0, gt=0)
+    lora_targets: tuple[str, ...] | None = Field(
+        None, description="Module name endings; none = query and value."
+    )
+    knn_weight: float = Field(1.0, ge=0, description="Weight of log kNN in a choice's score.")
+    prior_weight: float = Field(1.0, ge=0, description="Weight of the log recency prior in a choice's score.")
+    adapter_weight: float = Field(
+        0.5, ge=0, le=1, description="Adapter's share of the model's score beside evidence."
+    )
+
+
+class UpdaterSettings(_Section):
+    """The scheduled updater."""
+
+    interval_seconds: float = Field(5.0, gt=0)
+    min_pending: int = Field(16, ge=1, description="New events that make a user due.")
+    max_pending: int = Field(512, ge=1, description="New events taken by one update, the newest first.")
+    users_per_tick: int = Field(8, ge=1)
+    replay: int = Field(32, ge=0, description="Older events mixed in.")
+    passes: int = Field(2, ge=1)
+    batch: int = Field(16, ge=1)
+    learning_rate: float = Field(5e-4, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    holdout_share: float = Field(
+        0.2, gt=0, lt=1, description="Newest share of the pending events that validates."
+    )
+    claim_seconds: float = Field(60.0, gt=0)
+    quarantine_after: int = Field(5, ge=1)
+    retry_seconds: float = Field(30.0, gt=0, description="First back-off after a failure; doubles.")
+
+
+class InferenceSettings(_Section):
+    """The inference worker."""
+
+    slot: str = Field(
+        "0", pattern=r"^[a-zA-Z0-9_-]{1,64}$", description="Stable name of this worker's transactional.id."
+    )
+    batch: int = Field(64, ge=1)
+    resident_adapters: int = Field(256, ge=1)
+    default_deadline_seconds: float = Field(30.0, ge=0, description="0 = none.")
+    history_wait_seconds: float = Field(0.5, ge=0)
+
+
+class ServiceSettings(_Section):
+    """What every worker has."""
+
+    state_dir: Path = Path(".oppu")
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = Field(0, ge=0, le=65_535, description="0 = a free port, which is logged.")
+    live_within_seconds: float = Field(120.0, gt=0, description="/healthz fails when the loop stood longer.")
+    max_backoff_seconds: float = Field(10.0, gt=0)
+    deployment_key: SecretStr = Field(
+        SecretStr("oppu-development-key"), description="HMAC key of user ids in logs and paths."
+    )
+    tasks_dir: Path | None = Field(None, description="Folder of further task files (TOML).")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["plain", "json"] = "plain"
+
+
+class Settings(BaseSettings):
+    """All settings, by section."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="OPPU_", env_nested_delimiter="__", frozen=True, extra="forbid", toml_file=None
+    )
+
+    kafka: KafkaSettings = KafkaSettings()
+    store: StoreSettings = StoreSettings()
+    registry: RegistrySettings = RegistrySettings()
+    limits: LimitsSettings = LimitsSettings()
+    ingest: IngestSettings = IngestSettings()
+    retriever: RetrieverSettings = RetrieverSettings()
+    model: ModelSettings = ModelSettings()
+    updater: UpdaterSettings = UpdaterSettings()
+    inference: InferenceSettings = InferenceSettings()
+    service: ServiceSettings = ServiceSettings()
+
+    @classmethod
+    def settings_customise_sources(  # noqa: D102 - pydantic's hook
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Put arguments before the environment before the TOML file."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    @classmethod
+    def load(cls, path: Path | None = None, **overrides: Any) -> "Settings":
+        """Build the settings.
+
+        Args:
+            path: An optional TOML file.
+            **overrides: Sections given by the caller, over all other sources.
+
+        Returns:
+            The checked settings.
+
+        Raises:
+            ConfigError: Listing every fault at once, each by its name.
+        """
+        if path is not None and not path.is_file():
+            raise ConfigError(f"--config: no such file: {path}")
+
+        class _FromFile(cls):  # type: ignore[valid-type,misc]
+            model_config = SettingsConfigDict(**{**cls.model_config, "toml_file": path})
+
+        try:
+            settings = _FromFile(**overrides)
+        except ValidationError as error:
+            raise ConfigError(*(_problem(fault) for fault in error.errors())) from error
+        except ValueError as error:  # a TOML file that does not parse
+            raise ConfigError(f"--config: {error}") from error
+        return cls.model_construct(**{name: getattr(settings, name) for name in cls.model_fields})
+
+
+def _problem(fault: Any) -> str:
+    name = ".".join(str(part) for part in fault["loc"])
+    variable = "OPPU_" + "__".join(str(part).upper() for part in fault["loc"])
+    return f"{name} (or {variable}): {fault['msg']}"

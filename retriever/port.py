@@ -1,0 +1,77 @@
+"""What updater and inference ask of the retriever, as values.
+
+Letters: q queries, k hits of a query.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oppu.values import Event, UserId, UserState
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """One question to a user's history. ``before_seq`` hides events from that seq on (training sees the past only).
+
+    ``exclude_input`` hides items with exactly this input, so that an item is never its own neighbour.
+    """
+
+    user: UserState
+    task: str
+    text: str = field(repr=False)
+    k: int
+    neighbours: int = 0
+    before_seq: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A retrieved event; ``similarity`` is the cosine in [-1, 1] (NaN where the mode has none)."""
+
+    event: Event
+    similarity: float
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieved:
+    """What one query found: ``hits`` for the prompt, best first; ``neighbours`` for the kNN distribution."""
+
+    hits: tuple[Hit, ...]
+    neighbours: tuple[Hit, ...]
+    through_seq: int
+    degraded: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Statistics of one user's history in one task, up to ``through_seq``.
+
+    ``prior`` maps outputs to recency-weighted counts; ``line`` is the prompt's sentence.
+    """
+
+    user_id: UserId = field(repr=False)
+    version: str
+    through_seq: int
+    prior: dict[str, float] = field(repr=False)
+    line: str = field(repr=False)
+
+
+def knn_distribution(
+    neighbours: tuple[Hit, ...], choices: tuple[str, ...], *, temperature: float = 0.1
+) -> NDArray[np.float64]:
+    """Return the similarity-weighted vote of the neighbours' outputs over ``choices``: ``[c] float64``, smoothed.
+
+    kNN-LM's form (Khandelwal et al., arXiv 1911.00172): weight exp(similarity / temperature).
+    """
+    weights = {choice: 0.0 for choice in choices}
+    top = max((hit.similarity for hit in neighbours), default=0.0)
+    for hit in neighbours:
+        if hit.event.output in weights:
+            weights[hit.event.output] += float(np.exp((hit.similarity - top) / temperature))
+    counts = np.array([weights[choice] for choice in choices], dtype=np.float64)
+    total = counts.sum()
+    smooth = 1.0
+    distribution: NDArray[np.float64] = (counts + smooth / len(choices)) / (total + smooth)
+    return distribution
