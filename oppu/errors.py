@@ -23,7 +23,7 @@ class ConfigError(OppuError):
 
 
 class Reason(StrEnum):
-    """Why a record was refused; the value of a dead letter's ``reason`` header and of an error answer's code."""
+    """Why a record was refused: a dead letter's ``reason`` header and an error answer's code."""
 
     INVALID_UTF8 = "invalid_utf8"
     INVALID_JSON = "invalid_json"

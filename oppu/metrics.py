@@ -18,22 +18,14 @@ class Metrics:
         c, g, h = self._counter, self._gauge, self._histogram
         # --- every worker
         self.worker_ready = g("oppu_worker_ready", "1 while /readyz would answer 200.", "worker")
-        self.worker_retries = c(
-            "oppu_worker_retries_total", "Transient errors met, by kind.", "worker", "kind"
-        )
+        self.worker_retries = c("oppu_worker_retries_total", "Transient errors met, by kind.", "worker", "kind")
         self.worker_rebuilds = c("oppu_worker_client_rebuilds_total", "Stuck consumers rebuilt.", "worker")
-        self.worker_step = h(
-            "oppu_worker_step_duration_seconds", "One step, effects included.", _STEP, "worker"
-        )
-        self.lag = g(
-            "oppu_worker_lag_records", "Readable records not yet handled.", "worker", "topic", "partition"
-        )
+        self.worker_step = h("oppu_worker_step_duration_seconds", "One step, effects included.", _STEP, "worker")
+        self.lag = g("oppu_worker_lag_records", "Readable records not yet handled.", "worker", "topic", "partition")
         # --- ingest
         self.ingest_records = c("oppu_ingest_records_total", "Records by what became of them.", "outcome")
         self.dead_letters = c("oppu_ingest_dead_letters_total", "Records set aside, by reason.", "reason")
-        self.ingest_gap = c(
-            "oppu_ingest_gap_records_total", "Records the broker had deleted before we read them."
-        )
+        self.ingest_gap = c("oppu_ingest_gap_records_total", "Records the broker had deleted before we read them.")
         self.embed = h("oppu_ingest_embed_duration_seconds", "Embedding one poll batch.", _STEP)
         self.retrievable = h(
             "oppu_ingest_event_to_retrievable_seconds",
@@ -44,16 +36,12 @@ class Metrics:
         self.users = g("oppu_ingest_users", "Users in the store.")
         self.events = g("oppu_ingest_events", "Events in the store.")
         self.answered = g("oppu_ingest_quality_answers", "Kept answers.", "task", "arm")
-        self.matched = g(
-            "oppu_ingest_quality_matched", "Kept answers matched with what the user did.", "task", "arm"
-        )
+        self.matched = g("oppu_ingest_quality_matched", "Kept answers matched with what the user did.", "task", "arm")
         self.correct = g("oppu_ingest_quality_correct", "Matched answers that were right.", "task", "arm")
         # --- updater
         self.due = g("oppu_updater_due_users", "Users with enough new events.")
         self.updates = c("oppu_updater_updates_total", "Update attempts by outcome.", "outcome")
-        self.job = h(
-            "oppu_updater_job_duration_seconds", "Scoring, training and publishing one tick's users.", _JOB
-        )
+        self.job = h("oppu_updater_job_duration_seconds", "Scoring, training and publishing one tick's users.", _JOB)
         self.train = h("oppu_updater_train_duration_seconds", "Training one tick's users.", _JOB)
         self.trained_events = c("oppu_updater_trained_events_total", "New events trained on.")
         self.served = h(
@@ -70,26 +58,18 @@ class Metrics:
         self.predictions = c("oppu_inference_predictions_total", "Answers.", "task", "status")
         self.errors = c("oppu_inference_errors_total", "Error answers by code.", "code")
         self.degraded = c("oppu_inference_degraded_total", "Parts asked for and not used.", "part", "reason")
-        self.inference_stage = h(
-            "oppu_inference_stage_duration_seconds", "One poll batch by stage.", _STEP, "stage"
-        )
+        self.inference_stage = h("oppu_inference_stage_duration_seconds", "One poll batch by stage.", _STEP, "stage")
         self.answer_latency = h(
             "oppu_inference_request_to_answer_seconds", "From the request's Kafka time to the commit.", _STALE
         )
         self.bank_resident = g("oppu_inference_bank_adapters", "Adapters in the bank.")
         self.bank_bytes = g("oppu_inference_bank_bytes", "Memory of the bank.")
-        self.bank_events = c(
-            "oppu_inference_bank_events_total", "Bank hits, misses, loads, evictions.", "event"
-        )
-        self.adapter_faults = c(
-            "oppu_inference_adapter_faults_total", "Adapter versions that could not be read."
-        )
+        self.bank_events = c("oppu_inference_bank_events_total", "Bank hits, misses, loads, evictions.", "event")
+        self.adapter_faults = c("oppu_inference_adapter_faults_total", "Adapter versions that could not be read.")
         # --- retriever
         self.index_bytes = g("oppu_retriever_index_bytes", "Memory of all loaded users' views.")
         self.index_users = g("oppu_retriever_index_users", "Users with a loaded view.")
-        self.index_events = c(
-            "oppu_retriever_index_events_total", "View hits, loads, refreshes, evictions.", "event"
-        )
+        self.index_events = c("oppu_retriever_index_events_total", "View hits, loads, refreshes, evictions.", "event")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, registry=self.registry)

@@ -26,29 +26,31 @@ class KafkaSettings(_Section):
     """Connection to the cluster and the shape of our topics."""
 
     bootstrap_servers: str = Field("127.0.0.1:9092", description="Comma-separated host:port list.")
-    topic_prefix: str = Field(
-        "oppu.", pattern=r"^[a-zA-Z0-9._-]*$", description="Put before each topic's name."
-    )
+    topic_prefix: str = Field("oppu.", pattern=r"^[a-zA-Z0-9._-]*$", description="Put before each topic's name.")
     group_prefix: str = Field("oppu-", description="Put before each consumer group's and transaction's name.")
-    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
-    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
-    sasl_username: str | None = None
-    sasl_password: SecretStr | None = None
-    ssl_cafile: Path | None = None
-    ssl_certfile: Path | None = None
-    ssl_keyfile: Path | None = None
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", description="PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL."
+    )
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = Field(
+        None, description="PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512."
+    )
+    sasl_username: str | None = Field(None, description="With a SASL protocol.")
+    sasl_password: SecretStr | None = Field(None, description="With a SASL protocol; never printed.")
+    ssl_cafile: Path | None = Field(None, description="CA certificates; none = the system's.")
+    ssl_certfile: Path | None = Field(None, description="Our certificate, where the broker asks for one.")
+    ssl_keyfile: Path | None = Field(None, description="Its private key.")
     partitions: int = Field(6, ge=1, description="Partitions of topics we create.")
     replication: int = Field(3, ge=1, description="Replication factor of topics we create.")
-    min_insync_replicas: int = Field(2, ge=1)
+    min_insync_replicas: int = Field(2, ge=1, description="Of topics we create; at most their replication.")
     max_poll_records: int = Field(500, ge=1, le=10_000, description="Records of one poll batch.")
-    poll_timeout_seconds: float = Field(0.05, gt=0, le=5)
-    session_timeout_seconds: float = Field(10.0, gt=1)
-    transaction_timeout_seconds: float = Field(10.0, gt=1)
-    request_timeout_seconds: float = Field(15.0, gt=1)
+    poll_timeout_seconds: float = Field(0.05, gt=0, le=5, description="Longest wait of one poll.")
+    session_timeout_seconds: float = Field(10.0, gt=1, description="A member silent for so long is out of the group.")
+    transaction_timeout_seconds: float = Field(10.0, gt=1, description="The broker aborts an open transaction then.")
+    request_timeout_seconds: float = Field(15.0, gt=1, description="Longest wait for one answer of the broker.")
     stuck_after_seconds: float = Field(
         60.0, gt=0, description="Lag grows but polls return nothing: rebuild the client."
     )
-    dead_letter_retention_seconds: int = Field(7 * 86_400, ge=60)
+    dead_letter_retention_seconds: int = Field(7 * 86_400, ge=60, description="Dead letters hold users' text.")
 
     @model_validator(mode="after")
     def _sasl_is_whole(self) -> "KafkaSettings":
@@ -64,11 +66,9 @@ class KafkaSettings(_Section):
 class StoreSettings(_Section):
     """The history store."""
 
-    url: str = Field(
-        "sqlite:///.oppu/history.db", description="SQLAlchemy URL: sqlite:///… or postgresql+psycopg://…"
-    )
-    busy_timeout_seconds: float = Field(5.0, gt=0)
-    answers_retention_seconds: int = Field(7 * 86_400, ge=60)
+    url: str = Field("sqlite:///.oppu/history.db", description="SQLAlchemy URL: sqlite:///… or postgresql+psycopg://…")
+    busy_timeout_seconds: float = Field(5.0, gt=0, description="How long to wait for a lock.")
+    answers_retention_seconds: int = Field(7 * 86_400, ge=60, description="How long answers are kept for matching.")
 
 
 class RegistrySettings(_Section):
@@ -82,12 +82,12 @@ class RegistrySettings(_Section):
 class LimitsSettings(_Section):
     """Maxima of what a record may ask; over them the answer is ``limit_exceeded``."""
 
-    record_bytes: int = Field(256 * 1024, ge=1024)
-    text_characters: int = Field(20_000, ge=1)
-    user_id_bytes: int = Field(512, ge=1)
-    choices: int = Field(1_000, ge=2)
-    retrieve: int = Field(64, ge=0)
-    max_new_tokens: int = Field(256, ge=1)
+    record_bytes: int = Field(256 * 1024, ge=1024, description="Size of a record's value.")
+    text_characters: int = Field(20_000, ge=1, description="Of input, output and each choice.")
+    user_id_bytes: int = Field(512, ge=1, description="UTF-8 length of a user id.")
+    choices: int = Field(1_000, ge=2, description="Number of a record's choices.")
+    retrieve: int = Field(64, ge=0, description="Of options.retrieve.")
+    max_new_tokens: int = Field(256, ge=1, description="Of options.max_new_tokens.")
     past_years: int = Field(100, ge=1, description="How old occurred_at may be.")
     future_seconds: float = Field(86_400, ge=0, description="How far ahead occurred_at may be.")
 
@@ -98,18 +98,18 @@ class IngestSettings(_Section):
     dead_letter_share: float | None = Field(
         None, gt=0, le=1, description="Stop when this share of recent records is refused; none = never."
     )
-    dead_letter_window_records: int = Field(1_000, ge=10)
-    dead_letter_min_users: int = Field(
-        10, ge=1, description="Distinct keys among the refused before it counts."
-    )
-    embed_batch: int = Field(64, ge=1)
+    dead_letter_window_records: int = Field(1_000, ge=10, description="How many recent records the share is of.")
+    dead_letter_min_users: int = Field(10, ge=1, description="Distinct keys among the refused before it counts.")
+    embed_batch: int = Field(64, ge=1, description="Texts embedded in one forward pass.")
 
 
 class RetrieverSettings(_Section):
     """Evidence from a user's history."""
 
-    mode: Literal["dense", "bm25", "recency", "hybrid"] = "hybrid"
-    k: int = Field(4, ge=0)
+    mode: Literal["dense", "bm25", "recency", "hybrid"] = Field(
+        "hybrid", description="dense, bm25, recency or hybrid (reciprocal-rank fusion of them)."
+    )
+    k: int = Field(4, ge=0, description="Items retrieved where a request does not say.")
     neighbours: int = Field(16, ge=1, description="Neighbours in the kNN distribution over outputs.")
     resident_bytes: int = Field(512 * 2**20, ge=2**20, description="Memory of all loaded users' views.")
     max_items: int = Field(5_000, ge=1, description="Newest items kept for a user.")
@@ -119,45 +119,36 @@ class RetrieverSettings(_Section):
 class ModelSettings(_Section):
     """The shared base model and the embedder."""
 
-    base: str = Field(
-        "offline", description="Hugging Face id or path of a causal LM; 'offline' = MiniLM warm start."
-    )
-    embedder: str = Field(
-        "offline", description="sentence-transformers id or path; 'offline' = packaged MiniLM."
-    )
-    device: str = "cpu"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    base: str = Field("offline", description="Hugging Face id or path of a causal LM; 'offline' = MiniLM warm start.")
+    embedder: str = Field("offline", description="sentence-transformers id or path; 'offline' = packaged MiniLM.")
+    device: str = Field("cpu", description="Torch device: cpu, cuda, cuda:1 …")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the base; adapters stay float32.")
     threads: int | None = Field(None, ge=1, description="Torch threads; none = all cores.")
     max_tokens: int = Field(256, ge=32, description="Prompt length; evidence is cut first, the query never.")
-    lora_rank: int = Field(8, ge=1, le=256)
-    lora_alpha: float = Field(8.0, gt=0)
-    lora_targets: tuple[str, ...] | None = Field(
-        None, description="Module name endings; none = query and value."
-    )
+    lora_rank: int = Field(8, ge=1, le=256, description="Rank of new adapters.")
+    lora_alpha: float = Field(8.0, gt=0, description="Their scale is alpha / rank.")
+    lora_targets: tuple[str, ...] | None = Field(None, description="Module name endings; none = query and value.")
     knn_weight: float = Field(1.0, ge=0, description="Weight of log kNN in a choice's score.")
     prior_weight: float = Field(1.0, ge=0, description="Weight of the log recency prior in a choice's score.")
-    adapter_weight: float = Field(
-        0.5, ge=0, le=1, description="Adapter's share of the model's score beside evidence."
-    )
+    adapter_weight: float = Field(0.5, ge=0, le=1, description="Adapter's share of the model's score beside evidence.")
 
 
 class UpdaterSettings(_Section):
     """The scheduled updater."""
 
-    interval_seconds: float = Field(5.0, gt=0)
+    interval_seconds: float = Field(5.0, gt=0, description="Time between looks for due users.")
     min_pending: int = Field(16, ge=1, description="New events that make a user due.")
     max_pending: int = Field(512, ge=1, description="New events taken by one update, the newest first.")
-    users_per_tick: int = Field(8, ge=1)
+    users_per_tick: int = Field(8, ge=1, description="Users trained together.")
     replay: int = Field(32, ge=0, description="Older events mixed in.")
-    passes: int = Field(2, ge=1)
-    batch: int = Field(16, ge=1)
-    learning_rate: float = Field(5e-4, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    holdout_share: float = Field(
-        0.2, gt=0, lt=1, description="Newest share of the pending events that validates."
-    )
-    claim_seconds: float = Field(60.0, gt=0)
-    quarantine_after: int = Field(5, ge=1)
+    passes: int = Field(2, ge=1, description="Passes over an update's examples.")
+    batch: int = Field(16, ge=1, description="Rows of one user in an optimizer step.")
+    learning_rate: float = Field(5e-4, gt=0, description="AdamW's, after warm-up.")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's.")
+    evidence: bool = Field(False, description="Put retrieved items and the profile beside training examples too.")
+    holdout_share: float = Field(0.2, gt=0, lt=1, description="Newest share of the pending events that validates.")
+    claim_seconds: float = Field(60.0, gt=0, description="A claim lasts so long unless renewed.")
+    quarantine_after: int = Field(5, ge=1, description="Failures in a row that quarantine a user.")
     retry_seconds: float = Field(30.0, gt=0, description="First back-off after a failure; doubles.")
 
 
@@ -167,26 +158,28 @@ class InferenceSettings(_Section):
     slot: str = Field(
         "0", pattern=r"^[a-zA-Z0-9_-]{1,64}$", description="Stable name of this worker's transactional.id."
     )
-    batch: int = Field(64, ge=1)
-    resident_adapters: int = Field(256, ge=1)
+    batch: int = Field(64, ge=1, description="Rows of one forward pass.")
+    resident_adapters: int = Field(256, ge=1, description="Slots of the adapter bank.")
     default_deadline_seconds: float = Field(30.0, ge=0, description="0 = none.")
-    history_wait_seconds: float = Field(0.5, ge=0)
+    history_wait_seconds: float = Field(0.5, ge=0, description="Longest wait for a request's after.")
 
 
 class ServiceSettings(_Section):
     """What every worker has."""
 
-    state_dir: Path = Path(".oppu")
-    metrics_host: str = "127.0.0.1"
+    state_dir: Path = Field(Path(".oppu"), description="Small per-worker files (crash marks, addresses).")
+    metrics_host: str = Field("127.0.0.1", description="Where /metrics, /healthz and /readyz listen.")
     metrics_port: int = Field(0, ge=0, le=65_535, description="0 = a free port, which is logged.")
     live_within_seconds: float = Field(120.0, gt=0, description="/healthz fails when the loop stood longer.")
-    max_backoff_seconds: float = Field(10.0, gt=0)
+    max_backoff_seconds: float = Field(10.0, gt=0, description="Longest pause between retries.")
     deployment_key: SecretStr = Field(
         SecretStr("oppu-development-key"), description="HMAC key of user ids in logs and paths."
     )
     tasks_dir: Path | None = Field(None, description="Folder of further task files (TOML).")
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    log_format: Literal["plain", "json"] = "plain"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="DEBUG, INFO, WARNING or ERROR."
+    )
+    log_format: Literal["plain", "json"] = Field("plain", description="plain or json.")
 
 
 class Settings(BaseSettings):
@@ -208,7 +201,7 @@ class Settings(BaseSettings):
     service: ServiceSettings = ServiceSettings()
 
     @classmethod
-    def settings_customise_sources(  # noqa: D102 - pydantic's hook
+    def settings_customise_sources(
         cls,
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,

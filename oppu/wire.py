@@ -6,12 +6,22 @@ higher ``schema_version`` is refused. Messages name the field and what is expect
 
 import hashlib
 import json
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 
 from oppu.errors import InvalidRecord, Reason
 from oppu.settings import LimitsSettings
@@ -19,8 +29,31 @@ from oppu.values import OutRecord, Record, UserId
 
 SCHEMA_VERSION = 1
 
-Identifier = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-Text = Annotated[str, StringConstraints(min_length=1)]
+_RFC_3339 = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
+)
+_FIRST_TIME = datetime(1, 1, 2, tzinfo=UTC)  # a day of room for offsets
+_FAULTS_SHOWN = 5  # a record can hold thousands, and the message becomes a header
+
+
+def _rfc_3339(value: object) -> object:
+    # pydantic would take numbers, and texts of digits, as seconds or milliseconds since 1970
+    if isinstance(value, datetime):  # ours, not from JSON
+        return value
+    if not isinstance(value, str) or not _RFC_3339.fullmatch(value):
+        raise ValueError("expected an RFC 3339 time with an offset, such as 2026-01-31T12:00:00Z")
+    return value
+
+
+def _no_nul(value: str) -> str:
+    if "\0" in value:  # PostgreSQL's text cannot hold it
+        raise ValueError("expected text without U+0000")
+    return value
+
+
+Identifier = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_no_nul)]
+Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_no_nul)]
+Time = Annotated[AwareDatetime, Field(strict=False, description="RFC 3339 with an offset."), BeforeValidator(_rfc_3339)]
 
 
 class _Wire(BaseModel):
@@ -34,7 +67,7 @@ class BehaviorEvent(_Wire):
     event_id: Identifier
     user_id: Identifier
     task: Identifier
-    occurred_at: Annotated[AwareDatetime, Field(strict=False, description="RFC 3339 with an offset.")]
+    occurred_at: Time
     input: Text
     output: Text
     choices: Annotated[tuple[Text, ...], Field(min_length=2, strict=False)] | None = None
@@ -44,17 +77,17 @@ class BehaviorEvent(_Wire):
 class RequestOptions(_Wire):
     """What to combine in the answer."""
 
-    retrieve: Annotated[int, Field(ge=0)] | None = Field(None, description="Items to retrieve; 0 = none.")
+    retrieve: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(None, description="Items to retrieve; 0 = none.")
     profile: bool = True
     adapter: bool = True
-    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_new_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
 
 
 class After(_Wire):
     """Coordinates that the producer of an event got acknowledged: answer only with that event in view."""
 
-    partition: Annotated[int, Field(ge=0)]
-    offset: Annotated[int, Field(ge=0)]
+    partition: Annotated[int, Field(ge=0, lt=2**31)]
+    offset: Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class PredictionRequest(_Wire):
@@ -67,7 +100,7 @@ class PredictionRequest(_Wire):
     input: Text
     choices: Annotated[tuple[Text, ...], Field(min_length=2, strict=False)] | None = None
     options: RequestOptions = RequestOptions()
-    deadline: Annotated[AwareDatetime, Field(strict=False)] | None = None
+    deadline: Time | None = None
     after: After | None = None
 
 
@@ -91,10 +124,10 @@ class Provenance(_Wire):
     base: str
     adapter_version: int | None = None
     profile_version: str | None = None
-    retrieved: tuple[str, ...] = ()
+    retrieved: Annotated[tuple[str, ...], Field(strict=False)] = ()
     history_sequence: int = 0
-    used: tuple[Literal["retrieval", "profile", "adapter"], ...] = ()
-    degraded: tuple[Degraded, ...] = ()
+    used: Annotated[tuple[Literal["retrieval", "profile", "adapter"], ...], Field(strict=False)] = ()
+    degraded: Annotated[tuple[Degraded, ...], Field(strict=False)] = ()
 
 
 class Prediction(_Wire):
@@ -212,9 +245,7 @@ def parse_request(record: Record, *, limits: LimitsSettings) -> PredictionReques
     for name, maximum in (("retrieve", limits.retrieve), ("max_new_tokens", limits.max_new_tokens)):
         value = getattr(request.options, name)
         if value is not None and value > maximum:
-            raise InvalidRecord(
-                Reason.LIMIT_EXCEEDED, f"options.{name}: at most {maximum} allowed, got {value}"
-            )
+            raise InvalidRecord(Reason.LIMIT_EXCEEDED, f"options.{name}: at most {maximum} allowed, got {value}")
     return request
 
 
@@ -230,7 +261,7 @@ def parse_prediction(record: Record) -> Prediction:
 def addressee(record: Record) -> tuple[str, str] | None:
     """Return (request_id, user_id) of a request record that may otherwise be invalid, or ``None``.
 
-    The user id must also be the record's key: an answer is never sent under a name the key does not vouch for.
+    The key is not looked at: a request with a missing or different key is answered with ``key_mismatch``.
     """
     try:
         fields = _json_object(record)
@@ -261,15 +292,13 @@ M = TypeVar("M", bound=_Wire)
 def _parse(contract: type[M], record: Record, limits: LimitsSettings) -> M:
     size = len(record.value or b"")
     if size > limits.record_bytes:
-        raise InvalidRecord(
-            Reason.LIMIT_EXCEEDED, f"record: at most {limits.record_bytes} bytes allowed, got {size}"
-        )
+        raise InvalidRecord(Reason.LIMIT_EXCEEDED, f"record: at most {limits.record_bytes} bytes allowed, got {size}")
     fields = _json_object(record)
     version = fields.get("schema_version", SCHEMA_VERSION)
     if isinstance(version, int) and not isinstance(version, bool) and version > SCHEMA_VERSION:
         raise InvalidRecord(
             Reason.UNSUPPORTED_VERSION,
-            f"schema_version: at most {SCHEMA_VERSION} is understood, got {version}",
+            f"schema_version: at most {SCHEMA_VERSION} is understood, got a higher one",
         )
     value = _validate(contract, fields)
     _check_key(record, value.user_id, limits)  # type: ignore[attr-defined]
@@ -280,17 +309,13 @@ def _json_object(record: Record) -> dict[str, Any]:
     try:
         text = (record.value or b"").decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InvalidRecord(
-            Reason.INVALID_UTF8, f"record: expected UTF-8, byte {error.start} is not"
-        ) from error
+        raise InvalidRecord(Reason.INVALID_UTF8, f"record: expected UTF-8, byte {error.start} is not") from error
     try:
         fields = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         where = getattr(error, "pos", None)
         at = f" at character {where}" if where is not None else ""
-        raise InvalidRecord(
-            Reason.INVALID_JSON, f"record: expected one JSON object, it does not parse{at}"
-        ) from error
+        raise InvalidRecord(Reason.INVALID_JSON, f"record: expected one JSON object, it does not parse{at}") from error
     if not isinstance(fields, dict):
         raise InvalidRecord(Reason.INVALID_JSON, "record: expected a JSON object")
     return fields
@@ -304,15 +329,17 @@ def _validate(contract: type[M], fields: dict[str, Any]) -> M:
     try:
         value = contract.model_validate(fields)
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors(include_input=False)]
-        time_only = all(
-            f["loc"][:1] in (("occurred_at",), ("deadline",)) for f in error.errors(include_input=False)
-        )
-        reason = Reason.INVALID_TIME if time_only else Reason.INVALID_RECORD
-        raise InvalidRecord(reason, "; ".join(faults)) from error
-    if not _encodable(json.dumps(fields, ensure_ascii=False)):
-        raise InvalidRecord(Reason.INVALID_RECORD, "record: text holds a lone surrogate, expected Unicode")
+        raise _refusal(error) from error
     return value
+
+
+def _refusal(error: ValidationError) -> InvalidRecord:
+    faults = error.errors(include_input=False, include_context=False, include_url=False)
+    time_only = all(f["loc"][:1] in (("occurred_at",), ("deadline",)) and f["type"] != "missing" for f in faults)
+    shown = [f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in faults[:_FAULTS_SHOWN]]
+    if len(faults) > _FAULTS_SHOWN:
+        shown.append(f"and {len(faults) - _FAULTS_SHOWN} more")
+    return InvalidRecord(Reason.INVALID_TIME if time_only else Reason.INVALID_RECORD, "; ".join(shown))
 
 
 def _encodable(text: str) -> bool:
@@ -338,7 +365,7 @@ def _check_key(record: Record, user_id: str, limits: LimitsSettings) -> None:
 
 def _check_time(name: str, time: datetime, limits: LimitsSettings, now: datetime) -> None:
     try:
-        oldest = now - timedelta(days=366 * limits.past_years)
+        oldest = now - timedelta(days=min(366 * limits.past_years, (now - _FIRST_TIME).days))
         fits = oldest <= time <= now + timedelta(seconds=limits.future_seconds)
     except OverflowError:
         fits = False
@@ -359,8 +386,6 @@ def _check_limits(texts: dict[str, str], choices: Collection[str] | None, limits
                 f"{name}: at most {limits.text_characters} characters allowed, got {len(text)}",
             )
     if choices is not None and len(choices) > limits.choices:
-        raise InvalidRecord(
-            Reason.LIMIT_EXCEEDED, f"choices: at most {limits.choices} allowed, got {len(choices)}"
-        )
+        raise InvalidRecord(Reason.LIMIT_EXCEEDED, f"choices: at most {limits.choices} allowed, got {len(choices)}")
     if choices is not None and len(set(choices)) < len(choices):
         raise InvalidRecord(Reason.INVALID_RECORD, "choices: expected distinct texts")

@@ -4,6 +4,7 @@ Letters: q queries, k hits of a query.
 """
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,11 +12,20 @@ from numpy.typing import NDArray
 from oppu.values import Event, UserId, UserState
 
 
+class Degradation(StrEnum):
+    """Why an answer rests on less evidence than was asked for; the values of ``Retrieved.degraded``."""
+
+    EPOCH_BEHIND = "epoch_behind"
+    HISTORY_BEHIND = "history_behind"
+    EMBEDDER_MISMATCH = "embedder_mismatch"
+
+
 @dataclass(frozen=True, slots=True)
 class Query:
     """One question to a user's history. ``before_seq`` hides events from that seq on (training sees the past only).
 
-    ``exclude_input`` hides items with exactly this input, so that an item is never its own neighbour.
+    ``exclude_input`` hides items with exactly this input, so that an item is never its own neighbour where its
+    seq is not known.
     """
 
     user: UserState
@@ -24,6 +34,7 @@ class Query:
     k: int
     neighbours: int = 0
     before_seq: int | None = None
+    exclude_input: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +47,11 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Retrieved:
-    """What one query found: ``hits`` for the prompt, best first; ``neighbours`` for the kNN distribution."""
+    """What one query found: ``hits`` for the prompt, best first; ``neighbours`` for the kNN distribution.
+
+    ``hits`` hold no text twice; ``neighbours`` do, since every repeat is a vote. Their events carry no embedding.
+    ``through_seq`` is the last event that could have been found; ``degraded`` is a :class:`Degradation`.
+    """
 
     hits: tuple[Hit, ...]
     neighbours: tuple[Hit, ...]

@@ -1,7 +1,8 @@
 """What the workers ask of Kafka; held on the in-memory broker and on real Kafka by one contract suite.
 
 Invariant: a consumer never delivers a record before its partition was positioned by the ``Start`` callback, and
-never resets an offset by itself. Errors are ours: ``TransientError``, ``ProducerFenced``, ``OffsetOutOfRange``.
+never resets an offset by itself. Errors are ours: ``TransientError``, ``ProducerFenced``, ``OffsetOutOfRange``,
+``InvalidRecord`` for a record that is too large, ``FatalError`` where the cluster refuses us for good.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -59,7 +60,10 @@ class Consumer(Protocol):
         ...
 
     def seek(self, partition: Partition, offset: int) -> None:
-        """Move the position; the next record delivered is the one at ``offset``."""
+        """Move the position; the next record delivered is the one at ``offset``.
+
+        Does nothing for a partition that is not held, as a rebalance may just have taken it; so do pause and resume.
+        """
         ...
 
     def pause(self, partitions: Iterable[Partition]) -> None:
@@ -71,7 +75,11 @@ class Consumer(Protocol):
         ...
 
     def committed(self, partitions: Iterable[Partition]) -> dict[Partition, int | None]:
-        """Return the group's committed next offsets."""
+        """Return the group's committed next offsets.
+
+        Raises:
+            TransientError: A transaction that is still open is about to move one of them.
+        """
         ...
 
     def beginning_offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
@@ -83,7 +91,7 @@ class Consumer(Protocol):
         ...
 
     def group_metadata(self) -> GroupMetadata:
-        """Return the current membership for :meth:`TransactionalProducer.send_offsets`."""
+        """Return the membership under which the present assignment was given; generation -1 before the first."""
         ...
 
     def close(self) -> None:
@@ -99,6 +107,7 @@ class Producer(Protocol):
 
         Raises:
             TransientError: At least one was not acknowledged; some may have been written.
+            InvalidRecord: One is larger than its topic takes; some may have been written.
         """
         ...
 
@@ -114,12 +123,16 @@ class TransactionalProducer(Protocol):
         """Open a transaction.
 
         Raises:
-            ProducerFenced: A newer producer holds the id.
+            ProducerFenced: A newer producer holds the id, or this one can no longer be used: open another.
         """
         ...
 
     def send(self, records: Sequence[OutRecord]) -> None:
-        """Add records to the transaction; acknowledged at the latest by :meth:`commit`."""
+        """Add records to the transaction; acknowledged at the latest by :meth:`commit`.
+
+        Raises:
+            InvalidRecord: One is larger than its topic takes, here or in :meth:`commit`: abort.
+        """
         ...
 
     def send_offsets(self, offsets: Mapping[Partition, int], group: GroupMetadata) -> None:

@@ -8,18 +8,25 @@ DEAD_LETTER_OVERHEAD_BYTES = 64 * 1024
 """Room for a dead letter's headers beside an original of the largest accepted size."""
 
 
+def largest_record_bytes(settings: Settings) -> int:
+    """Return the size of the largest record that may lie on any of our topics.
+
+    Four times the accepted size: an oversized record must reach us to be refused by name, not be lost on the way.
+    """
+    return max(4 * settings.limits.record_bytes, 2 * 2**20) + DEAD_LETTER_OVERHEAD_BYTES
+
+
 def topic_specs(settings: Settings) -> list[TopicSpec]:
     """Return every topic of the service; size limits follow ``limits.record_bytes``."""
     kafka, topics = settings.kafka, Topics(settings.kafka.topic_prefix)
     safe = {"min.insync.replicas": str(min(kafka.min_insync_replicas, kafka.replication))}
-    # four times: an oversized record must reach us to be refused by name, not be lost at the producer
-    room = str(max(4 * settings.limits.record_bytes, 2 * 2**20))
+    largest = largest_record_bytes(settings)
     dead = {
         **safe,
-        "max.message.bytes": str(int(room) + DEAD_LETTER_OVERHEAD_BYTES),
+        "max.message.bytes": str(largest),
         "retention.ms": str(kafka.dead_letter_retention_seconds * 1000),
     }
-    plain = {**safe, "max.message.bytes": room}
+    plain = {**safe, "max.message.bytes": str(largest - DEAD_LETTER_OVERHEAD_BYTES)}
 
     def spec(name: str, config: dict[str, str]) -> TopicSpec:
         return TopicSpec(name, kafka.partitions, kafka.replication, config)

@@ -148,9 +148,7 @@ class LanguageModel(Protocol):
         """Return each choice example's log probabilities ``[c]`` (empty for text), under one user's weights."""
         ...
 
-    def train(
-        self, jobs: Sequence[TrainJob], config: TrainConfig, *, heartbeat: Callable[[], None]
-    ) -> list[Trained]:
+    def train(self, jobs: Sequence[TrainJob], config: TrainConfig, *, heartbeat: Callable[[], None]) -> list[Trained]:
         """Train several users' adapters; each result equals training that user alone.
 
         Args:

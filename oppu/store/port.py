@@ -125,7 +125,11 @@ class ClaimState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The right to train one user until ``expires_at``; safety comes from ``token``, not from the expiry."""
+    """The right to train one user until ``expires_at``; safety comes from ``token``, not from the expiry.
+
+    ``next_version`` is this claim's alone. ``attempts`` counts the claims since one was last concluded, this
+    one included: more than a few mean that training this user kills the process.
+    """
 
     user_id: UserId = field(repr=False)
     base: BaseId
@@ -136,6 +140,7 @@ class Claim:
     last_seq: int
     next_version: int
     expires_at: datetime
+    attempts: int = 1
 
 
 class Outcome(StrEnum):
@@ -229,9 +234,7 @@ class HistoryStore(Protocol):
         """
         ...
 
-    def adopt_offset(
-        self, cluster_id: str, partition: Partition, next_offset: int, topic_id: str | None
-    ) -> None:
+    def adopt_offset(self, cluster_id: str, partition: Partition, next_offset: int, topic_id: str | None) -> None:
         """Set an offset by an operator's decision, whatever stood there."""
         ...
 
@@ -248,9 +251,7 @@ class HistoryStore(Protocol):
         """Return epoch, last sequence and head of known users, in one query."""
         ...
 
-    def events(
-        self, cursors: Mapping[UserId, int], *, embedder: str, limit: int
-    ) -> dict[UserId, list[Event]]:
+    def events(self, cursors: Mapping[UserId, int], *, embedder: str, limit: int) -> dict[UserId, list[Event]]:
         """Return each user's newest ``limit`` events after the cursor's seq, in seq order.
 
         An embedding of another embedder than ``embedder`` comes back as ``None``.
@@ -262,12 +263,19 @@ class HistoryStore(Protocol):
         ...
 
     def counts(self) -> dict[str, int]:
-        """Return ``users``, ``events``, ``outbox``, ``answers`` and ``adapters`` (heads), for commands and gauges."""
+        """Return totals for commands and gauges.
+
+        They are ``users``, ``events``, ``outbox``, ``answers``, ``adapters`` (heads), ``held`` and ``quarantined``.
+        """
         ...
 
     # --- updater
     def register_base(self, base: BaseId) -> None:
         """Make every present and future user trainable on ``base``; repeating it does nothing."""
+        ...
+
+    def bases(self) -> list[BaseId]:
+        """Return the registered bases, oldest first."""
         ...
 
     def due(self, base: BaseId, *, now: datetime, min_pending: int, limit: int) -> list[DueUser]:
@@ -294,7 +302,7 @@ class HistoryStore(Protocol):
         """
         ...
 
-    def conclude(
+    def conclude(  # noqa: PLR0913 - what ended, how far, why, and what next, each by its name
         self,
         claim: Claim,
         outcome: Outcome,

@@ -42,9 +42,7 @@ class Task:
         if choices:
             return choices
         if not self.labels:
-            raise InvalidRecord(
-                Reason.INVALID_RECORD, f"choices: task {self.name} expects them in every record"
-            )
+            raise InvalidRecord(Reason.INVALID_RECORD, f"choices: task {self.name} expects them in every record")
         return self.labels
 
     def check_output(self, output: str, choices: tuple[str, ...] | None) -> None:

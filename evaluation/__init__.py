@@ -1,0 +1,1 @@
+"""The measuring of quality: how samples are drawn, how arms are compared."""

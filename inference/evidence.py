@@ -1,0 +1,141 @@
+"""Gather what a user's own history says about each ask: similar items and a profile, as far as asked for.
+
+Invariant: nothing of another user gets past this module; every hit's and profile's owner is compared with the
+user who asks, and a difference stops the worker.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from inference.admission import Ask
+from oppu.errors import FatalError
+from oppu.settings import RetrieverSettings
+from oppu.values import EventId, UserId, UserState
+from oppu.wire import Degraded
+from retriever.port import Degradation, Hit, Profile, Query, Retrieved, knn_distribution
+
+
+class HistoryRetriever(Protocol):
+    """What inference asks of the retriever (``retriever.service.Retriever``)."""
+
+    def retrieve(self, queries: Sequence[Query]) -> list[Retrieved]:
+        """Answer queries of many users, in order."""
+        ...
+
+    def profiles(self, requests: Sequence[tuple[UserState, str, int | None]]) -> list[Profile]:
+        """Return the profile of each (user, task, before_seq), in order."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Personal:
+    """What is known of the user behind one ask; all ``None`` for an unknown user."""
+
+    state: UserState | None
+    retrieved: Retrieved | None = None
+    profile: Profile | None = None
+
+    @property
+    def sequence(self) -> int:
+        """Last event in view."""
+        return self.state.last_seq if self.state is not None else 0
+
+    @property
+    def profiled(self) -> Profile | None:
+        """The profile where it says anything."""
+        return self.profile if self.profile is not None and (self.profile.prior or self.profile.line) else None
+
+    @property
+    def hits(self) -> tuple[Hit, ...]:
+        """Items for the prompt, best first."""
+        return self.retrieved.hits if self.retrieved is not None else ()
+
+    @property
+    def neighbours(self) -> tuple[Hit, ...]:
+        """Items for the kNN vote: those with a similarity."""
+        found = self.retrieved.neighbours if self.retrieved is not None else ()
+        return tuple(hit for hit in found if math.isfinite(hit.similarity))
+
+    @property
+    def seen(self) -> tuple[EventId, ...]:
+        """Ids of all events that have a say, those of the prompt first."""
+        return tuple(dict.fromkeys(hit.event.event_id for hit in (*self.hits, *self.neighbours)))
+
+    def knn(self, choices: tuple[str, ...]) -> NDArray[np.float64] | None:
+        """Return the neighbours' vote ``[c]``, or ``None`` where none of them gave any of the choices."""
+        allowed = set(choices)
+        if not any(hit.event.output in allowed for hit in self.neighbours):
+            return None
+        return knn_distribution(self.neighbours, choices)
+
+    def degraded(self, *, behind: bool) -> list[Degraded]:
+        """Say what of the history was asked for and is not, or not wholly, in this."""
+        faults = [Degraded(part="history", reason=str(Degradation.HISTORY_BEHIND))] if behind else []
+        if self.retrieved is not None:
+            if self.retrieved.degraded is not None:
+                faults.append(Degraded(part="retrieval", reason=str(self.retrieved.degraded)))
+            elif self.retrieved.through_seq < self.sequence:
+                faults.append(Degraded(part="retrieval", reason=str(Degradation.HISTORY_BEHIND)))
+        if self.profile is not None and self.profile.through_seq < self.sequence:
+            faults.append(Degraded(part="profile", reason=str(Degradation.HISTORY_BEHIND)))
+        return faults
+
+
+def gather(
+    asks: Sequence[Ask],
+    states: Mapping[UserId, UserState],
+    retriever: HistoryRetriever,
+    settings: RetrieverSettings,
+) -> list[Personal]:
+    """Retrieve for all asks in one call, and read their profiles in another.
+
+    Args:
+        asks: The requests.
+        states: Known users, as read at the beginning of the step.
+        retriever: Views of the history.
+        settings: Defaults of k and neighbours.
+
+    Returns:
+        One value an ask, in order.
+
+    Raises:
+        FatalError: Something of another user came back.
+    """
+    known = [(i, ask, states[ask.user_id]) for i, ask in enumerate(asks) if _has_history(ask, states)]
+    queries = {i: _query(ask, state, settings) for i, ask, state in known}
+    queries = {i: query for i, query in queries.items() if query.k > 0}
+    profiled = {i: (state, ask.task.name, None) for i, ask, state in known if ask.request.options.profile}
+    found = dict(zip(queries, _retrieve(retriever, list(queries.values())), strict=True))
+    profiles = dict(zip(profiled, _profiles(retriever, list(profiled.values())), strict=True))
+    return [Personal(states.get(ask.user_id), found.get(i), profiles.get(i)) for i, ask in enumerate(asks)]
+
+
+def _has_history(ask: Ask, states: Mapping[UserId, UserState]) -> bool:
+    return ask.user_id in states and states[ask.user_id].last_seq > 0
+
+
+def _query(ask: Ask, state: UserState, settings: RetrieverSettings) -> Query:
+    asked = ask.request.options.retrieve
+    k = settings.k if asked is None else asked
+    return Query(state, ask.task.name, ask.request.input, k, settings.neighbours if ask.choices else 0)
+
+
+def _retrieve(retriever: HistoryRetriever, queries: list[Query]) -> list[Retrieved]:
+    found = retriever.retrieve(queries) if queries else []
+    for query, result in zip(queries, found, strict=True):
+        if any(hit.event.user_id != query.user.user_id for hit in (*result.hits, *result.neighbours)):
+            raise FatalError("retriever: a hit belongs to another user than the one who asks")
+    return found
+
+
+def _profiles(retriever: HistoryRetriever, asked: list[tuple[UserState, str, int | None]]) -> list[Profile]:
+    found = retriever.profiles(asked) if asked else []
+    for (state, _, _), profile in zip(asked, found, strict=True):
+        if profile.user_id != state.user_id:
+            raise FatalError("retriever: a profile belongs to another user than the one who asks")
+    return found

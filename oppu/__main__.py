@@ -1,0 +1,5 @@
+"""Allow ``python -m oppu``."""
+
+from oppu.cli import main
+
+main()

@@ -1,0 +1,206 @@
+"""Build the stages from the settings: every constructor is called here and nowhere else.
+
+Imports are inside the functions so that a light command loads only what it uses.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from oppu.errors import ConfigError
+from oppu.settings import Settings
+from oppu.wire import Topics
+
+if TYPE_CHECKING:
+    from inference.worker import InferenceWorker
+    from ingest.step import IngestWorker
+    from oppu.embedder import Embedder
+    from oppu.kafka.client import KafkaBroker
+    from oppu.lm.model import TorchModel
+    from oppu.metrics import Metrics
+    from oppu.privacy import UserHash
+    from oppu.registry import AdapterRegistry
+    from oppu.store.port import HistoryStore
+    from oppu.store.sql import SqlStore
+    from oppu.tasks import Tasks
+    from retriever.service import Retriever
+    from updater.worker import Updater
+
+
+def topics(settings: Settings) -> Topics:
+    """Return the topic names."""
+    return Topics(settings.kafka.topic_prefix)
+
+
+def tasks(settings: Settings) -> Tasks:
+    """Read the task files."""
+    from oppu.tasks import load_tasks
+
+    return load_tasks(settings.service.tasks_dir)
+
+
+def broker(settings: Settings) -> KafkaBroker:
+    """Return the way to the cluster; nothing is connected yet."""
+    from oppu.kafka.client import KafkaBroker
+    from oppu.kafka.topics import largest_record_bytes
+
+    return KafkaBroker(settings.kafka, max_record_bytes=largest_record_bytes(settings))
+
+
+def cluster_id(settings: Settings) -> str:
+    """Ask the cluster for its id.
+
+    Raises:
+        TransientError: The cluster cannot be reached.
+    """
+    admin = broker(settings).admin()
+    try:
+        return admin.cluster_id()
+    finally:
+        admin.close()
+
+
+def store(settings: Settings) -> SqlStore:
+    """Open the history store.
+
+    Raises:
+        ConfigError: Its schema version is not ours.
+    """
+    from oppu.store.sql import open_store
+
+    opened = open_store(settings.store, deployment_key=_deployment_key(settings))
+    opened.ping()
+    return opened
+
+
+def user_hash(settings: Settings) -> UserHash:
+    """Return the keyed hash that stands for user ids in logs and paths."""
+    from oppu.privacy import UserHash
+
+    return UserHash(_deployment_key(settings))
+
+
+def embedder(settings: Settings) -> Embedder:
+    """Load the sentence embedder."""
+    from oppu.embedder import SentenceEmbedder
+
+    return SentenceEmbedder(
+        settings.model.embedder,
+        device=settings.model.device,
+        threads=settings.model.threads,
+        batch=settings.ingest.embed_batch,
+    )
+
+
+def model(settings: Settings, *, slots: int) -> TorchModel:
+    """Load the base model with a bank of ``slots`` adapters."""
+    from oppu.lm.base import load_base
+    from oppu.lm.model import TorchModel
+
+    return TorchModel(load_base(settings.model), tasks(settings), settings=settings.model, slots=slots)
+
+
+def registry(settings: Settings, base: str, adapter_config: object = None) -> AdapterRegistry:
+    """Open the adapter registry of one base."""
+    from typing import cast
+
+    from oppu.registry import AdapterRegistry
+    from oppu.values import BaseId
+
+    return AdapterRegistry(
+        settings.registry.url,
+        base=BaseId(base),
+        user_hash=user_hash(settings),
+        adapter_config=cast("dict[str, object] | None", adapter_config),
+    )
+
+
+def retriever(settings: Settings, history: HistoryStore, embed: Embedder, metrics: Metrics) -> Retriever:
+    """Build the retriever over the store."""
+    from retriever.service import Retriever
+
+    return Retriever(history, embed, settings.retriever, metrics)
+
+
+def ingest_worker(settings: Settings, metrics: Metrics) -> IngestWorker:
+    """Build the ingest worker."""
+    from ingest.step import IngestWorker
+    from oppu.clock import SystemClock
+
+    return IngestWorker(
+        broker(settings),
+        store(settings),
+        embedder(settings),
+        tasks(settings),
+        settings,
+        metrics,
+        clock=SystemClock(),
+        cluster_id=cluster_id(settings),
+    )
+
+
+def inference_worker(settings: Settings, metrics: Metrics) -> InferenceWorker:
+    """Build the inference worker, its base model loaded."""
+    from inference.worker import InferenceWorker
+    from oppu.clock import SystemClock
+
+    history, language_model = (
+        store(settings),
+        model(settings, slots=settings.inference.resident_adapters),
+    )
+    return InferenceWorker(
+        broker(settings),
+        history,
+        retriever(settings, history, embedder(settings), metrics),
+        language_model,
+        registry(settings, language_model.base),
+        tasks(settings),
+        settings,
+        metrics,
+        clock=SystemClock(),
+        cluster_id=cluster_id(settings),
+    )
+
+
+def updater(settings: Settings, metrics: Metrics) -> Updater:
+    """Build the updater, its base model loaded."""
+    from updater.worker import Updater
+
+    history, language_model = store(settings), model(settings, slots=1)
+    evidence = retriever(settings, history, embedder(settings), metrics) if settings.updater.evidence else None
+    return Updater(
+        history,
+        registry(settings, language_model.base, language_model.adapter_config()),
+        language_model,
+        tasks(settings),
+        settings.updater,
+        topics=topics(settings),
+        holder=f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}",
+        metrics=metrics,
+        user_hash=user_hash(settings),
+        collection=settings.registry,
+        evidence=evidence,
+        evidence_k=settings.retriever.k,
+    )
+
+
+def state_dir(settings: Settings) -> Path:
+    """Return the folder for small per-worker files, made where it is missing.
+
+    Raises:
+        ConfigError: It cannot be made.
+    """
+    folder = settings.service.state_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"service.state_dir: cannot make {folder}: {error.strerror}") from error
+    return folder
+
+
+def _deployment_key(settings: Settings) -> str:
+    return settings.service.deployment_key.get_secret_value()

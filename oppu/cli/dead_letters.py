@@ -1,0 +1,121 @@
+"""``oppu dead-letters``: list, show, replay refused records. They hold users' text; only ``show`` prints it."""
+
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+
+import click
+
+from oppu.cli import Session, compose, emit, json_option
+from oppu.dead_letters import DeadLetter, read_dead_letter
+from oppu.errors import ConfigError
+from oppu.settings import Settings
+from oppu.values import OutRecord, Partition, Record
+
+IDLE_POLLS = 20
+"""Empty polls in a row, 50 ms each, after which the end counts as reached although the offsets say otherwise."""
+
+
+@click.group("dead-letters")
+def dead_letters() -> None:
+    """Look after refused records."""
+
+
+@dead_letters.command("list")
+@click.option("--reason", help="Only these.")
+@click.option("--limit", type=click.IntRange(1, 1_000_000), default=100, show_default=True, help="The newest so many.")
+@json_option
+@click.pass_obj
+def list_(session: Session, reason: str | None, limit: int, *, as_json: bool) -> None:
+    """List dead letters without their content."""
+    found = [(r, d) for r, d in _read(session.settings) if reason in (None, d.reason)]
+    for record, letter in found[-limit:]:
+        emit(_fields(record, letter), as_json=as_json, text=_line(record, letter))
+
+
+@dead_letters.command()
+@click.argument("at")
+@click.pass_obj
+def show(session: Session, at: str) -> None:
+    """Print the original bytes of the dead letter AT (PARTITION:OFFSET)."""
+    record, letter = _find(session.settings, at)
+    click.echo(_line(record, letter), err=True)
+    click.echo(letter.value if letter.value is not None else b"", nl=False)
+
+
+@dead_letters.command()
+@click.argument("at", nargs=-1)
+@click.option("--reason", help="Replay all of this reason.")
+@json_option
+@click.pass_obj
+def replay(session: Session, at: tuple[str, ...], reason: str | None, *, as_json: bool) -> None:
+    """Send the originals to the topics they came from, unchanged. Events that were stored meanwhile count once."""
+    if bool(at) == bool(reason):
+        raise ConfigError("AT or --reason: give one of them")
+    letters = (
+        [_find(session.settings, one)[1] for one in at]
+        if at
+        else [letter for _, letter in _read(session.settings) if letter.reason == reason]
+    )
+    cut = [letter for letter in letters if letter.truncated]
+    whole = [OutRecord(d.origin.topic, d.key, d.value, d.headers) for d in letters if not d.truncated]
+    producer = compose.broker(session.settings).producer(client_id="oppu-dead-letters")
+    try:
+        producer.send(whole)
+    finally:
+        producer.close()
+    emit(
+        {"replayed": len(whole), "truncated": len(cut)},
+        as_json=as_json,
+        text=f"{len(whole)} replayed" + (f", {len(cut)} were cut and cannot be" if cut else ""),
+    )
+
+
+def _find(settings: Settings, at: str) -> tuple[Record, DeadLetter]:
+    partition, _, offset = at.partition(":")
+    if not (partition.isdecimal() and offset.isdecimal()):
+        raise ConfigError(f"AT: expected PARTITION:OFFSET, got {at}")
+    for record, letter in _read(settings):
+        if (record.partition.index, record.offset) == (int(partition), int(offset)):
+            return record, letter
+    raise ConfigError(f"AT: no dead letter at {at} (it may have expired)")
+
+
+def _read(settings: Settings) -> Iterator[tuple[Record, DeadLetter]]:
+    """Read the topic from its beginning to its present end."""
+    topic, broker = compose.topics(settings).dead_letters, compose.broker(settings)
+
+    def start(assigned: frozenset[Partition], committed: Mapping[Partition, int | None]) -> Mapping[Partition, int]:
+        return reader.beginning_offsets(assigned)
+
+    name = f"oppu-dead-letters-{datetime.now(UTC).timestamp()}"
+    reader = broker.consumer(name, [topic], start, client_id=name)
+    try:
+        idle = 0
+        ends: dict[Partition, int] = {}
+        reached: dict[Partition, int] = {}
+        while idle < IDLE_POLLS and (not ends or any(reached.get(p, 0) < end for p, end in ends.items())):
+            records = reader.poll(0.05, 500)
+            if reader.assignment() and not ends:
+                ends = reader.end_offsets(reader.assignment())
+                reached = dict(reader.beginning_offsets(reader.assignment()))
+            idle = 0 if records or not ends else idle + 1
+            for record in records:
+                reached[record.partition] = record.offset + 1
+                yield record, read_dead_letter(record)
+    finally:
+        reader.close()
+
+
+def _fields(record: Record, letter: DeadLetter) -> dict[str, object]:
+    return {
+        "at": f"{record.partition.index}:{record.offset}",
+        "reason": letter.reason,
+        "message": letter.message,
+        "origin": f"{letter.origin.topic}-{letter.origin.index}@{letter.origin_offset}",
+        "truncated": letter.truncated,
+    }
+
+
+def _line(record: Record, letter: DeadLetter) -> str:
+    fields = _fields(record, letter)
+    return f"{fields['at']}  {fields['reason']}  {fields['origin']}  {fields['message']}"

@@ -1,0 +1,214 @@
+"""The operator's commands: topics, store, erase, doctor, shell completion."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+import click
+
+from oppu.cli import Session, compose, emit, json_option
+from oppu.errors import ConfigError, OppuError, TransientError
+from oppu.kafka.port import Admin, TopicSpec
+from oppu.kafka.topics import topic_specs
+from oppu.settings import Settings
+from oppu.values import OutRecord, Partition, UserId
+
+CREATE_SECONDS = 30.0
+
+
+@click.group()
+def topics() -> None:
+    """Look after the topics."""
+
+
+@topics.command("create")
+@json_option
+@click.pass_obj
+def create(session: Session, *, as_json: bool) -> None:
+    """Create the missing topics, with their size limits and retention."""
+    made = create_topics(session.settings)
+    emit({"created": made}, as_json=as_json, text="\n".join(f"created {name}" for name in made) or "all there")
+
+
+@topics.command("list")
+@json_option
+@click.pass_obj
+def list_(session: Session, *, as_json: bool) -> None:
+    """List the topics as the cluster has them."""
+    with _admin(session.settings) as admin:
+        found = admin.describe_topics([spec.name for spec in topic_specs(session.settings)])
+    for spec in topic_specs(session.settings):
+        there = found.get(spec.name)
+        text = f"{there.partitions} partitions, replication {there.replication}" if there else "missing"
+        emit(
+            {"topic": spec.name, "exists": there is not None, "partitions": there.partitions if there else 0},
+            as_json=as_json,
+            text=f"{spec.name}: {text}",
+        )
+
+
+@topics.command("adopt")
+@click.argument("topic")
+@click.argument("partition", type=click.IntRange(min=0))
+@click.option("--offset", type=click.IntRange(min=0), required=True, help="Where ingest goes on.")
+@click.pass_obj
+def adopt(session: Session, topic: str, partition: int, offset: int) -> None:
+    """Tell ingest where to go on in a topic that was recreated or restored. Stop the ingest workers first."""
+    allowed = [compose.topics(session.settings).events, compose.topics(session.settings).predictions]
+    if topic not in allowed:
+        raise ConfigError(f"TOPIC: expected one of {', '.join(allowed)}, got {topic}")
+    with _admin(session.settings) as admin:
+        cluster, ids = admin.cluster_id(), admin.topic_ids([topic])
+    compose.store(session.settings).adopt_offset(cluster, Partition(topic, partition), offset, ids.get(topic))
+    click.echo(f"{topic}-{partition}: ingest goes on at {offset}")
+
+
+@click.group()
+def store() -> None:
+    """Look after the history store."""
+
+
+@store.command()
+@click.pass_obj
+def migrate(session: Session) -> None:
+    """Bring the store's schema to this version; repeating it does nothing."""
+    from oppu.store.sql import migrate as run
+
+    click.echo(f"schema version {run(session.settings.store)}")
+
+
+@store.command()
+@json_option
+@click.pass_obj
+def info(session: Session, *, as_json: bool) -> None:
+    """Print how much the store holds."""
+    counts = compose.store(session.settings).counts()
+    emit(counts, as_json=as_json, text="\n".join(f"{name}: {value}" for name, value in counts.items()))
+
+
+@click.command()
+@click.argument("user_id")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.pass_obj
+def erase(session: Session, user_id: str, *, yes: bool) -> None:
+    """Delete a user's events, answers, adapters and files; records sent before now are refused from now on."""
+    settings = session.settings
+    history = compose.store(settings)
+    if not yes:
+        click.confirm(f"Delete everything about {user_id}?", abort=True)
+    names = compose.topics(settings)
+    with _admin(settings) as admin:
+        cluster = admin.cluster_id()
+    ends = _end_offsets(settings, names.events)
+    tombstone = OutRecord(names.updates, user_id.encode(), None)
+    bases = history.bases()
+    known = history.erase(
+        UserId(user_id), cluster_id=cluster, end_offsets=ends, now=datetime.now(UTC), announce=tombstone
+    )
+    for base in bases:
+        compose.registry(settings, base).delete_user(UserId(user_id))
+    if not known:
+        raise ConfigError(f"USER_ID: no such user: {user_id} (files under that name, if any, were deleted)")
+    click.echo("erased")
+
+
+@click.command()
+@json_option
+@click.pass_obj
+def doctor(session: Session, *, as_json: bool) -> None:
+    """Check everything a worker needs; exit 1 where something is wrong."""
+    settings = session.settings
+    checks: dict[str, Callable[[], str]] = {
+        "settings": lambda: "read" + (f" from {session.config}" if session.config else ""),
+        "tasks": lambda: f"{len(compose.tasks(settings))} tasks",
+        "broker": lambda: f"cluster {compose.cluster_id(settings)}",
+        "topics": lambda: _check_topics(settings),
+        "store": lambda: ", ".join(f"{n} {name}" for name, n in compose.store(settings).counts().items()),
+        "state folder": lambda: str(compose.state_dir(settings)),
+        "model": lambda: f"base {compose.model(settings, slots=1).base}",
+    }
+    well = True
+    for name, check in checks.items():
+        try:
+            found, ok = check(), True
+        except OppuError as error:
+            found, ok = str(error), False
+        well = well and ok
+        emit(
+            {"check": name, "ok": ok, "found": found}, as_json=as_json, text=f"{'ok ' if ok else 'BAD'} {name}: {found}"
+        )
+    if not well:
+        raise click.exceptions.Exit(1)
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script: eval "$(oppu completion bash)"."""
+    from click.shell_completion import get_completion_class
+
+    from oppu.cli import cli
+
+    kind = get_completion_class(shell)
+    if kind is None:
+        raise ConfigError(f"SHELL: no completion for {shell}")
+    click.echo(kind(cli, {}, "oppu", "_OPPU_COMPLETE").source())
+
+
+def create_topics(settings: Settings) -> list[str]:
+    """Create the missing topics and wait until the cluster shows all of them.
+
+    Raises:
+        TransientError: They did not appear in time.
+    """
+    specs = topic_specs(settings)
+    names = [spec.name for spec in specs]
+    with _admin(settings) as admin:
+        made = admin.create_topics(specs)
+        deadline = time.monotonic() + CREATE_SECONDS
+        while len(admin.describe_topics(names)) < len(names):
+            if time.monotonic() > deadline:
+                raise TransientError(f"topics did not appear within {CREATE_SECONDS:g} s")
+            time.sleep(0.1)
+    return made
+
+
+def _check_topics(settings: Settings) -> str:
+    specs = {spec.name: spec for spec in topic_specs(settings)}
+    with _admin(settings) as admin:
+        found = admin.describe_topics(list(specs))
+    problems = [f"{name} is missing (oppu topics create)" for name in specs if name not in found]
+    problems += [_weaker(spec, found[name]) for name, spec in specs.items() if name in found]
+    problems = [problem for problem in problems if problem]
+    if problems:
+        raise ConfigError(*problems)
+    return f"{len(found)} topics"
+
+
+def _weaker(wanted: TopicSpec, found: TopicSpec) -> str:
+    if found.replication < wanted.replication:
+        return f"{wanted.name}: replication {found.replication}, expected {wanted.replication}"
+    return ""
+
+
+def _end_offsets(settings: Settings, topic: str) -> dict[Partition, int]:
+    broker = compose.broker(settings)
+    with _admin(settings) as admin:
+        count = admin.describe_topics([topic])[topic].partitions
+    partitions = [Partition(topic, index) for index in range(count)]
+    reader = broker.consumer("oppu-erase-reader", [topic], lambda assigned, _: dict.fromkeys(assigned, 0),
+                             client_id="oppu-erase")  # fmt: skip
+    try:
+        return dict(reader.end_offsets(partitions))
+    finally:
+        reader.close()
+
+
+@contextmanager
+def _admin(settings: Settings) -> Iterator[Admin]:
+    opened = compose.broker(settings).admin()
+    try:
+        yield opened
+    finally:
+        opened.close()

@@ -1,0 +1,224 @@
+"""``oppu up``: broker, topics, store and one worker of each kind, supervised on one machine.
+
+Each worker is a process of its own, restarted with a growing delay when it dies. Everything ends with this process:
+on SIGTERM in order, on kill -9 because the children die with their parent.
+"""
+
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+
+from oppu.cli import Session
+from oppu.errors import ConfigError
+from oppu.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+WORKERS = ("ingest", "update", "infer")
+FIRST_RESTART_SECONDS, LAST_RESTART_SECONDS = 0.2, 10.0
+STEADY_SECONDS = 30.0
+"""A worker that ran so long starts its delays afresh."""
+DRAIN_SECONDS = 20.0
+"""Time for a worker to finish its step before it is killed; a train batch takes a few seconds."""
+
+
+@click.command()
+@click.option("--dir", "folder", type=click.Path(path_type=Path), default=Path(".oppu"), show_default=True)
+@click.pass_obj
+def up(session: Session, folder: Path) -> None:
+    """Run everything on this machine until interrupted."""
+    from oppu.logs import configure_logging
+
+    configure_logging(session.settings.service)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: stop.set())
+    with stack(session, folder) as running:
+        click.echo(f"Kafka at {running.bootstrap_servers}; data in {folder}; Ctrl-C stops everything.")
+        click.echo(f"In another terminal: export OPPU_CONFIG={running.config}")
+        stop.wait()
+        click.echo("Stopping …")
+
+
+@dataclass
+class Child:
+    """One supervised worker process."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    started: float
+    delay: float = FIRST_RESTART_SECONDS
+    restart_at: float | None = None
+    restarts: int = 0
+
+
+@dataclass
+class Stack:
+    """What ``oppu up`` runs. ``config`` is a settings file with which every other command finds it."""
+
+    bootstrap_servers: str
+    settings: Settings
+    config: Path
+    folder: Path
+    environment: Mapping[str, str] = field(repr=False)
+    children: dict[str, Child] = field(default_factory=dict)
+    stopping: threading.Event = field(default_factory=threading.Event)
+
+    def start_workers(self, names: Sequence[str] = WORKERS) -> None:
+        """Start the workers and watch over them."""
+        for name in names:
+            self.children[name] = Child(name, self._spawn(name), time.monotonic())
+        threading.Thread(target=self._supervise, name="supervisor", daemon=True).start()
+
+    def stop(self) -> None:
+        """Let every worker drain, then kill what is left."""
+        self.stopping.set()
+        alive = [child.process for child in self.children.values() if child.process.poll() is None]
+        for process in alive:
+            process.terminate()
+        deadline = time.monotonic() + DRAIN_SECONDS
+        for process in alive:
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _supervise(self) -> None:
+        while not self.stopping.wait(0.1):
+            now = time.monotonic()
+            for child in self.children.values():
+                self._look_after(child, now)
+
+    def _look_after(self, child: Child, now: float) -> None:
+        code = child.process.poll()
+        if code is None:
+            return
+        if child.restart_at is None:
+            if now - child.started > STEADY_SECONDS:
+                child.delay = FIRST_RESTART_SECONDS
+            child.restart_at = now + child.delay
+            child.delay = min(2 * child.delay, LAST_RESTART_SECONDS)
+            logger.warning("%s ended with %s; its log is %s", child.name, code, self._log(child.name))
+        elif now >= child.restart_at and not self.stopping.is_set():
+            child.process, child.started, child.restart_at = self._spawn(child.name), now, None
+            child.restarts += 1
+
+    def _spawn(self, name: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "oppu", "--config", str(self.config), name]
+        with self._log(name).open("ab") as log:
+            return subprocess.Popen(  # noqa: S603 - our own command line
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self.environment, "OPPU_PARENT": str(os.getpid())},
+                start_new_session=True,  # Ctrl-C reaches us alone; we stop the workers in order
+            )
+
+    def _log(self, name: str) -> Path:
+        return self.folder / f"{name}.log"
+
+
+@contextlib.contextmanager
+def stack(session: Session, folder: Path, *, workers: Sequence[str] = WORKERS, overrides: str = "") -> Iterator[Stack]:
+    """Start broker, topics, store and workers, and stop them on leaving.
+
+    Args:
+        session: The command's session; its settings file is merged into the written one.
+        folder: Holds everything: Kafka's log, store, adapters, worker logs, the settings file.
+        workers: Which workers to start.
+        overrides: TOML text put after the session's own.
+
+    Yields:
+        The running stack.
+
+    Raises:
+        ConfigError: The folder cannot be used.
+    """
+    from oppu.cli.operation import create_topics
+    from oppu.kafka.embedded import EmbeddedBroker
+    from oppu.store.sql import migrate
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--dir: cannot make {folder}: {error.strerror}") from error
+    folder = folder.resolve()
+    with EmbeddedBroker(folder / "kafka") as kafka:
+        config = write_config(session, folder, kafka.bootstrap_servers, overrides)
+        settings = Settings.load(config)
+        migrate(settings.store)
+        create_topics(settings)
+        running = Stack(kafka.bootstrap_servers, settings, config, folder, {})
+        running.start_workers(workers)
+        try:
+            yield running
+        finally:
+            running.stop()
+
+
+def write_config(session: Session, folder: Path, bootstrap_servers: str, overrides: str = "") -> Path:
+    """Write the settings file that ties commands and workers to this folder's broker and store."""
+    import tomllib
+
+    base = tomllib.loads(session.config.read_text(encoding="utf-8")) if session.config else {}
+    ours = {
+        "kafka": {
+            "bootstrap_servers": bootstrap_servers,
+            "replication": 1,
+            "min_insync_replicas": 1,
+        },
+        "store": {"url": f"sqlite:///{folder / 'history.db'}"},
+        "registry": {"url": str(folder / "adapters")},
+        "service": {"state_dir": str(folder / "state"), "deployment_key": _deployment_key(folder)},
+    }
+    layers = [base, ours, tomllib.loads(overrides)]
+    sections = {name for layer in layers for name in layer}
+    merged = {name: {k: v for layer in layers for k, v in layer.get(name, {}).items()} for name in sorted(sections)}
+    path = folder / "oppu.toml"
+    path.touch(mode=0o600)  # it holds the deployment key
+    path.write_text("".join(_section(name, values) for name, values in merged.items()), encoding="utf-8")
+    return path
+
+
+def _deployment_key(folder: Path) -> str:
+    """Return this folder's key, made on the first start: paths and erasures depend on it."""
+    path = folder / "deployment.key"
+    if not path.exists():
+        path.touch(mode=0o600)
+        path.write_text(secrets.token_hex(32), encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def _section(name: str, values: Mapping[str, object]) -> str:
+    import json
+
+    # a TOML basic string, number, boolean or array of them is written as JSON writes it
+    return f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()) + "\n"
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to end this process when its parent ends (Linux; elsewhere nothing happens).
+
+    A parent that died before the call is noticed by comparing ``OPPU_PARENT``.
+    """
+    expected = os.environ.get("OPPU_PARENT")
+    if expected is None or not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != int(expected):
+        os.kill(os.getpid(), signal.SIGKILL)

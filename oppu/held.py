@@ -1,0 +1,77 @@
+"""The records a worker was offered and did not take yet, by partition and in order.
+
+Invariant: a partition with held records has none of its later records stepped before them. Pausing partitions and
+the clock belong to the loop.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from oppu.values import Partition, Record
+
+
+class Held:
+    """Buffers of held records, each with the time when it is offered again."""
+
+    def __init__(self) -> None:
+        self._records: dict[Partition, list[Record]] = {}
+        self._due: dict[Partition, float] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._records)
+
+    @property
+    def partitions(self) -> frozenset[Partition]:
+        """The partitions with held records."""
+        return frozenset(self._records)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._records.clear()
+        self._due.clear()
+
+    def keep_only(self, assigned: frozenset[Partition]) -> None:
+        """Forget records of partitions that are no longer assigned."""
+        for partition in self.partitions - assigned:
+            del self._records[partition], self._due[partition]
+
+    def hold(self, records: Iterable[Record], *, due: float) -> None:
+        """Put records behind those already held; each of their partitions is offered again at ``due``."""
+        for record in records:
+            self._records.setdefault(record.partition, []).append(record)
+            self._due[record.partition] = due
+
+    def offer(self, polled: Sequence[Record], now: float) -> list[Record]:
+        """Take what may be stepped now.
+
+        Args:
+            polled: New records; those of a held partition go behind its held ones.
+            now: The loop's monotonic time.
+
+        Returns:
+            Held records whose time has come, then new records, in order within each partition.
+        """
+        due = [partition for partition, at in self._due.items() if at <= now]
+        offered = [record for partition in due for record in self._records.pop(partition)]
+        for partition in due:
+            del self._due[partition]
+        return offered + self.queue(polled)
+
+    def queue(self, records: Sequence[Record]) -> list[Record]:
+        """Put records of held partitions behind the held ones, and return the others."""
+        free = []
+        for record in records:
+            if record.partition in self._records:
+                self._records[record.partition].append(record)
+            else:
+                free.append(record)
+        return free
+
+
+def next_offsets(offered: Sequence[Record], held: Sequence[Record]) -> Mapping[Partition, int]:
+    """Return where each offered partition stands after a step that left ``held``: the first offset not finished."""
+    after: dict[Partition, int] = {}
+    for record in offered:
+        after[record.partition] = max(after.get(record.partition, 0), record.offset + 1)
+    for record in held:
+        after[record.partition] = min(after.get(record.partition, record.offset), record.offset)
+    return after

@@ -1,0 +1,261 @@
+"""Task adaption: OPPU's first stage, which fits the shared base to the tasks on other users' events.
+
+``full`` trains every weight (the offline base also learns to read left to right here: the loss is the answer's
+plus half a language-model loss on a share of the prompt's tokens); ``lora`` trains a LoRA and merges it. What is
+written is a plain Hugging Face folder. The base handed in is changed in place and must not be used afterwards.
+"""
+
+import json
+import logging
+import random
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from oppu.errors import ConfigError
+from oppu.lm.bank import find_targets
+from oppu.lm.base import LoadedBase, fingerprint_of, quiet_and_local
+from oppu.lm.encoding import Encoder, Reading, Target
+from oppu.lm.forward import Runner
+from oppu.lm.port import Example
+from oppu.lm.scoring import Aim, aim_log_probs
+from oppu.settings import ModelSettings
+from oppu.tasks import Tasks
+from oppu.values import BaseId
+
+logger = logging.getLogger(__name__)
+
+RECIPE = "oppu.json"
+"""Beside the weights: how they were made; its presence marks a folder as ours."""
+_LANGUAGE_MODEL_WEIGHT = 0.5
+_WARM_UP_SHARE = 0.1
+_CLIP_NORM = 1.0
+_WEIGHT_DECAY = 0.01
+_SORTED_BATCHES = 16
+"""Batches are cut from so many batches' worth of shuffled examples, sorted by length: little padding, still random."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptConfig:
+    """The recipe. ``language_model_share`` of the prompt's tokens also carry a language-model loss."""
+
+    method: Literal["full", "lora"] = "full"
+    epochs: int = 2
+    learning_rate: float = 5e-4
+    batch: int = 32
+    language_model_share: float = 0.3
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptReport:
+    """What was made: the new base's fingerprint and folder, and the answer loss of the first and last tenth."""
+
+    base: BaseId
+    folder: Path
+    examples: int
+    steps: int
+    seconds: float
+    first_loss: float
+    last_loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What every step of a run needs."""
+
+    runner: Runner
+    config: AdaptConfig
+    autocast: AbstractContextManager[Any]
+    chance: random.Random
+
+
+def adapt(
+    base: LoadedBase,
+    tasks: Tasks,
+    examples: Sequence[Example],
+    out_dir: Path,
+    *,
+    config: AdaptConfig,
+    settings: ModelSettings,
+    progress: Callable[[int, int, float], None] = lambda _done, _all, _loss: None,
+) -> AdaptReport:
+    """Train a base on many users' examples and write the result.
+
+    Args:
+        base: In float32; changed in place.
+        tasks: The known tasks.
+        examples: Of users who will not be personalized; with evidence or profile for those variants.
+        out_dir: Must be absent, empty, or an earlier result, which is replaced.
+        config: The recipe.
+        settings: Prompt length and LoRA shape.
+        progress: Told (steps done, steps in all, answer loss) after each step.
+
+    Returns:
+        What was made.
+
+    Raises:
+        ConfigError: No examples, a folder that is not ours, or a loss that is no longer finite.
+    """
+    _check(base, examples, out_dir)
+    started = time.perf_counter()
+    encoder = Encoder(base.prompts(), tasks, max_tokens=settings.max_tokens, max_positions=base.max_positions)
+    targets = [target for target in encoder.targets(examples) if target.positions]
+    if not targets:
+        raise ConfigError("adapt: every example has a single choice: nothing to learn")
+    losses, model = _train(base, targets, config, settings, progress)
+    _save(base, model, out_dir, {**asdict(config), "from": base.fingerprint, "examples": len(examples)})
+    tenth = max(1, len(losses) // 10)
+    return AdaptReport(
+        base=fingerprint_of(out_dir),
+        folder=out_dir,
+        examples=len(examples),
+        steps=len(losses),
+        seconds=time.perf_counter() - started,
+        first_loss=sum(losses[:tenth]) / tenth,
+        last_loss=sum(losses[-tenth:]) / tenth,
+    )
+
+
+def _check(base: LoadedBase, examples: Sequence[Example], out_dir: Path) -> None:
+    problems = []
+    if not examples:
+        problems.append("adapt: expected at least one example")
+    if base.dtype not in (torch.float32, torch.float64):
+        problems.append("model.dtype: task adaption needs float32 weights")
+    if out_dir.exists() and not out_dir.is_dir():
+        problems.append(f"adapt: not a folder: {out_dir}")
+    elif out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / RECIPE).is_file():
+        problems.append(f"adapt: {out_dir} holds other files; name an empty folder")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _train(
+    base: LoadedBase,
+    targets: Sequence[Target],
+    config: AdaptConfig,
+    settings: ModelSettings,
+    progress: Callable[[int, int, float], None],
+) -> tuple[list[float], Any]:
+    """Run all steps; return each step's answer loss and the model to save."""
+    model, parameters = _trainable(base, config, settings)
+    chance = random.Random(config.seed)  # noqa: S311 - order of examples, not a secret
+    batches = [b for _ in range(config.epochs) for b in _epoch(targets, config.batch, chance)]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=_WEIGHT_DECAY, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(len(batches)))
+    runner = Runner(base)
+    job = _Job(runner, config, _autocast(base), chance)
+    losses = []
+    try:
+        for done, batch in enumerate(batches, start=1):
+            losses.append(_step(job, batch, optimizer, parameters))
+            schedule.step()
+            progress(done, len(batches), losses[-1])
+    finally:
+        runner.close()
+        base.model.requires_grad_(False)
+    return losses, (model.merge_and_unload() if config.method == "lora" else model)
+
+
+def _trainable(base: LoadedBase, config: AdaptConfig, settings: ModelSettings) -> tuple[Any, list[torch.nn.Parameter]]:
+    torch.manual_seed(config.seed)
+    model: Any = base.model
+    if config.method == "full":
+        model.requires_grad_(True)
+    else:
+        from peft import LoraConfig, get_peft_model
+
+        names = list(find_targets(model, settings.lora_targets))
+        shape = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=settings.lora_rank,
+            lora_alpha=settings.lora_alpha,
+            target_modules=names,
+            fan_in_fan_out=model.config.model_type == "gpt2",
+        )
+        model = get_peft_model(model, shape).eval()
+    return model, [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _epoch(targets: Sequence[Target], size: int, chance: random.Random) -> list[list[Target]]:
+    order = list(range(len(targets)))
+    chance.shuffle(order)
+    block = size * _SORTED_BATCHES
+    batches = []
+    for first in range(0, len(order), block):
+        members = sorted(order[first : first + block], key=lambda at: len(targets[at].ids))
+        batches += [[targets[at] for at in members[k : k + size]] for k in range(0, len(members), size)]
+    chance.shuffle(batches)
+    return batches
+
+
+def _schedule(steps: int) -> Callable[[int], float]:
+    """Linear warm-up, then linear decay to zero."""
+    rise = max(1, round(steps * _WARM_UP_SHARE))
+
+    def factor(step: int) -> float:
+        return min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+
+    return factor
+
+
+def _autocast(base: LoadedBase) -> AbstractContextManager[Any]:
+    """Compute in bfloat16 where the processor multiplies it in hardware; weights and moments stay float32."""
+    fast = base.device.type == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001
+    if base.dtype != torch.float32 or not fast:
+        return nullcontext()
+    return torch.autocast(base.device.type, dtype=torch.bfloat16)
+
+
+def _step(
+    job: _Job, batch: Sequence[Target], optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter]
+) -> float:
+    """Take one optimizer step; return the batch's mean answer loss."""
+    guesses = [_guesses(target, job) for target in batch]
+    readings = [Reading(t.ids, (*t.positions, *more)) for t, more in zip(batch, guesses, strict=True)]
+    aims: list[Aim] = []
+    answer, guess = [], []
+    guessed = max(1, sum(len(more) for more in guesses))
+    for target, more in zip(batch, guesses, strict=True):
+        aims += [*target.aims, *(Aim(None, target.ids[at + 1]) for at in more)]
+        answer += [target.scale / len(batch)] * len(target.aims) + [0.0] * len(more)
+        guess += [0.0] * len(target.aims) + [_LANGUAGE_MODEL_WEIGHT / guessed] * len(more)
+    with job.autocast:
+        logits = job.runner.logits(readings)
+    log_probs = aim_log_probs(logits, aims)
+    answer_weights, guess_weights = (torch.tensor(x).to(log_probs) for x in (answer, guess))
+    torch.autograd.backward(-(log_probs * (answer_weights + guess_weights)).sum())
+    norm = torch.nn.utils.clip_grad_norm_(parameters, _CLIP_NORM)
+    if not bool(norm.isfinite()):
+        raise ConfigError("adapt: the loss is no longer finite: lower the learning rate")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(-(log_probs.detach() * answer_weights).sum())
+
+
+def _guesses(target: Target, job: _Job) -> list[int]:
+    """Choose the prompt positions that also carry a language-model loss."""
+    places = range(target.prompt_tokens - 1)
+    count = round(job.config.language_model_share * len(places))
+    return sorted(job.chance.sample(places, count))
+
+
+def _save(base: LoadedBase, model: Any, out_dir: Path, recipe: dict[str, object]) -> None:
+    """Write beside the target and swap, so that a crash leaves no half-written base under its name."""
+    fresh = out_dir.with_name(out_dir.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    with quiet_and_local():
+        model.save_pretrained(str(fresh))
+        base.tokenizer.save_pretrained(str(fresh))
+    (fresh / RECIPE).write_text(json.dumps(recipe, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    shutil.rmtree(out_dir, ignore_errors=True)
+    fresh.rename(out_dir)
+    logger.info("task-adapted base written to %s", out_dir)

@@ -1,0 +1,110 @@
+"""Rows and examples to token sequences with the positions whose logits are wanted. No tensors here.
+
+The same code prepares serving, scoring, per-user training and task adaption, so that they cannot differ.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from oppu.lm.port import Example
+from oppu.lm.prompts import Ids, Prompted, Prompts
+from oppu.lm.scoring import LABEL_TOKENS, Aim, Tries
+from oppu.tasks import Task, Tasks
+
+_MIN_PROMPT_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One sequence to run: read the next-token logits at ``positions``, under the adapter in bank slot ``slot``."""
+
+    ids: Ids = field(repr=False)
+    positions: tuple[int, ...]
+    slot: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """An example ready for its loss: ``offset − scale · Σ log p(aim)``, one aim a position.
+
+    ``prompt_tokens`` is where the answer begins. Without positions the loss is ``offset`` whatever the weights.
+    """
+
+    ids: Ids = field(repr=False)
+    prompt_tokens: int
+    positions: tuple[int, ...]
+    aims: tuple[Aim, ...] = field(repr=False)
+    scale: float
+    offset: float
+
+
+class Encoder:
+    """Builds prompts and targets for one base and its tasks."""
+
+    def __init__(self, prompts: Prompts, tasks: Tasks, *, max_tokens: int, max_positions: int) -> None:
+        """Bind the prompt format to tasks and lengths.
+
+        Args:
+            prompts: The prompt format.
+            tasks: The known tasks.
+            max_tokens: Longest prompt.
+            max_positions: Longest sequence that the model can read.
+        """
+        self._prompts = prompts
+        self._tasks = tasks
+        self._max_tokens = max_tokens
+        self._max_positions = max_positions
+        self.tries = Tries(prompts.continuations, prompts.end, longest=min(LABEL_TOKENS, max_positions // 4))
+
+    @property
+    def stops(self) -> frozenset[int]:
+        """Tokens that end a generated text."""
+        return self._prompts.stops
+
+    def prompts(self, items: Sequence[Prompted], rooms: Sequence[int]) -> list[Ids]:
+        """Return each item's prompt, leaving room for so many answer tokens within the model's positions."""
+        tasks = [self._tasks.require(item.task) for item in items]
+        limits = [max(_MIN_PROMPT_TOKENS, min(self._max_tokens, self._max_positions - room)) for room in rooms]
+        return self._prompts.build(items, tasks, limits)
+
+    def targets(self, examples: Sequence[Example]) -> list[Target]:
+        """Return what each example's loss needs: one sequence each.
+
+        Choice examples: the nodes of the choices' trie along the true output. An output that is no longer among
+        the choices is scored beside them. Text examples: the output's tokens and the end token; outputs longer
+        than the task's ``max_new_tokens`` are cut and have no end.
+        """
+        texts = self._prompts.continuations(example.output for example in examples if not example.choices)
+        answers = [
+            self._choice_answer(example)
+            if example.choices
+            else self._text_answer(texts[example.output], self._tasks.require(example.task))
+            for example in examples
+        ]
+        prompts = self.prompts(examples, [len(path) for path, *_ in answers])
+        return [_target(prompt, *answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    def _choice_answer(self, example: Example) -> tuple[Ids, dict[int, Aim], float, float]:
+        known = example.output in example.choices
+        choices = example.choices if known else (*example.choices, example.output)
+        trie = self.tries.of(choices)
+        at = choices.index(example.output)
+        nodes = [(trie.nodes[node], branch) for node, branch in trie.steps[at]]
+        path = nodes[-1][0].path if nodes else ()
+        return path, {len(n.path): Aim(n.allowed, branch) for n, branch in nodes}, 1.0, trie.shared[at]
+
+    def _text_answer(self, ids: Ids, task: Task) -> tuple[Ids, dict[int, Aim], float, float]:
+        kept = ids[: task.max_new_tokens]
+        wanted = kept if len(kept) < len(ids) else (*kept, self._prompts.end)
+        return wanted[:-1], {at: Aim(None, token) for at, token in enumerate(wanted)}, 1 / len(wanted), 0.0
+
+
+def _target(prompt: Ids, path: Ids, aims: dict[int, Aim], scale: float, offset: float) -> Target:
+    return Target(
+        ids=prompt + path,
+        prompt_tokens=len(prompt),
+        positions=tuple(len(prompt) - 1 + depth for depth in aims),
+        aims=tuple(aims.values()),
+        scale=scale,
+        offset=offset,
+    )

@@ -1,0 +1,302 @@
+"""The language model of the service: one base, a bank of user adapters, scoring, generation and training.
+
+A facade over the package that keeps the port's promises. One lock serialises its public calls, so that an install
+never changes a slot while an answer reads it.
+"""
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from oppu.errors import AdapterUnreadable
+from oppu.lm.bank import AdapterBank, SlotBank, adapter_config, find_targets
+from oppu.lm.base import LoadedBase
+from oppu.lm.encoding import Encoder, Reading
+from oppu.lm.forward import Runner, buckets, target_losses
+from oppu.lm.generation import greedy
+from oppu.lm.port import AdapterRef, Example, Row, Scored, Tensors, TrainConfig, Trained, TrainJob
+from oppu.lm.prompts import Ids
+from oppu.lm.scoring import Trie, allowed_log_probs
+from oppu.lm.training import train_slots
+from oppu.settings import ModelSettings
+from oppu.tasks import Tasks
+from oppu.values import BaseId
+
+logger = logging.getLogger(__name__)
+
+_Scores = NDArray[np.float64]
+_NONE = np.zeros(0)
+
+
+class TorchModel:
+    """``LanguageModel`` on torch."""
+
+    def __init__(
+        self,
+        base: LoadedBase,
+        tasks: Tasks,
+        *,
+        settings: ModelSettings,
+        slots: int,
+        on_event: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Attach an adapter bank to a base.
+
+        Args:
+            base: The base; it belongs to this model from now on.
+            tasks: The known tasks.
+            settings: Prompt length and LoRA shape.
+            slots: Adapters held in memory; an ``answer`` can name at most so many different ones.
+            on_event: Told of the bank's ``hit``, ``miss``, ``load`` and ``evict``.
+
+        Raises:
+            ConfigError: The base has no layers that adapters could attach to.
+        """
+        self._base, self._settings = base, settings
+        self._encoder = Encoder(base.prompts(), tasks, max_tokens=settings.max_tokens, max_positions=base.max_positions)
+        self._targets = find_targets(base.model, settings.lora_targets)
+        self._runner = Runner(base)
+        self._bank = self._new_bank(slots, trainable=False)
+        self._adapters = AdapterBank(self._bank, on_event)
+        self._scratch = self._new_bank(1, trainable=False)
+        self._lock = threading.RLock()
+
+    @property
+    def base(self) -> BaseId:
+        """Fingerprint of base weights, tokenizer and prompt format."""
+        return self._base.fingerprint
+
+    @property
+    def slots(self) -> int:
+        """Adapters that fit into the bank."""
+        return self._bank.slots
+
+    @property
+    def bank_bytes(self) -> int:
+        """Memory of the bank, allocated once."""
+        return self._bank.bytes
+
+    @property
+    def bank_resident(self) -> int:
+        """Adapters in the bank."""
+        return len(self._adapters)
+
+    def close(self) -> None:
+        """Take everything off the base, which can then serve another model."""
+        for part in (self._bank, self._scratch, self._runner):
+            part.close()
+
+    def resident(self, ref: AdapterRef) -> bool:
+        """Say whether the version is in the bank."""
+        with self._lock:
+            return ref in self._adapters
+
+    def install(self, ref: AdapterRef, tensors: Tensors) -> None:
+        """Put a version into the bank, evicting the least recently used one.
+
+        Raises:
+            AdapterUnreadable: Names, shapes or values do not fit this base.
+        """
+        with self._lock:
+            self._adapters.install(ref, tensors)
+
+    def answer(self, rows: Sequence[Row]) -> list[Scored]:
+        """Score choices or generate text for rows of mixed users in few forward passes.
+
+        Args:
+            rows: Every ``adapter`` must be resident.
+
+        Returns:
+            One result a row, in order.
+
+        Raises:
+            KeyError: An adapter is not resident.
+        """
+        refs = [row.adapter for row in rows if row.adapter is not None]
+        choice = [at for at, row in enumerate(rows) if row.choices]
+        text = [at for at, row in enumerate(rows) if not row.choices]
+        with self._lock, self._adapters.pinned(refs) as held, torch.no_grad():
+            slots = [held[row.adapter] if row.adapter is not None else 0 for row in rows]
+            found: dict[int, Scored] = {}
+            for part, work in ((choice, self._answer_choices), (text, self._answer_texts)):
+                results = work([rows[at] for at in part], [slots[at] for at in part])
+                found.update(zip(part, results, strict=True))
+        return [found[at] for at in range(len(rows))]
+
+    def losses(self, examples: Sequence[Example], tensors: Tensors | None) -> _Scores:
+        """Return each example's loss under one user's weights, ``[n] float64`` nats.
+
+        For choice tasks −log p(output) over the choices; for text the mean over the output's tokens.
+
+        Raises:
+            AdapterUnreadable: The weights do not fit this base.
+        """
+        targets = self._encoder.targets(examples)
+        found = np.array([target.offset for target in targets], dtype=np.float64)
+        live = [at for at, target in enumerate(targets) if target.positions]
+        with self._one_user(tensors) as slot, torch.no_grad():
+            for group in buckets([len(targets[at].ids) for at in live], self._runner.tokens):
+                members = [live[index] for index in group]
+                with self._scratch.use([slot] * len(members)):
+                    part = target_losses(self._runner, [targets[at] for at in members], [slot] * len(members))
+                found[members] = part.double().cpu().numpy()
+        return found
+
+    def scores(self, examples: Sequence[Example], tensors: Tensors | None) -> list[_Scores]:
+        """Return each choice example's log probabilities ``[c]`` (empty for text), under one user's weights.
+
+        Raises:
+            AdapterUnreadable: The weights do not fit this base.
+        """
+        found: list[_Scores] = [_NONE] * len(examples)
+        at_choice = [at for at, example in enumerate(examples) if example.choices]
+        tries = [self._encoder.tries.of(examples[at].choices) for at in at_choice]
+        prompts = self._encoder.prompts([examples[at] for at in at_choice], [trie.depth for trie in tries])
+        with self._one_user(tensors) as slot, torch.no_grad():
+            work = [(prompt, trie, slot) for prompt, trie in zip(prompts, tries, strict=True)]
+            for at, scores in zip(at_choice, self._score(work, self._scratch), strict=True):
+                found[at] = scores
+        return found
+
+    def train(self, jobs: Sequence[TrainJob], config: TrainConfig, *, heartbeat: Callable[[], None]) -> list[Trained]:
+        """Train several users' adapters; each result equals training that user alone.
+
+        Args:
+            jobs: One a user; its examples in their order.
+            config: Common to all.
+            heartbeat: Called at least once an optimizer step.
+
+        Returns:
+            One result a job, in order; without tensors where a parent does not fit this base or the weights
+            do not stay finite.
+        """
+        if not jobs:
+            return []
+        targets = [self._encoder.targets(job.examples) for job in jobs]
+        with self._lock:
+            bank = self._new_bank(len(jobs), trainable=True)
+            try:
+                fits = [_start(bank, slot, job) for slot, job in enumerate(jobs, start=1)]
+                rows = [part if fit else [] for part, fit in zip(targets, fits, strict=True)]
+                results = train_slots(self._runner, bank, rows, config, heartbeat)
+            finally:
+                bank.close()
+        return [
+            Trained(bank.read(slot), result.steps, result.mean_loss)
+            if fit and result.finite
+            else Trained(None, result.steps, math.nan)
+            for slot, (fit, result) in enumerate(zip(fits, results, strict=True), start=1)
+        ]
+
+    def adapter_config(self) -> Mapping[str, object]:
+        """Return the JSON content of PEFT's ``adapter_config.json`` for this base."""
+        settings = self._settings
+        return adapter_config(
+            self._targets,
+            settings.lora_targets,
+            base=self._base.name,
+            rank=settings.lora_rank,
+            alpha=settings.lora_alpha,
+        )
+
+    def _new_bank(self, slots: int, *, trainable: bool) -> SlotBank:
+        settings = self._settings
+        return SlotBank(
+            self._targets,
+            slots=slots,
+            rank=settings.lora_rank,
+            alpha=settings.lora_alpha,
+            trainable=trainable,
+        )
+
+    @contextmanager
+    def _one_user(self, tensors: Tensors | None) -> Iterator[int]:
+        """Hold the lock with one user's weights in the scratch bank; yields the slot."""
+        with self._lock:
+            if tensors is not None:
+                self._scratch.load(1, tensors)
+            yield 0 if tensors is None else 1
+
+    def _answer_choices(self, rows: Sequence[Row], slots: Sequence[int]) -> list[Scored]:
+        """Score rows with their adapters and, in the same batches, without."""
+        tries = [self._encoder.tries.of(row.choices) for row in rows]
+        prompts = self._encoder.prompts(rows, [trie.depth for trie in tries])
+        work = [(prompt, trie, 0) for prompt, trie in zip(prompts, tries, strict=True)]
+        with_adapter = [at for at, slot in enumerate(slots) if slot]
+        work += [(prompts[at], tries[at], slots[at]) for at in with_adapter]
+        scores = self._score(work, self._bank)
+        plain = scores[: len(rows)]
+        own = dict(zip(with_adapter, scores[len(rows) :], strict=True))
+        return [self._scored(own.get(at, plain[at]), plain[at]) for at in range(len(rows))]
+
+    @staticmethod
+    def _scored(scores: _Scores, base_scores: _Scores) -> Scored:
+        if not np.isfinite(scores).all():
+            logger.warning("an adapter's scores are not finite: the base's are given")
+            scores = base_scores
+        return Scored(scores, base_scores)
+
+    def _answer_texts(self, rows: Sequence[Row], slots: Sequence[int]) -> list[Scored]:
+        prompts = self._encoder.prompts(rows, [row.max_new_tokens for row in rows])
+        longest = self._base.max_positions
+        limits = [min(row.max_new_tokens, longest - len(ids)) for row, ids in zip(rows, prompts, strict=True)]
+        texts: dict[int, str] = {}
+        for group in buckets([len(ids) + limit for ids, limit in zip(prompts, limits, strict=True)]):
+            readings = [Reading(prompts[at], (), slots[at]) for at in group]
+            most = [limits[at] for at in group]
+            new = greedy(self._runner, self._bank, readings, most, self._encoder.stops)
+            for at, ids in zip(group, new, strict=True):
+                texts[at] = str(self._base.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return [Scored(_NONE, _NONE, texts[at]) for at in range(len(rows))]
+
+    def _score(self, work: Sequence[tuple[Ids, Trie, int]], bank: SlotBank) -> list[_Scores]:
+        """Return the choices' log probabilities for each (prompt, trie, slot)."""
+        readings, owners = [], []
+        for at, (prompt, trie, slot) in enumerate(work):
+            for line in trie.lines:
+                positions = tuple(len(prompt) - 1 + len(trie.nodes[node].path) for node in line.nodes)
+                readings.append(Reading(prompt + line.path, positions, slot))
+                owners.append([(at, node) for node in line.nodes])
+        found: list[list[_Scores]] = [[_NONE] * len(trie.nodes) for _, trie, _ in work]
+        for group in buckets([len(reading.ids) for reading in readings], self._runner.tokens):
+            with bank.use([readings[index].slot for index in group]):
+                logits = self._runner.logits([readings[index] for index in group])
+            places = [place for index in group for place in owners[index]]
+            _spread(logits, places, work, found)
+        return [trie.scores(nodes) for (_, trie, _), nodes in zip(work, found, strict=True)]
+
+
+def _start(bank: SlotBank, slot: int, job: TrainJob) -> bool:
+    """Put a job's parent, or fresh weights, into a slot; say whether the parent fits."""
+    try:
+        if job.parent is None:
+            bank.fresh(slot, job.seed)
+        else:
+            bank.load(slot, job.parent)
+    except AdapterUnreadable as error:
+        logger.warning("a parent adapter cannot be trained on: %s", error)
+        return False
+    return True
+
+
+def _spread(
+    logits: torch.Tensor,
+    places: Sequence[tuple[int, int]],
+    work: Sequence[tuple[Ids, Trie, int]],
+    found: list[list[_Scores]],
+) -> None:
+    """Turn read logits into each (row, node)'s log softmax, rows with the same allowed tokens together."""
+    groups: dict[Ids, list[int]] = {}
+    for entry, (at, node) in enumerate(places):
+        groups.setdefault(work[at][1].nodes[node].allowed, []).append(entry)
+    for allowed, entries in groups.items():
+        rows = logits[torch.tensor(entries, device=logits.device)].double()
+        for entry, scores in zip(entries, allowed_log_probs(rows, allowed).cpu().numpy(), strict=True):
+            at, node = places[entry]
+            found[at][node] = scores

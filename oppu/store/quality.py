@@ -1,0 +1,44 @@
+"""Live quality and paired lift, computed from what is stored, so that restarts neither double nor reset them."""
+
+from datetime import datetime
+
+from sqlalchemy import Connection, delete, func, select
+
+from oppu.store.port import Lift, Quality
+from oppu.store.schema import answers, lifts
+from oppu.values import BaseId
+
+
+def read_quality(connection: Connection) -> list[Quality]:
+    """Return the kept answers by task and arm: how many, how many matched, how many of those were right."""
+    rows = connection.execute(
+        select(
+            answers.c.task,
+            answers.c.arm,
+            func.count().label("answered"),
+            func.count(answers.c.matched_seq).label("matched"),
+            func.sum(answers.c.correct).label("correct"),
+        )
+        .group_by(answers.c.task, answers.c.arm)
+        .order_by(answers.c.task, answers.c.arm)
+    )
+    return [Quality(row.task, row.arm, row.answered, row.matched, int(row.correct)) for row in rows]
+
+
+def read_lift(connection: Connection, base: BaseId) -> Lift:
+    """Return the sums over all users and scorings of one base."""
+    names = ("events", "loss_live", "loss_none", "correct_live", "correct_none")
+    sums = (func.coalesce(func.sum(lifts.c[name]), 0).label(name) for name in names)
+    row = connection.execute(select(*sums).where(lifts.c.base == base)).one()
+    return Lift(
+        events=int(row.events),
+        loss_live=float(row.loss_live),
+        loss_none=float(row.loss_none),
+        correct_live=int(row.correct_live),
+        correct_none=int(row.correct_none),
+    )
+
+
+def purge_answers(connection: Connection, before: datetime) -> int:
+    """Delete answers given before a time."""
+    return connection.execute(delete(answers).where(answers.c.answered_at < before)).rowcount

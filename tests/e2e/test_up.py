@@ -1,0 +1,88 @@
+"""``oppu up`` as a user has it: started, asked, killed with kill -9, started again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from oppu.cli.demo import read_sample
+
+pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def oppu(folder: Path, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run a command against the stack in ``folder``."""
+    command = [sys.executable, "-m", "oppu", "--config", str(folder / "oppu.toml"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+@contextmanager
+def up(folder: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run ``oppu up`` and wait until it says where Kafka is."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "oppu", "up", "--dir", str(folder)], stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        deadline = time.monotonic() + 90
+        while b"Kafka at" not in log.read_bytes():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(60)
+
+
+def _await_events(folder: Path, count: int) -> None:
+    deadline = time.monotonic() + 90
+    while True:
+        shown = oppu(folder, "store", "info", "--json")
+        if shown.returncode == 0 and json.loads(shown.stdout)["events"] >= count:
+            assert json.loads(shown.stdout)["events"] == count
+            return
+        assert time.monotonic() < deadline, shown.stdout + shown.stderr
+        time.sleep(0.5)
+
+
+def _alive(name: str, folder: Path) -> list[str]:
+    shown = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in shown.splitlines() if str(folder) in line and name in line]
+
+
+def test_killed_and_started_again(tmp_path: Path, kafka_classpath: list[Path]) -> None:
+    folder, file = tmp_path / "stack", tmp_path / "events.jsonl"
+    events = read_sample().stream[:80]
+    file.write_text("".join(event.model_dump_json() + "\n" for event in events), encoding="utf-8")
+    user = events[0].user_id
+    with up(folder, tmp_path / "first.log") as process:
+        assert oppu(folder, "produce", str(file)).returncode == 0
+        _await_events(folder, len(events))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(30)
+    deadline = time.monotonic() + 20
+    while _alive("oppu --config", folder) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not _alive("oppu --config", folder), "workers outlived their parent"
+    with up(folder, tmp_path / "second.log"):
+        answer = oppu(folder, "ask", "--user", user, "--task", events[0].task, "--json", "The Senate voted.")
+        assert answer.returncode == 0, answer.stderr
+        prediction = json.loads(answer.stdout)
+        assert prediction["status"] == "ok"
+        assert set(prediction["provenance"]["used"]) >= {"retrieval", "profile"}
+        assert prediction["provenance"]["history_sequence"] == sum(event.user_id == user for event in events)
+        assert oppu(folder, "produce", str(file)).returncode == 0  # sent again: nothing doubles
+        time.sleep(2)
+        _await_events(folder, len(events))
+        shown = oppu(folder, "history", user, "--json")
+        assert len(shown.stdout.splitlines()) == sum(event.user_id == user for event in events)
+    assert not _alive("kafka.Kafka", folder), "the broker outlived oppu up"

@@ -1,0 +1,446 @@
+"""The ingest worker through its loop: exactly-once writes, answers, relay, gauges, faults between effects."""
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pytest
+
+from oppu.effects import Effect, Steps, T
+from oppu.errors import InvalidRecord, Reason, TransientError
+from oppu.health import Health
+from oppu.loop import LoopState
+from oppu.settings import StoreSettings
+from oppu.store.port import IngestBatch, IngestResult
+from oppu.values import OutRecord, RequestId, UserId
+from oppu.wire import ErrorBody, Prediction, Provenance, record_for
+from tests.ingest.world import TOPICS, World
+
+
+def test_an_event_is_stored_in_full(world: World) -> None:
+    sent_at = world.clock.now()
+    world.event("e1", task="quote", choices=["a", "b"], output="b", in_reply_to="r1", input="some words")
+    world.clock.advance(0.5)
+    world.turn()
+    (event,) = world.stored()
+    assert (event.event_id, event.seq, event.task, event.input, event.output) == ("e1", 1, "quote", "some words", "b")
+    assert (event.choices, event.in_reply_to) == (("a", "b"), RequestId("r1"))
+    assert event.occurred_at == datetime(2025, 12, 31, 12, tzinfo=UTC)
+    assert event.recorded_at == sent_at
+    assert event.embedding is not None
+    np.testing.assert_allclose(event.embedding, world.embedder.embed(["some words"])[0], atol=1e-3)
+
+
+def test_sequences_have_no_gaps_and_follow_arrival(world: World) -> None:
+    for n in range(7):
+        world.event(f"e{n}", "u1" if n % 2 else "u2")
+    world.turn()
+    assert [(e.seq, e.event_id) for e in world.stored("u1")] == [(1, "e1"), (2, "e3"), (3, "e5")]
+    assert [(e.seq, e.event_id) for e in world.stored("u2")] == [(1, "e0"), (2, "e2"), (3, "e4"), (4, "e6")]
+
+
+def test_staleness_and_embedding_time_are_measured(world: World) -> None:
+    world.event("e1")
+    world.clock.advance(2.0)
+    world.turn()
+    assert world.value("oppu_ingest_event_to_retrievable_seconds_sum") == pytest.approx(2.0)
+    assert world.value("oppu_ingest_event_to_retrievable_seconds_count") == 1
+    assert world.value("oppu_ingest_embed_duration_seconds_count") == 1
+
+
+def test_a_clock_that_jumps_back_makes_no_negative_staleness(world: World) -> None:
+    world.event("e1")
+    world.clock.jump(-3600)
+    world.turn()
+    assert world.value("oppu_ingest_event_to_retrievable_seconds_sum") == 0
+    assert world.stored()[0].recorded_at == world.clock.now()
+
+
+def test_a_restart_goes_on_where_the_store_says(world: World) -> None:
+    world.event("e1")
+    world.turn()
+    world.restart()
+    world.event("e2")
+    world.turn(6, seconds=1.0)
+    assert world.ids() == ["e1", "e2"]
+    assert world.outcomes() == {"written": 2}
+
+
+class Crash(BaseException):
+    """The process ends here."""
+
+
+def crashing(at: int, *, after: bool) -> Callable[[Steps[T]], T]:
+    """Return a driver that ends the process before, or right after, the effect numbered ``at``."""
+    numbers = iter(range(10**6))
+
+    def drive(steps: Steps[T]) -> T:
+        def run(effect: Effect) -> object:
+            number = next(numbers)
+            if number == at and not after:
+                raise Crash(effect.name)
+            result = effect.run()
+            if number == at:
+                raise Crash(effect.name)
+            return result
+
+        try:
+            effect = next(steps)
+            while True:
+                effect = steps.send(run(effect))
+        except StopIteration as stop:
+            value: T = stop.value
+            return value
+
+    return drive
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("at", range(8))
+def test_a_crash_between_any_two_effects_loses_and_doubles_no_event(world: World, at: int, after: bool) -> None:
+    world.loop.close()
+    world.worker = world.new_worker()
+    world.loop = world.new_loop(crashing(at, after=after))
+    world.event("e1")
+    world.send(b"{", b"u1")
+    world.event("e2", "u2")
+    try:
+        world.turn(4, seconds=1.0)
+    except Crash:
+        pass
+    world.restart()
+    world.event("e3")
+    world.turn(8, seconds=1.0)
+    assert world.ids() == ["e1", "e3"]
+    assert world.ids("u2") == ["e2"]
+    letters = world.letters()
+    assert len({(letter.origin, letter.origin_offset) for letter in letters}) == 1
+    assert 1 <= len(letters) <= 2, "at least once, told apart by its origin"
+    assert world.store.outbox(10) == []
+
+
+def test_a_write_whose_acknowledgement_is_lost_is_not_repeated(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, lost = world.store.write_events, iter([True])
+
+    def lossy(batch: IngestBatch) -> IngestResult:
+        result = write(batch)
+        if next(lost, False):
+            raise TransientError("connection lost in commit")
+        return result
+
+    monkeypatch.setattr(world.store, "write_events", lossy)
+    world.event("e1")
+    world.event("e2")
+    world.turn(4, seconds=0.2)
+    assert world.ids() == ["e1", "e2"]
+    assert world.outcomes() == {}, "counted only what was known to be written"
+    world.event("e3")
+    world.turn(4)
+    assert world.ids() == ["e1", "e2", "e3"]
+
+
+def test_a_zombie_writes_nothing_and_goes_on_from_the_store(world: World) -> None:
+    partition = world.event("e1").partition
+    world.turn()
+    second = world.event("e2")
+    world.event("e3")
+    # another worker finished e2 while this one still believed that the partition was its own
+    world.store.adopt_offset("memory", partition, second.offset + 1, None)
+    world.turn(6, seconds=0.2)
+    assert world.value("oppu_worker_retries_total", worker="ingest", kind="OffsetConflict") == 1
+    assert world.ids() == ["e1", "e3"], "what the store says is done is not done again"
+    assert world.loop.state is LoopState.RUNNING
+
+
+def test_a_locked_store_is_waited_for(world: World) -> None:
+    world.event("e1")
+    path = world.settings.store.url.removeprefix("sqlite:///")
+    with sqlite3.connect(path, isolation_level=None) as blocker:
+        blocker.execute("BEGIN EXCLUSIVE")
+        world.turn(5, seconds=0.3)
+        assert not world.health.is_ready()
+        assert world.health.is_live()
+        blocker.execute("ROLLBACK")
+    blocker.close()
+    world.turn(40, seconds=0.3)
+    assert world.ids() == ["e1"]
+    assert world.health.is_ready()
+
+
+def test_a_store_that_fails_and_recovers_loses_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, failures = world.store.write_events, iter([True] * 4)
+
+    def full(batch: IngestBatch) -> IngestResult:
+        if next(failures, False):
+            raise TransientError("disk full")
+        return write(batch)
+
+    monkeypatch.setattr(world.store, "write_events", full)
+    for n in range(5):
+        world.event(f"e{n}")
+    world.turn(80, seconds=0.1)
+    assert world.ids() == [f"e{n}" for n in range(5)]
+    assert world.outcomes() == {"written": 5}
+
+
+def test_a_broker_that_is_away_at_the_start_and_in_mid_run_is_waited_for(make_world: Callable[..., World]) -> None:
+    world = make_world()
+    world.event("e1")
+    world.broker.unavailable = True
+    world.turn(10, seconds=0.2)
+    assert world.loop.state is LoopState.NEW
+    world.broker.unavailable = False
+    world.turn(40, seconds=0.2)
+    assert world.ids() == ["e1"]
+    world.broker.unavailable = True
+    world.turn(10, seconds=0.2)
+    assert not world.health.is_ready()
+    world.broker.unavailable = False
+    world.event("e2")
+    world.turn(40, seconds=0.2)
+    assert world.ids() == ["e1", "e2"]
+
+
+def test_a_topic_that_is_missing_is_waited_for(
+    make_world: Callable[..., World], caplog: pytest.LogCaptureFixture
+) -> None:
+    world = make_world()
+    spec = world.broker.admin().describe_topics([TOPICS.predictions])[TOPICS.predictions]
+    world.broker.delete_topic(TOPICS.predictions)
+    world.turn(5, seconds=0.2)
+    assert world.loop.state is LoopState.NEW
+    assert "oppu topics create" in caplog.text
+    world.broker.admin().create_topics([spec])
+    world.event("e1")
+    world.turn(40, seconds=0.2)
+    assert world.ids() == ["e1"]
+
+
+# --- answers
+
+
+def prediction(name: str, *used: str, user_id: str = "u1", **changes: Any) -> OutRecord:
+    fields = {
+        "request_id": name,
+        "user_id": user_id,
+        "task": "news",
+        "status": "ok",
+        "output": "politics",
+        "provenance": Provenance.model_validate({"base": "b", "used": used}),
+        **changes,
+    }
+    return record_for(TOPICS.predictions, user_id, Prediction.model_validate(fields))
+
+
+def quality(world: World) -> dict[tuple[str, str], tuple[int, int, int]]:
+    return {(q.task, q.arm): (q.answered, q.matched, q.correct) for q in world.store.quality()}
+
+
+def test_predictions_are_kept_by_arm_and_matched_with_what_the_user_did(world: World) -> None:
+    world.producer.send(
+        [
+            prediction("r1"),
+            prediction("r2", "retrieval"),
+            prediction("r3", "retrieval", "profile", "adapter"),
+            prediction("r4", "adapter", "retrieval", "adapter", user_id="u2"),
+        ]
+    )
+    world.turn()
+    world.event("e1", in_reply_to="r1")
+    world.event("e2", in_reply_to="r2", output="sports")
+    world.event("e4", "u1", in_reply_to="r4")
+    world.turn(8, seconds=1.0)
+    assert quality(world) == {
+        ("news", "none"): (1, 1, 1),
+        ("news", "retrieval"): (1, 1, 0),
+        ("news", "adapter+profile+retrieval"): (1, 0, 0),
+        ("news", "adapter+retrieval"): (1, 0, 0),
+    }
+    assert world.outcomes() == {"answer": 4, "written": 3}
+    assert world.value("oppu_ingest_quality_correct", task="news", arm="none") == 1
+    assert world.value("oppu_ingest_quality_matched", task="news", arm="retrieval") == 1
+    assert world.value("oppu_ingest_quality_answers", task="news", arm="adapter+retrieval") == 1
+
+
+def test_an_answer_that_comes_after_the_event_is_matched_as_well(world: World) -> None:
+    world.event("e1", in_reply_to="r1")
+    world.turn()
+    world.producer.send([prediction("r1")])
+    world.turn()
+    assert quality(world) == {("news", "none"): (1, 1, 1)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"status": "error", "output": None, "error": ErrorBody(code="x", message="y")},
+        {"output": None},
+        {"task": None},
+        {"task": "unheard of"},
+        {"request_id": ""},
+        {"request_id": "r" * 257},
+        {"output": "a\0b"},
+    ],
+    ids=str,
+)
+def test_answers_that_are_of_no_use_are_skipped(world: World, changes: dict[str, object]) -> None:
+    world.producer.send([prediction("r1", **changes)])
+    world.turn()
+    assert world.outcomes() == {"skipped": 1}
+    assert quality(world) == {}
+
+
+@pytest.mark.parametrize("key", [None, b"u2", b""])
+def test_an_answer_under_another_key_is_skipped(world: World, key: bytes | None) -> None:
+    world.send(prediction("r1").value, key, TOPICS.predictions)
+    world.turn()
+    assert world.outcomes() == {"skipped": 1}
+
+
+def test_the_markers_of_transactions_are_stepped_over(world: World) -> None:
+    transactions = world.broker.transactional_producer("t")
+    for n in range(3):
+        transactions.begin()
+        transactions.send([prediction(f"r{n}")])
+        transactions.commit()
+    transactions.begin()
+    transactions.send([prediction("aborted")])
+    transactions.abort()
+    world.turn()
+    world.restart()
+    world.turn(6, seconds=1.0)
+    assert world.outcomes() == {"answer": 3}
+    assert world.loop.state is LoopState.RUNNING
+
+
+def test_old_answers_are_purged_and_their_gauges_with_them(make_world: Callable[..., World]) -> None:
+    world = make_world()
+    world.turn()
+    world.producer.send([prediction("r1")])
+    world.turn(8, seconds=1.0)
+    assert world.value("oppu_ingest_quality_answers", task="news", arm="none") == 1
+    world.clock.advance(StoreSettings().answers_retention_seconds + 60)
+    world.turn(8, seconds=6.0)
+    assert quality(world) == {}
+    assert world.value("oppu_ingest_quality_answers", task="news", arm="none") is None
+
+
+# --- upkeep
+
+
+def test_gauges_show_the_store(world: World) -> None:
+    world.event("e1", "u1")
+    world.event("e2", "u2")
+    world.turn(8, seconds=1.0)
+    assert world.value("oppu_ingest_users") == 2
+    assert world.value("oppu_ingest_events") == 2
+    assert world.value("oppu_ingest_outbox_records") == 0
+
+
+def test_the_store_is_not_asked_for_gauges_at_every_step(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[float] = []
+    counts = world.store.counts
+
+    def counted() -> dict[str, int]:
+        calls.append(world.clock.monotonic())
+        return counts()
+
+    monkeypatch.setattr(world.store, "counts", counted)
+    world.turn(200, seconds=0.1)
+    assert 3 <= len(calls) <= 5
+
+
+def test_rows_that_others_put_into_the_outbox_are_sent(world: World) -> None:
+    reader = world.broker.consumer("reader", [TOPICS.updates], lambda p, c: dict.fromkeys(p, 0), client_id="r")
+    row = OutRecord(TOPICS.updates, b"u1", b"{}")
+    batch = IngestBatch("elsewhere", (), dead_letters=(row,), now=world.clock.now())
+    world.store.write_events(batch)
+    world.turn(3, seconds=1.0)
+    found = [record for _ in range(4) for record in reader.poll(0, 10)]
+    assert [(record.key, record.value) for record in found] == [(b"u1", b"{}")]
+    assert world.store.outbox(10) == []
+
+
+def test_a_relay_that_fails_is_tried_again_with_a_new_producer(world: World) -> None:
+    failures = iter([True])
+
+    def fault(operation: str) -> None:
+        if operation == "producer.send" and next(failures, False):
+            raise TransientError("not enough replicas")
+
+    world.send(b"{", b"u1")
+    world.broker.on_call(fault)
+    before = world.worker._relay._producer
+    world.turn(8, seconds=0.2)
+    assert world.worker._relay._producer is not before
+    assert [letter.reason for letter in world.letters()] == [Reason.INVALID_JSON]
+    assert world.outcomes() == {"refused": 1}
+
+
+def test_a_row_that_no_topic_takes_holds_up_no_other(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    send = world.worker._relay._producer.send  # type: ignore[union-attr]
+
+    def picky(records: list[OutRecord]) -> object:
+        if any(record.value == b"{big" for record in records):
+            raise InvalidRecord(Reason.LIMIT_EXCEEDED, "record: larger than the topic takes")
+        return send(records)
+
+    monkeypatch.setattr(world.worker._relay._producer, "send", picky)
+    for value in (b"{1", b"{big", b"{2"):
+        world.send(value, b"u1")
+    world.turn(8, seconds=1.0)
+    assert sorted(letter.value or b"" for letter in world.letters()) == [b"{1", b"{2"]
+    assert [row.record.value for row in world.store.outbox(10)] == [b"{big"]
+    assert "stays" in caplog.text
+    assert world.value("oppu_ingest_outbox_records") == 1
+    assert world.loop.state is LoopState.RUNNING
+
+
+def test_an_erased_user_s_older_records_are_counted_and_dropped(world: World) -> None:
+    world.event("e1")
+    world.turn()
+    late = world.event("e2")
+    world.store.erase(
+        UserId("u1"),
+        cluster_id="memory",
+        end_offsets={late.partition: late.offset + 1},
+        now=world.clock.now(),
+        announce=OutRecord(TOPICS.updates, b"u1", None),
+    )
+    world.event("e3")
+    world.turn()
+    assert world.outcomes() == {"written": 2, "erased": 1}
+    assert world.ids() == ["e3"]
+    assert world.letters() == []
+
+
+def test_two_workers_share_the_partitions_and_write_each_event_once(world: World) -> None:
+    other = world.new_worker()
+    health = Health(world.clock, live_within_seconds=60)
+    first, world.worker = world.worker, other
+    world.health, old = health, world.loop
+    world.loop = world.new_loop()
+    both = [old, world.loop]
+    for n in range(60):
+        world.event(f"e{n}", f"u{n % 7}")
+        both[n % 2].turn()
+        both[(n + 1) % 2].turn()
+        world.clock.advance(0.2)
+    for _ in range(30):
+        for loop in both:
+            loop.turn()
+        world.clock.advance(0.2)
+    assert sorted(e for u in range(7) for e in world.ids(f"u{u}")) == sorted(f"e{n}" for n in range(60))
+    assert not first.consumer.assignment() & other.consumer.assignment()
+    old.close()
+
+
+@pytest.fixture(autouse=True)
+def _faults_end_with_the_test(world: World) -> Iterator[None]:
+    yield
+    world.broker.on_call(None)
+    world.broker.unavailable = False

@@ -1,0 +1,170 @@
+"""The shell around kafka-python: which of its errors become which of ours, and what it is told."""
+
+import inspect
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+from kafka import TopicPartition
+from kafka import errors as k
+from pydantic import SecretStr
+
+from oppu.errors import FatalError, InvalidRecord, OffsetOutOfRange, OppuError, ProducerFenced, TransientError
+from oppu.kafka import client_consumer
+from oppu.kafka.client import KafkaBroker, connection, connection_check
+from oppu.kafka.client_errors import FATAL, FENCED, TOO_LARGE, UNACCEPTABLE, translate, translated
+from oppu.kafka.port import TopicSpec
+from oppu.settings import KafkaSettings
+
+FENCED_NAMES = """ProducerFencedError InvalidProducerEpochError InvalidProducerIdMappingError UnknownProducerIdError
+    InvalidTxnStateError TransactionCoordinatorFencedError IllegalGenerationError UnknownMemberIdError
+    FencedInstanceIdError FencedMemberEpochError StaleMemberEpochError CommitFailedError""".split()
+FATAL_NAMES = """AuthorizationError ClusterAuthorizationFailedError DelegationTokenAuthorizationFailedError
+    GroupAuthorizationFailedError TopicAuthorizationFailedError TransactionalIdAuthorizationFailedError
+    SaslAuthenticationFailedError UnsupportedSaslMechanismError IllegalSaslStateError SecurityDisabledError
+    UnsupportedVersionError IncompatibleBrokerVersion UnsupportedForMessageFormatError UnsupportedCodecError
+    UnsupportedCompressionTypeError UnrecognizedBrokerVersion KafkaConfigurationError InvalidConfigurationError
+    IllegalArgumentError InvalidTopicError InvalidGroupIdError InvalidSessionTimeoutError
+    InvalidTransactionTimeoutError InvalidReplicationFactorError InvalidPartitionsError PolicyViolationError
+    InconsistentGroupProtocolError""".split()
+INVALID_NAMES = "MessageSizeTooLargeError RecordListTooLargeError InvalidRecordError InvalidTimestampError".split()
+
+
+def expected(name: str) -> type[OppuError]:
+    """Return what a library error of this name must become."""
+    table: dict[str, type[OppuError]] = {
+        **dict.fromkeys(FENCED_NAMES, ProducerFenced),
+        **dict.fromkeys(FATAL_NAMES, FatalError),
+        **dict.fromkeys(INVALID_NAMES, InvalidRecord),
+        "OffsetOutOfRangeError": OffsetOutOfRange,
+    }
+    return table.get(name, TransientError)
+
+
+ALL = sorted(
+    {cls for _, cls in inspect.getmembers(k, inspect.isclass) if issubclass(cls, k.KafkaError)},
+    key=lambda cls: cls.__name__,
+)
+
+
+@pytest.mark.parametrize("kind", ALL, ids=lambda cls: cls.__name__)
+def test_every_error_of_the_library_becomes_ours(kind: type[Exception]) -> None:
+    error = kind({}) if kind is k.LogTruncationError else kind()
+    with pytest.raises(OppuError) as raised, translated():
+        raise error
+    assert type(raised.value) is expected(kind.__name__)
+    assert raised.value.__cause__ is error
+
+
+def test_every_row_of_the_tables_is_held_by_the_test_above() -> None:
+    rows = {kind.__name__ for kind in (*FENCED, *FATAL, *TOO_LARGE, *UNACCEPTABLE)}
+    assert rows <= {*FENCED_NAMES, *FATAL_NAMES, *INVALID_NAMES}
+    assert {*FENCED_NAMES, *FATAL_NAMES, *INVALID_NAMES} <= {kind.__name__ for kind in ALL}
+
+
+def test_positions_out_of_range_are_carried_over() -> None:
+    error = translate(k.OffsetOutOfRangeError({TopicPartition("t", 3): 7}))
+    assert isinstance(error, OffsetOutOfRange)
+    assert error.offsets == {("t", 3): 7}
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(), TimeoutError(), RuntimeError("loop closed")])
+def test_a_broken_connection_is_transient(error: Exception) -> None:
+    with pytest.raises(TransientError), translated():
+        raise error
+
+
+def test_our_own_errors_and_bugs_pass() -> None:
+    mine = FatalError("mine")
+    with pytest.raises(FatalError) as raised, translated():
+        raise mine
+    assert raised.value is mine
+    with pytest.raises(TypeError), translated():
+        raise TypeError
+
+
+def test_security_settings_are_passed_through() -> None:
+    settings = KafkaSettings(
+        bootstrap_servers="a:1, b:2",
+        security_protocol="SASL_SSL",
+        sasl_mechanism="SCRAM-SHA-512",
+        sasl_username="me",
+        sasl_password=SecretStr("hush"),
+        ssl_cafile=Path("/ca.pem"),
+        ssl_certfile=Path("/cert.pem"),
+        ssl_keyfile=Path("/key.pem"),
+        request_timeout_seconds=7,
+    )
+    options = connection(settings, "me")
+    assert options["bootstrap_servers"] == ["a:1", "b:2"]
+    assert (options["security_protocol"], options["sasl_mechanism"]) == ("SASL_SSL", "SCRAM-SHA-512")
+    assert (options["sasl_plain_username"], options["sasl_plain_password"]) == ("me", "hush")
+    assert (options["ssl_cafile"], options["ssl_certfile"]) == ("/ca.pem", "/cert.pem")
+    assert options["ssl_keyfile"] == "/key.pem"
+    assert options["request_timeout_ms"] == 7_000
+    assert "hush" not in repr(settings)
+    assert "sasl_mechanism" not in connection(KafkaSettings(), "me")
+
+
+def test_nobody_there_is_transient_at_once_and_leaves_nothing_behind() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        settings = KafkaSettings(bootstrap_servers=f"127.0.0.1:{free.getsockname()[1]}")
+    broker = KafkaBroker(settings, max_record_bytes=1_000)
+    threads = threading.active_count()
+    with pytest.raises(TransientError, match="no Kafka broker can be reached"):
+        connection_check(settings)
+    for open_client in (
+        lambda: broker.consumer("g", ["t"], lambda new, _: dict.fromkeys(new, 0), client_id="c"),
+        lambda: broker.producer(client_id="p"),
+        lambda: broker.transactional_producer("id"),
+        broker.admin,
+    ):
+        with pytest.raises(TransientError):
+            open_client()
+    assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("servers", ["nonsense", "127.0.0.1:notaport"])
+def test_an_address_that_is_none_is_transient_and_named(servers: str) -> None:
+    with pytest.raises(TransientError, match=servers):
+        connection_check(KafkaSettings(bootstrap_servers=servers), 0.5)
+
+
+def test_a_server_that_says_nothing_runs_into_the_time_limit() -> None:
+    threads = threading.active_count()
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        settings = KafkaSettings(bootstrap_servers=f"127.0.0.1:{mute.getsockname()[1]}")
+        with pytest.raises(TransientError):
+            connection_check(settings, 0.5)
+    assert threading.active_count() == threads
+
+
+@pytest.mark.kafka
+def test_a_broker_that_is_there_answers(kafka_settings: KafkaSettings) -> None:
+    connection_check(kafka_settings)
+
+
+@pytest.mark.kafka
+def test_an_idle_consumer_notices_that_the_broker_is_gone(
+    kafka_settings: KafkaSettings, kafka_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topic = f"{kafka_prefix}t"
+    broker = KafkaBroker(kafka_settings, max_record_bytes=1_000)
+    admin = broker.admin()
+    admin.create_topics([TopicSpec(topic, 1, 1)])
+    admin.close()
+    consumer = broker.consumer(f"{kafka_prefix}g", [topic], lambda new, _: dict.fromkeys(new, 0), client_id="c")
+    monkeypatch.setattr(client_consumer, "PROBE_SECONDS", 0.0)
+    assert consumer.poll(0.05, 10) == []
+
+    def gone(*_: object, **__: object) -> None:
+        raise k.KafkaTimeoutError("gone")
+
+    monkeypatch.setattr(consumer._consumer, "end_offsets", gone)
+    with pytest.raises(TransientError, match="gone"):
+        consumer.poll(0.05, 10)
+    monkeypatch.undo()
+    assert consumer.poll(0.05, 10) == []
+    consumer.close()

@@ -1,0 +1,179 @@
+"""The bank against PEFT, its slots, and its rules of residence."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from oppu.errors import AdapterUnreadable, Backpressure, ConfigError
+from oppu.lm.bank import AdapterBank, SlotBank, adapter_config, find_targets
+from oppu.lm.base import LoadedBase
+from oppu.lm.port import AdapterRef
+from oppu.values import UserId
+
+FAMILIES = ("llama", "qwen2", "mistral", "gemma", "gpt2", "bert")
+Make = Callable[..., Any]
+
+
+def new_bank(base: LoadedBase, slots: int = 3, rank: int = 4, alpha: float = 8.0) -> SlotBank:
+    return SlotBank(find_targets(base.model, None), slots=slots, rank=rank, alpha=alpha)
+
+
+def config_of(base: LoadedBase, rank: int = 4, alpha: float = 8.0) -> dict[str, object]:
+    return adapter_config(find_targets(base.model, None), None, base=base.name, rank=rank, alpha=alpha)
+
+
+def ids(rows: int, length: int = 12) -> torch.Tensor:
+    return torch.randint(2, 258, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+def run(base: LoadedBase, rows: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = base.model(input_ids=rows, use_cache=False).logits
+    return logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mixed_rows_equal_peft(family: str, make_base: Make, make_adapter: Make, as_peft: Make) -> None:
+    base = make_base(family, torch.float64)
+    adapters = [make_adapter(base.model, seed) for seed in (1, 2)]
+    rows = ids(4)
+    plain = run(base, rows)
+    peft = [as_peft(base, tensors, config_of(base)) for tensors in adapters]
+    bank = new_bank(base)
+    for slot, tensors in enumerate(adapters, start=1):
+        bank.load(slot, tensors)
+    with bank.use([2, 0, 1, 2]):
+        mixed = run(base, rows)
+    for row, slot in enumerate([2, 0, 1, 2]):
+        with torch.no_grad():
+            alone = peft[slot - 1](input_ids=rows[row : row + 1]).logits[0] if slot else plain[row]
+        assert torch.allclose(mixed[row], alone, rtol=1e-9, atol=1e-9)
+    assert (mixed[0] - plain[0]).abs().max() > 1e-3
+    assert torch.equal(run(base, rows), plain)
+
+
+def test_a_smaller_rank_keeps_its_own_scale(make_base: Make, make_adapter: Make, as_peft: Make) -> None:
+    base = make_base("llama", torch.float64)
+    small = make_adapter(base.model, 5, rank=2)
+    peft = as_peft(base, small, config_of(base, rank=2))
+    bank = new_bank(base)
+    bank.load(1, make_adapter(base.model, 6))
+    bank.load(1, small)
+    with bank.use([1]), torch.no_grad():
+        assert torch.allclose(run(base, ids(1)), peft(input_ids=ids(1)).logits, rtol=1e-9, atol=1e-9)
+
+
+def test_read_gives_back_what_was_loaded(make_base: Make, make_adapter: Make) -> None:
+    base = make_base()
+    tensors = make_adapter(base.model, 1)
+    bank = new_bank(base)
+    bank.load(2, tensors)
+    found = bank.read(2)
+    assert found.keys() == tensors.keys()
+    assert all(np.array_equal(found[name], tensors[name]) for name in tensors)
+    assert not any(found.any() for found in bank.read(0).values())
+
+
+def test_closed_bank_leaves_the_base_as_it_was(make_base: Make, make_adapter: Make) -> None:
+    base = make_base()
+    plain = run(base, ids(1))
+    bank = new_bank(base)
+    bank.load(1, make_adapter(base.model, 1))
+    bank.close()
+    with bank.use([1]):
+        assert torch.equal(run(base, ids(1)), plain)
+
+
+def test_fresh_is_the_base_until_trained_and_follows_its_seed(make_base: Make) -> None:
+    base = make_base()
+    bank = new_bank(base)
+    bank.fresh(1, seed=4)
+    bank.fresh(2, seed=4)
+    bank.fresh(3, seed=5)
+    with bank.use([1]):
+        assert torch.equal(run(base, ids(1)), run(base, ids(1)))
+    first, same, other = (bank.read(slot) for slot in (1, 2, 3))
+    assert all(np.array_equal(first[name], same[name]) for name in first)
+    assert any(not np.array_equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda t, name: t.pop(name),
+        lambda t, name: t.update(other=t[name]),
+        lambda t, name: t.update({name: t[name][:, :-1]}),
+        lambda t, name: t.update({name: t[name] * np.float32("nan")}),
+        lambda t, name: t.update({n: np.zeros((9, x.shape[1]), np.float32) for n, x in t.items() if "lora_A" in n}),
+    ],
+    ids=["missing", "extra", "shape", "nan", "rank"],
+)
+def test_unfit_weights_are_refused_and_change_nothing(spoil: Any, make_base: Make, make_adapter: Make) -> None:
+    base = make_base()
+    bank = new_bank(base)
+    bank.load(1, make_adapter(base.model, 1))
+    before = bank.read(1)
+    tensors = make_adapter(base.model, 2)
+    spoil(tensors, next(iter(tensors)))
+    with pytest.raises(AdapterUnreadable):
+        bank.load(1, tensors)
+    after = bank.read(1)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_targets(make_base: Make) -> None:
+    model = make_base("llama").model
+    assert set(find_targets(model, ("o_proj",))) == {f"model.layers.{n}.self_attn.o_proj" for n in (0, 1)}
+    with pytest.raises(ConfigError, match="no layer"):
+        find_targets(model, ("proj",))
+    with pytest.raises(ConfigError, match="not linear"):
+        find_targets(model, ("self_attn",))
+
+
+def ref(name: str, version: int = 1) -> AdapterRef:
+    return AdapterRef(UserId(name), 0, version)
+
+
+def test_least_recently_used_goes_first(make_base: Make, make_adapter: Make) -> None:
+    base = make_base()
+    events: list[str] = []
+    adapters = AdapterBank(new_bank(base, slots=2), events.append)
+    tensors = make_adapter(base.model, 1)
+    adapters.install(ref("a"), tensors)
+    adapters.install(ref("b"), tensors)
+    adapters.install(ref("a"), tensors)  # used again
+    adapters.install(ref("c"), tensors)
+    assert [ref(name) in adapters for name in "abc"] == [True, False, True]
+    assert len(adapters) == 2
+    assert events == ["load", "load", "evict", "load", "hit", "miss", "hit"]
+
+
+def test_pinned_versions_stay(make_base: Make, make_adapter: Make) -> None:
+    base = make_base()
+    bank = new_bank(base, slots=2)
+    adapters = AdapterBank(bank)
+    tensors = {name: make_adapter(base.model, at) for at, name in enumerate("abc")}
+    adapters.install(ref("a"), tensors["a"])
+    adapters.install(ref("b"), tensors["b"])
+    with adapters.pinned([ref("a"), ref("b"), ref("a")]) as slots:
+        with pytest.raises(Backpressure):
+            adapters.install(ref("c"), tensors["c"])
+        found = bank.read(slots[ref("a")])
+        assert all(np.array_equal(found[name], tensors["a"][name]) for name in found)
+    with adapters.pinned([ref("a")]):
+        adapters.install(ref("c"), tensors["c"])
+        assert ref("a") in adapters and ref("b") not in adapters
+    with pytest.raises(KeyError), adapters.pinned([ref("b")]):
+        pass
+
+
+def test_a_refused_version_evicts_nobody(make_base: Make, make_adapter: Make) -> None:
+    base = make_base()
+    adapters = AdapterBank(new_bank(base, slots=1))
+    adapters.install(ref("a"), make_adapter(base.model, 1))
+    with pytest.raises(AdapterUnreadable):
+        adapters.install(ref("b"), {})
+    assert ref("a") in adapters

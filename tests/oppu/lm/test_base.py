@@ -1,0 +1,115 @@
+"""Loading: fingerprints by content, the offline warm start, and errors that name the setting."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from oppu.errors import ConfigError
+from oppu.lm.base import fingerprint_of, load_base, prompts_of
+from oppu.settings import ModelSettings
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def saved(make_base: Make, tmp_path: Path) -> Path:
+    """Return a folder with a tiny Llama."""
+    base = make_base("llama")
+    folder = tmp_path / "base"
+    base.model.save_pretrained(str(folder))
+    base.tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+def test_a_folder_loads_frozen_and_computes_the_same(saved: Path, make_base: Make) -> None:
+    base = load_base(ModelSettings(base=str(saved), threads=1))
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.equal(base.model(ids).logits, make_base("llama").model(ids).logits)
+    assert not base.model.training
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+    assert base.max_positions == 256 and base.dtype == torch.float32
+
+
+def test_fingerprint_follows_content_not_path(saved: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(saved, copy)
+    (copy / "notes.txt").write_text("no part of it")
+    assert fingerprint_of(copy) == fingerprint_of(saved)
+    assert len(fingerprint_of(saved)) == 32
+    assert fingerprint_of(saved, warm_start=True) != fingerprint_of(saved)
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        other = tmp_path / name
+        shutil.copytree(saved, other)
+        content = bytearray((other / name).read_bytes())
+        content[-3] ^= 1
+        (other / name).write_bytes(content)
+        assert fingerprint_of(other) != fingerprint_of(saved)
+
+
+def test_offline_base_is_a_decoder_on_the_packaged_weights() -> None:
+    base = load_base(ModelSettings(threads=1))
+    again = load_base(ModelSettings(threads=1, dtype="bfloat16"))
+    assert base.fingerprint == again.fingerprint and again.model.dtype == torch.bfloat16
+    head, embeddings = base.model.get_output_embeddings(), base.model.get_input_embeddings()
+    assert head.weight.data_ptr() == embeddings.weight.data_ptr()
+    assert torch.equal(base.model.cls.predictions.transform.dense.weight, torch.eye(384))
+    ids = base.tokenizer("one two three four", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        whole, part = base.model(ids).logits, base.model(ids[:, :3]).logits
+    assert torch.allclose(whole[:, :3], part, atol=1e-4)  # it reads left to right only
+    # The weights are the packaged ones, not random: words of a kind lie near each other.
+    vectors = torch.nn.functional.normalize(embeddings.weight, dim=1)
+    near, other, far = base.tokenizer.convert_tokens_to_ids(["monday", "tuesday", "banana"])
+    assert vectors[near] @ vectors[other] > vectors[near] @ vectors[far] + 0.2
+
+
+def test_special_tokens_in_a_users_text_are_text() -> None:
+    base = load_base(ModelSettings(threads=1))
+    ids = base.prompts().continuations(["a [SEP] b"])["a [SEP] b"]
+    assert base.tokenizer.sep_token_id not in ids and len(ids) > 3
+
+
+def test_byte_tokenizer_separates_lines_by_a_newline(make_base: Make) -> None:
+    prompts = prompts_of(make_base("llama").tokenizer)
+    assert len(prompts.stops) == 2 and prompts.end == 1
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./none", "a/b/c"])
+def test_a_missing_folder_is_a_config_error(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.base: no such folder"):
+        load_base(ModelSettings(base=name))
+
+
+def test_a_hub_id_that_cannot_be_fetched_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"model\.base: 'oppu/none' is neither"):
+        load_base(ModelSettings(base="oppu/none"))
+
+
+@pytest.mark.parametrize("spoil", ["weights", "cut", "config", "empty", "tokenizer"])
+def test_unusable_folders_are_config_errors(spoil: str, saved: Path) -> None:
+    weights = saved / "model.safetensors"
+    if spoil == "weights":
+        weights.unlink()
+    elif spoil == "cut":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif spoil == "config":
+        (saved / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    elif spoil == "tokenizer":
+        (saved / "tokenizer.json").write_text("{}")
+    else:
+        shutil.rmtree(saved)
+        saved.mkdir()
+    with pytest.raises(ConfigError, match=r"model\.base"):
+        load_base(ModelSettings(base=str(saved), threads=1))
+
+
+def test_an_unusable_device_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"model\.device"):
+        load_base(ModelSettings(device="warp"))

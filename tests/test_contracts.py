@@ -1,0 +1,39 @@
+"""The generated files are what the code says, and a schema accepts and refuses what the parser does."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from oppu.cli.contracts import generate
+from oppu.wire import BehaviorEvent
+
+FOLDER = Path(__file__).parents[1] / "docs" / "contracts"
+EVENT = {
+    "schema_version": 1,
+    "event_id": "e1",
+    "user_id": "u1",
+    "task": "news_categorize",
+    "occurred_at": "2026-01-01T00:00:00Z",
+    "input": "an article",
+    "output": "politics",
+}
+
+
+@pytest.mark.parametrize("name", sorted(generate()))
+def test_checked_in_files_are_current(name: str) -> None:
+    assert (FOLDER / name).read_text(encoding="utf-8") == generate()[name], "run: make schemas"
+
+
+def test_event_schema_accepts_what_the_parser_accepts() -> None:
+    schema = json.loads((FOLDER / "behavior-events.schema.json").read_text(encoding="utf-8"))
+    jsonschema.validate(EVENT, schema)
+    BehaviorEvent.model_validate(EVENT)
+
+
+@pytest.mark.parametrize("name", ["event_id", "user_id", "task", "occurred_at", "input", "output"])
+def test_event_schema_requires(name: str) -> None:
+    schema = json.loads((FOLDER / "behavior-events.schema.json").read_text(encoding="utf-8"))
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({k: v for k, v in EVENT.items() if k != name}, schema)

@@ -1,0 +1,127 @@
+"""How one user's update ends when it publishes nothing, and what is noted of every end.
+
+Invariant: a failed, abandoned or drained attempt has considered nothing, so its events stay pending; failures are
+repeated after a back-off and quarantined in the end. A claim that has moved on is never written under.
+"""
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from oppu.clock import Clock
+from oppu.effects import Effect, Steps
+from oppu.errors import OppuError, TransientError
+from oppu.metrics import Metrics
+from oppu.settings import UpdaterSettings
+from oppu.store.port import HistoryStore, Outcome
+from updater import plan as planning
+from updater.job import Ended, Job
+from updater.lease import Drained, Leases
+from updater.scoring import Verdict
+from updater.state import State
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Tick:
+    """What one tick has in hand."""
+
+    leases: Leases
+    jobs: list[Job] = field(default_factory=list)
+    ended: Counter[Ended] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True, slots=True)
+class Endings:
+    """Concludes attempts in the store, counts and logs them."""
+
+    store: HistoryStore
+    settings: UpdaterSettings
+    metrics: Metrics
+    clock: Clock
+
+    def give_up(self, tick: Tick, job: Job, error: Exception) -> Steps[None]:
+        """End an attempt that an error broke: drained work is given back, anything else failed."""
+        if isinstance(error, Drained):
+            yield from self.give_back(tick, job, "the updater stops")
+            return
+        stage = job.machine.state
+        job.machine.advance(State.FAILED)
+        logger.warning("user %s: failed when %s: %s", job.user, stage, type(error).__name__)
+        logger.debug("user %s: where it failed", job.user, exc_info=error)
+        # messages of our own quote no content; a library's may quote the user's text
+        said = str(error) if isinstance(error, OppuError) else type(error).__name__
+        yield from self.conclude(tick, job, Ended.FAILED, f"{stage}: {said}")
+
+    def give_back(self, tick: Tick, job: Job, why: str) -> Steps[None]:
+        """Release a claim as if it had never been made."""
+        job.machine.advance(State.DRAINING)
+        yield from self.conclude(tick, job, Ended.SKIPPED, why)
+
+    def abandon(self, tick: Tick) -> Steps[None]:
+        """Give back what a transient error left unfinished, so that nobody waits for the claims to expire.
+
+        Without this a registry that is away for long would look like users who kill the process.
+        """
+        for job in tick.jobs:
+            if job.machine.state is State.IDLE:
+                continue
+            try:
+                if job.machine.state is State.DRAINING:
+                    yield from self.conclude(tick, job, Ended.SKIPPED, "store or registry is away")
+                else:
+                    yield from self.give_back(tick, job, "store or registry is away")
+            except TransientError as error:
+                logger.warning("claims cannot be given back, they expire: %s", error)
+                return
+
+    def conclude(self, tick: Tick, job: Job, how: Ended, reason: str, judged: Verdict | None = None) -> Steps[None]:
+        """End an attempt, from the state that the job is in, and release its claim; or find that it has moved on.
+
+        ``how`` is rejected, skipped or failed; ``reason`` goes into the audit trail and never quotes content.
+        """
+        now = self.clock.now()
+        retry, quarantine = self._after_failure(job, now) if how is Ended.FAILED else (None, False)
+
+        def conclude() -> bool:
+            return self.store.conclude(
+                job.claim,
+                Outcome(how.value),
+                considered_through=job.considered(),
+                reason=reason,
+                now=now,
+                retry_at=retry,
+                quarantine=quarantine,
+                metrics=judged.metrics if judged else None,
+            )
+
+        concluded: bool = yield Effect("store.conclude", conclude, f"{job.label} {how}")
+        if concluded:
+            self.end(tick, job, how, reason)
+        else:
+            self.discard(tick, job, "the claim had moved before it was concluded")
+
+    def discard(self, tick: Tick, job: Job, why: str) -> None:
+        """End an attempt whose claim belongs to somebody else by now: nothing is written."""
+        if job.machine.state not in (State.FAILED, State.DRAINING):
+            job.machine.advance(State.FAILED)
+        self.end(tick, job, Ended.DISCARDED, why)
+
+    def end(self, tick: Tick, job: Job, how: Ended, reason: str) -> None:
+        """Note an end."""
+        job.machine.advance(State.IDLE)
+        tick.leases.release(job.user_id)
+        tick.ended[how] += 1
+        self.metrics.updates.labels(how.value).inc()
+        logger.info("user %s: version %d %s%s", job.user, job.ref.version, how, f": {reason}" if reason else "")
+
+    def _after_failure(self, job: Job, now: datetime) -> tuple[datetime | None, bool]:
+        limit = self.settings.quarantine_after
+        status = self.store.adapter(job.claim.base, job.user_id)
+        failures = max((status.failures if status else 0) + 1, job.claim.attempts - 1)
+        if planning.should_quarantine(failures, after=limit):
+            logger.error("user %s: quarantined after %d failures in a row", job.user, failures)
+            return None, True
+        return planning.retry_at(failures, now=now, first_seconds=self.settings.retry_seconds), False

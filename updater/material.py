@@ -1,0 +1,109 @@
+"""Gather what one user's update works on: events from the store, the parent's weights, evidence beside each event.
+
+Reads only. An event's evidence is older than the event, in training as it was in serving.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from oppu.errors import AdapterUnreadable, FatalError
+from oppu.lm.port import AdapterSource, Tensors
+from oppu.metrics import Metrics
+from oppu.settings import UpdaterSettings
+from oppu.store.port import HistoryStore
+from oppu.tasks import Tasks
+from oppu.values import Event, UserState
+from retriever.port import Profile, Query, Retrieved
+from updater.examples import NOTHING, Beside, example, split, usable, window
+from updater.job import Job, Material
+
+logger = logging.getLogger(__name__)
+
+
+class EvidenceSource(Protocol):
+    """Looks up users' earlier events, and profiles of them; the retriever."""
+
+    def retrieve(self, queries: Sequence[Query], /) -> Sequence[Retrieved]:
+        """Return what each query found, in order."""
+        ...
+
+    def profiles(self, requests: Sequence[tuple[UserState, str, int | None]], /) -> Sequence[Profile]:
+        """Return the profile of each (user, task, before_seq), in order."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Gatherer:
+    """Reads the material of updates. ``evidence`` ``None`` means plain prompts; else ``k`` items and a profile."""
+
+    store: HistoryStore
+    registry: AdapterSource
+    tasks: Tasks
+    settings: UpdaterSettings
+    metrics: Metrics
+    evidence: EvidenceSource | None = None
+    k: int = 4
+
+    def gather(self, job: Job) -> Material:
+        """Read one user's material.
+
+        Args:
+            job: A claimed user.
+
+        Returns:
+            Events as of the claim, phrased as examples, and the parent's weights.
+
+        Raises:
+            TransientError: Store or registry is away.
+        """
+        claim = job.claim
+        found = self.store.events({job.user_id: 0}, embedder="", limit=window(self.settings))
+        # the claim's view of the user: what came since belongs to the next update
+        events = [e for e in found.get(job.user_id, []) if e.seq <= claim.last_seq]
+        parts = split(usable(events, self.tasks), job.cursors, self.settings, seed=job.seed)
+        parent, fault = self._parent(job)
+        beside = self._beside(job, {e.seq: e for e in (*parts.pending, *parts.train)})
+        return Material(
+            split=parts,
+            pending=tuple(example(e, self.tasks, beside.get(e.seq, NOTHING)) for e in parts.pending),
+            train=tuple(example(e, self.tasks, beside.get(e.seq, NOTHING)) for e in parts.train),
+            parent=parent,
+            parent_fault=fault,
+            considered_through=max(claim.considered_through, claim.last_seq),
+        )
+
+    def _parent(self, job: Job) -> tuple[Tensors | None, str]:
+        ref = job.parent_ref
+        if ref is None:
+            return None, ""
+        try:
+            return self.registry.load(ref), ""
+        except AdapterUnreadable as error:
+            self.metrics.adapter_faults.inc()
+            logger.warning("user %s: training afresh, since the parent cannot be read: %s", job.user, error)
+            return None, f"parent unreadable: {error}"
+
+    def _beside(self, job: Job, events: dict[int, Event]) -> dict[int, Beside]:
+        """Look up what stood beside each event, keyed by seq."""
+        if self.evidence is None or not events:
+            return {}
+        asked = list(events.values())
+        queries = [Query(user=job.state, task=e.task, text=e.input, k=self.k, before_seq=e.seq) for e in asked]
+        found = self.evidence.retrieve(queries)
+        profiles = self.evidence.profiles([(job.state, e.task, e.seq) for e in asked])
+        return {
+            event.seq: _earlier(job, event, one, profile)
+            for event, one, profile in zip(asked, found, profiles, strict=True)
+        }
+
+
+def _earlier(job: Job, event: Event, found: Retrieved, profile: Profile) -> Beside:
+    """Check that all of it is the same user's and older than the event: the answer must not be in the prompt."""
+    owners = {profile.user_id, *(hit.event.user_id for hit in found.hits)}
+    if owners != {job.user_id}:
+        raise FatalError("retriever: something of another user came back")
+    if any(hit.event.seq >= event.seq for hit in found.hits):
+        raise FatalError("retriever: an event came back that is not older than the one asked about")
+    return Beside(tuple((hit.event.input, hit.event.output) for hit in found.hits), profile.line)

@@ -1,0 +1,113 @@
+"""Score examples under one user's weights, and decide whether a candidate is good enough to serve.
+
+Letters: n examples. Losses are nats an example. The decision is pure; a candidate must beat both the parent and no
+adapter by mean loss on events it has not seen, and a tie keeps the parent.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oppu.lm.port import Example, LanguageModel, Tensors
+
+CHUNK = 64
+"""Examples scored between two heartbeats."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Assessment:
+    """``losses`` ``[n] float64`` nats; ``correct`` ``[n] bool``, false for free text."""
+
+    losses: NDArray[np.float64]
+    correct: NDArray[np.bool_]
+
+    def last(self, n: int) -> "Assessment":
+        """Return the part of the last ``n`` examples."""
+        start = len(self.losses) - n
+        return Assessment(self.losses[start:], self.correct[start:])
+
+    @property
+    def mean(self) -> float:
+        """Mean loss; NaN of nothing."""
+        return float(self.losses.mean()) if len(self.losses) else float("nan")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether to publish, and why not."""
+
+    publish: bool
+    reason: str
+    metrics: dict[str, float]
+
+
+def assess(
+    model: LanguageModel, examples: Sequence[Example], tensors: Tensors | None, beat: Callable[[], None]
+) -> Assessment:
+    """Score examples under one user's weights.
+
+    Args:
+        model: The base with a scoring path.
+        examples: What to score.
+        tensors: The weights; ``None`` for the base alone.
+        beat: Called between chunks.
+
+    Returns:
+        Losses and hits, in order.
+    """
+    losses = np.zeros(len(examples), dtype=np.float64)
+    correct = np.zeros(len(examples), dtype=np.bool_)
+    for choice in (True, False):
+        rows = [i for i, e in enumerate(examples) if bool(e.choices) is choice]
+        for start in range(0, len(rows), CHUNK):
+            part = rows[start : start + CHUNK]
+            chunk = [examples[i] for i in part]
+            if choice:
+                losses[part], correct[part] = _choices(model, chunk, tensors)
+            else:
+                losses[part] = model.losses(chunk, tensors)
+            beat()
+    return Assessment(losses, correct)
+
+
+def _choices(
+    model: LanguageModel, examples: Sequence[Example], tensors: Tensors | None
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """One forward gives both: a choice example's loss is its output's negative log probability."""
+    scores = model.scores(examples, tensors)
+    answers = [e.choices.index(e.output) for e in examples]
+    losses = [-float(s[a]) for s, a in zip(scores, answers, strict=True)]
+    hits = [int(np.argmax(s)) == a for s, a in zip(scores, answers, strict=True)]
+    return np.array(losses, dtype=np.float64), np.array(hits, dtype=np.bool_)
+
+
+def verdict(candidate: Assessment, parent: Assessment | None, none: Assessment) -> Verdict:
+    """Compare a candidate with what is served, on the same held-back events.
+
+    Args:
+        candidate: Under the trained weights.
+        parent: Under the weights that are served now; ``None`` where there are none or they cannot be read.
+        none: Under the base alone.
+
+    Returns:
+        Publish only where the candidate's mean loss is finite and lower than both others'.
+    """
+    metrics = {
+        "holdout_events": float(len(candidate.losses)),
+        "loss_candidate": candidate.mean,
+        "loss_none": none.mean,
+        "correct_candidate": float(candidate.correct.sum()),
+        "correct_none": float(none.correct.sum()),
+    }
+    if parent is not None:
+        metrics |= {"loss_parent": parent.mean, "correct_parent": float(parent.correct.sum())}
+    if not np.isfinite(candidate.mean):
+        return Verdict(False, "loss on held-back events is not finite", metrics)
+    # written so that a loss that is no number on the other side never blocks a sound candidate
+    if none.mean <= candidate.mean:
+        return Verdict(False, "not better than no adapter on held-back events", metrics)
+    if parent is not None and parent.mean <= candidate.mean:
+        return Verdict(False, "not better than the parent on held-back events", metrics)
+    return Verdict(True, "", metrics)
