@@ -71,11 +71,7 @@ class Offsets:
         return [r for r in records if r.partition in self._places and r.offset >= self._places[r.partition].position]
 
     def advances(self, records: Iterable[Record]) -> tuple[OffsetAdvance, ...]:
-        """Return the compare-and-swaps that finish these records, and those that step over a gap.
-
-        Raises:
-            KeyError: A record's partition was never placed.
-        """
+        """Return the compare-and-swaps that finish these records, and those that step over a gap."""
         after = {p: place.position for p, place in self._places.items() if self.gap(p)}
         for record in records:
             after[record.partition] = max(after.get(record.partition, 0), record.offset + 1)

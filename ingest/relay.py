@@ -50,14 +50,7 @@ class Relay:
         self._suspect = False
 
     def run(self) -> Steps[bool]:
-        """Send the oldest rows.
-
-        Yields:
-            The sends and the deletion.
-
-        Returns:
-            Whether there may be more to send at once.
-        """
+        """Send the oldest rows and delete them; says whether there may be more to send at once."""
         rows = self._store.outbox(ROWS)
         if not rows:
             return False

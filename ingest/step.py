@@ -121,18 +121,7 @@ class IngestWorker:
     def step(self, records: Sequence[Record], now: datetime) -> Steps[StepOutcome]:
         """Write one poll's records, then send what waits in the outbox.
 
-        Args:
-            records: In offset order within a partition.
-            now: Current time.
-
-        Yields:
-            The one write; sends and upkeep after it.
-
-        Returns:
-            All records as handled.
-
-        Raises:
-            DeadLetterLimitReached: Too many are refused; nothing of this poll was written.
+        ``DeadLetterLimitReached`` leaves it before anything of the poll is written. All records count as handled.
         """
         self._offsets.keep_only(self.consumer.assignment())
         fresh = self._offsets.fresh(records)
@@ -143,18 +132,7 @@ class IngestWorker:
         return StepOutcome(len(records))
 
     def poison(self, record: Record, now: datetime) -> Steps[StepOutcome]:
-        """Set aside one record that killed the process, without looking into it.
-
-        Args:
-            record: The killer.
-            now: Current time.
-
-        Yields:
-            The write of its dead letter and offset.
-
-        Returns:
-            One record handled.
-        """
+        """Set aside one record that killed the process, without looking into it."""
         fresh = self._offsets.fresh([record])
         if fresh:
             refused = self._sorter.refuse(record, Reason.WORKER_CRASHED, "this record ended the worker's process")
@@ -162,14 +140,7 @@ class IngestWorker:
         return StepOutcome(1)
 
     def recover(self, error: Exception) -> Steps[None]:
-        """Reread the durable offsets and go back to them.
-
-        Args:
-            error: What ended the step or the poll.
-
-        Yields:
-            The seeks.
-        """
+        """Reread the durable offsets and go back to them, with a new producer where the last send failed."""
         yield Effect("producer.reopen", self._relay.reopen_if_suspect)
         for partition, offset in sorted(self._place(self.consumer.assignment()).items()):
             where = f"{partition.topic}-{partition.index}:{offset}"

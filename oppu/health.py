@@ -71,17 +71,17 @@ class Health:
 
 
 class Server:
-    """A running HTTP server, in threads of its own.
-
-    Attributes:
-        port: The port it listens on, also where 0 was asked for.
-    """
+    """A running HTTP server, in threads of its own."""
 
     def __init__(self, server: ThreadingHTTPServer) -> None:
         self._server = server
-        self.port: int = server.server_address[1]
         self._thread = threading.Thread(target=server.serve_forever, args=(0.1,), name="oppu-http", daemon=True)
         self._thread.start()
+
+    @property
+    def port(self) -> int:
+        """The port it listens on, also where 0 was asked for."""
+        return int(self._server.server_address[1])
 
     def close(self) -> None:
         """Stop listening; running answers are not waited for."""

@@ -252,6 +252,12 @@ def parse_request(record: Record, *, limits: LimitsSettings) -> PredictionReques
 def parse_prediction(record: Record) -> Prediction:
     """Parse one of our own predictions.
 
+    Args:
+        record: The record as read.
+
+    Returns:
+        The prediction.
+
     Raises:
         InvalidRecord: Where it is not one.
     """

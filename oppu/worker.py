@@ -54,7 +54,10 @@ class Worker(Protocol):
         ...
 
     def step(self, records: Sequence[Record], now: datetime) -> Steps[StepOutcome]:
-        """Process one poll batch. An empty one is a chance for upkeep (outbox relay)."""
+        """Process one poll batch. An empty one is a chance for upkeep (outbox relay).
+
+        ``Backpressure`` raised before the first effect holds the whole batch, as ``held`` does with a part of it.
+        """
         ...
 
     def poison(self, record: Record, now: datetime) -> Steps[StepOutcome]:

@@ -26,7 +26,8 @@ _ROUND = 6  # decimals in which two similarities are equal: below float32's erro
 _FIRST_FETCH = 16  # smallest fetch; larger ones grow by fours, so that a poll's queries share a call
 _ID_BYTES = 8
 _LIST_BYTES = 512  # bookkeeping of a list, here and in faiss
-_MIN_SLACK_BYTES = 2**18
+_SPARE = 0  # the number of a list that nobody gets: see ``release``
+_MIN_SLACK_BYTES = 2**20
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -66,7 +67,6 @@ class _List:
     number: int
     token: int
     seqs: "array[int]" = field(default_factory=lambda: array("q"))
-    capacity: int = 0  # vectors that fit the memory faiss holds for this list
 
     def __len__(self) -> int:
         return len(self.seqs)
@@ -83,21 +83,28 @@ class DenseIndex:
         lists: Inverted lists to begin with; doubled when they run out.
     """
 
-    def __init__(self, dim: int, lists: int = 256) -> None:
+    def __init__(self, dim: int, lists: int = 1024) -> None:
         self._dim = dim
+        self._vector_bytes = 4 * dim + _ID_BYTES
         self._lists: dict[ListKey, _List] = {}
         self._owners: dict[int, ListKey] = {}
         self._next_token = 0
-        self._nbytes = 0
         self._index: Any  # faiss's own stubs miss its Python wrappers
-        self._arrays: Any
-        self._retained_ids: dict[int, int] = {}  # ids that faiss has room for in a list, by list number
-        self._build(lists)
+        self._capacity: dict[int, int] = {}  # vectors that faiss has memory for, by list number
+        self._live_bytes = 0
+        self._slack_bytes = 0
+        self._free_numbers: list[int] = []
+        self._build(max(2, lists))
+
+    @property
+    def live_bytes(self) -> int:
+        """Memory of the lists that have an owner."""
+        return self._live_bytes
 
     @property
     def nbytes(self) -> int:
-        """Memory of all lists, that which faiss keeps for the next owner of a list included."""
-        return self._nbytes + self._slack_bytes
+        """Memory of all lists, that included which faiss keeps for the next owner of a freed one."""
+        return self._live_bytes + self._slack_bytes
 
     def size(self, key: ListKey) -> int:
         """Return how many vectors a list holds."""
@@ -138,13 +145,13 @@ class DenseIndex:
         if owned is None or not owned.seqs or owned.seqs[0] >= first_seq:
             return
         keep = bisect_left(owned.seqs, first_seq)
-        seqs, vectors = owned.seqs[keep:], self._vectors(owned)[keep:]
+        seqs, vectors = owned.seqs[keep:], self._vectors(owned)[keep:].copy()
         if not seqs:
             self.free(key)
             return
-        self._nbytes -= self._bytes(owned)
+        self._live_bytes -= self._bytes(owned)
         self._clear(owned)
-        self._nbytes += self._bytes(owned)
+        self._live_bytes += self._bytes(owned)
         self._append(owned, np.asarray(seqs, dtype=np.int64), vectors)
 
     def free(self, key: ListKey) -> None:
@@ -152,13 +159,29 @@ class DenseIndex:
         owned = self._lists.pop(key, None)
         if owned is None:
             return
-        self._nbytes -= self._bytes(owned)
+        self._live_bytes -= self._bytes(owned)
         del self._owners[owned.token]
         self._clear(owned)
         self._free_numbers.append(owned.number)
-        self._slack_bytes += self._retained_ids.get(owned.number, 0) * _ID_BYTES
-        if self._slack_bytes > max(_MIN_SLACK_BYTES, self._nbytes // 16):
-            self._build(self._index.nlist)
+        self._slack_bytes += self._capacity.get(owned.number, 0) * self._vector_bytes
+        if self._slack_bytes > max(_MIN_SLACK_BYTES, self._live_bytes // 16):
+            self.release()
+
+    def release(self) -> None:
+        """Give the memory of all freed lists back, without touching the others' vectors.
+
+        An emptied faiss list keeps its memory, and Python cannot reach a single one. ``permute_invlists`` moves
+        list ``order[i]`` to ``i``; one that no ``i`` names is destroyed, and who names one that has moved already
+        gets an empty one. So each freed list is to become the spare one, again.
+        """
+        order = np.arange(self._index.nlist, dtype=np.int64)
+        order[self._free_numbers] = _SPARE
+        lists: Any = faiss.downcast_InvertedLists(self._index.invlists)
+        with _mapped():
+            lists.permute_invlists(faiss.swig_ptr(order))
+        for number in self._free_numbers:
+            self._capacity.pop(number, None)
+        self._slack_bytes = 0
 
     def search(self, probes: Sequence[Probe]) -> list[Found]:
         """Search each probe's own list.
@@ -229,71 +252,62 @@ class DenseIndex:
         if not self._free_numbers:
             self._build(2 * self._index.nlist)
         number = self._free_numbers.pop()
-        self._slack_bytes -= self._retained_ids.get(number, 0) * _ID_BYTES
+        self._slack_bytes -= self._capacity.get(number, 0) * self._vector_bytes
         owned = self._lists[key] = _List(number, self._next_token)
         self._owners[owned.token] = key
         self._next_token += 1
-        self._nbytes += self._bytes(owned)
+        self._live_bytes += self._bytes(owned)
         return owned
 
     def _append(self, owned: _List, seqs: Ints, vectors: Floats) -> None:
-        self._nbytes -= self._bytes(owned)
-        self._write(owned, seqs, vectors)
-        before = len(owned)
+        self._live_bytes -= self._bytes(owned)
+        self._write(owned, len(owned), seqs, vectors)
         owned.seqs.extend(seqs.tolist())
-        owned.capacity = _grown(owned.capacity, before, len(seqs))
-        held = self._retained_ids.get(owned.number, 0)
-        self._retained_ids[owned.number] = _grown(held, before, len(seqs))
-        self._nbytes += self._bytes(owned)
+        self._live_bytes += self._bytes(owned)
 
-    def _write(self, owned: _List, seqs: Ints, vectors: Floats) -> None:
+    def _write(self, owned: _List, size: int, seqs: Ints, vectors: Floats) -> None:
+        """Put vectors behind the ``size`` ones of a list; in one piece, since faiss grows by doubling."""
         ids = seqs | (owned.token << _SEQ_BITS)
-        vectors = np.ascontiguousarray(vectors)
-        numbers = np.full(len(seqs), owned.number, dtype=np.int64)
+        codes = np.ascontiguousarray(vectors).view(np.uint8)  # a flat index's code is the vector itself
         with _mapped():
-            self._index.add_core(len(seqs), faiss.swig_ptr(vectors), faiss.swig_ptr(ids), faiss.swig_ptr(numbers))
+            self._index.invlists.add_entries(owned.number, len(seqs), faiss.swig_ptr(ids), faiss.swig_ptr(codes))
+            self._index.ntotal += len(seqs)
+        self._capacity[owned.number] = _grown(self._capacity.get(owned.number, 0), size, len(seqs))
 
     def _vectors(self, owned: _List) -> Floats:
-        """Return a copy of a list's vectors, ``[n, dim] float32``, in seq order (faiss appends)."""
-        lists = self._index.invlists
-        codes = faiss.rev_swig_ptr(lists.get_codes(owned.number), len(owned) * 4 * self._dim)
-        vectors: Floats = codes.view(np.float32).reshape(len(owned), self._dim).copy()
+        """Return a list's vectors, ``[n, dim] float32``, in seq order: faiss's own memory, until the next write."""
+        codes = faiss.rev_swig_ptr(self._index.invlists.get_codes(owned.number), len(owned) * 4 * self._dim)
+        vectors: Floats = codes.view(np.float32).reshape(len(owned), self._dim)
         return vectors
 
     def _clear(self, owned: _List) -> None:
         """Empty a list at once: ``remove_ids`` would pass over everybody's."""
         with _mapped():
-            self._index.ntotal -= len(owned)
             self._index.invlists.resize(owned.number, 0)
-            codes = self._arrays.codes.at(owned.number)
-            codes.owned_data.swap(faiss.UInt8Vector())  # resizing alone keeps the memory
-            codes.resize(0)  # lets faiss see the swapped memory
+            self._index.ntotal -= len(owned)
         owned.seqs = array("q")
-        owned.capacity = 0
 
     def _bytes(self, owned: _List) -> int:
-        ids = self._retained_ids.get(owned.number, 0) * _ID_BYTES
-        return _LIST_BYTES + owned.capacity * 4 * self._dim + ids + len(owned) * owned.seqs.itemsize
+        held = self._capacity.get(owned.number, 0) * self._vector_bytes
+        return _LIST_BYTES + held + len(owned) * owned.seqs.itemsize
 
     def _build(self, lists: int) -> None:
-        """Make an index of ``lists`` lists and move everything there: for more lists, or to give memory back."""
+        """Make an index of ``lists`` lists and copy what is held: faiss cannot add lists to one."""
         held = [(owned, self._vectors(owned)) for owned in self._lists.values()]
+        old = getattr(self, "_index", None)  # keeps the memory behind ``held`` until it is copied
         with _mapped():
             self._quantizer = faiss.IndexFlatIP(self._dim)  # never asked: lists are named by us
             self._index = faiss.IndexIVFFlat(self._quantizer, self._dim, lists, faiss.METRIC_INNER_PRODUCT)
             self._index.is_trained = True
             self._index.nprobe = 1
-            self._arrays = faiss.downcast_InvertedLists(self._index.invlists)
-        self._retained_ids = {}
+        self._capacity = {}
         self._slack_bytes = 0
-        self._nbytes = 0
-        for number, (owned, vectors) in enumerate(held):
-            owned.number, owned.capacity = number, len(owned)
-            self._retained_ids[number] = len(owned)
-            self._nbytes += self._bytes(owned)
-            if len(owned):
-                self._write(owned, np.asarray(owned.seqs, dtype=np.int64), vectors)
-        self._free_numbers = list(range(lists - 1, len(held) - 1, -1))
+        for number, (owned, vectors) in enumerate(held, start=_SPARE + 1):
+            owned.number = number
+            self._write(owned, 0, np.asarray(owned.seqs, dtype=np.int64), vectors)
+        del old
+        self._live_bytes = sum(self._bytes(owned) for owned, _ in held)
+        self._free_numbers = list(range(lists - 1, len(held) + _SPARE, -1))
 
 
 def _rounded_up(count: int) -> int:

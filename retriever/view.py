@@ -178,9 +178,12 @@ class Views:
 
     def settle(self) -> None:
         """Account for what was loaded and built, and evict until the bound holds."""
-        while self._views and self.nbytes > self._settings.resident_bytes:
+        bound = self._settings.resident_bytes
+        while self._views and self._charged + self.dense.live_bytes > bound:
             self._drop(next(iter(self._views)))
             self._metrics.index_events.labels("eviction").inc()
+        if self.nbytes > bound:
+            self.dense.release()
         self._metrics.index_bytes.set(self.nbytes)
         self._metrics.index_users.set(len(self._views))
 

@@ -66,6 +66,8 @@ def adapt_base(
 
         def progress(done: int, total: int, loss: float) -> None:
             bar.update(task, completed=done, total=total, loss=f"loss {loss:.3f}")
+            if not sys.stderr.isatty() and done % max(1, total // 8) == 0:
+                click.echo(f"adapting the base: step {done} of {total}, loss {loss:.3f}", err=True)
 
         report = run(
             load_base(settings.model),

@@ -90,7 +90,7 @@ def _run_consumer(settings: Settings, name: str, build: Callable[[Settings, Metr
         worker = _wait_for(lambda: build(settings, metrics), settings, health, stopping)
         if worker is None:
             return
-        guard = CrashGuard(compose.state_dir(settings) / f"{name}.inflight.json")
+        guard = CrashGuard.claim(compose.state_dir(settings), name)
         loop = Loop(worker, settings=settings, clock=SystemClock(), metrics=metrics, health=health, guard=guard)
         stopping.call(loop.stop)
         loop.run()

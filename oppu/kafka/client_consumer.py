@@ -58,12 +58,10 @@ class _KeptJoin:
 class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python has no types
     """Keeps book during a rebalance. It runs in the client's network thread, so it may not call the broker.
 
-    Attributes:
-        owned: What we hold.
-        unplaced: What of it still awaits its first position.
-        membership: The generation in which we were given it. Not the client's latest: a rebalance may end in the
-            background between two polls, and a proof of the new generation over the old assignment would let a
-            transaction move offsets of partitions that another member already has.
+    ``owned`` is what we hold, ``unplaced`` what of it still awaits its first position. ``membership`` is the
+    generation in which we were given it, not the client's latest: a rebalance may end in the background between two
+    polls, and a proof of the new generation over the old assignment would let a transaction move offsets of
+    partitions that another member already has.
     """
 
     def __init__(self, consumer: KafkaConsumer) -> None:

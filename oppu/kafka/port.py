@@ -49,6 +49,13 @@ class Consumer(Protocol):
     def poll(self, timeout_seconds: float, max_records: int) -> list[Record]:
         """Join, heartbeat and fetch; records of one partition are in offset order.
 
+        Args:
+            timeout_seconds: How long to wait where there is nothing.
+            max_records: At most so many.
+
+        Returns:
+            The records; none while the group rebalances.
+
         Raises:
             OffsetOutOfRange: A position lies outside the log.
             TransientError: The broker cannot be reached.
@@ -77,8 +84,7 @@ class Consumer(Protocol):
     def committed(self, partitions: Iterable[Partition]) -> dict[Partition, int | None]:
         """Return the group's committed next offsets.
 
-        Raises:
-            TransientError: A transaction that is still open is about to move one of them.
+        Raises ``TransientError`` while a transaction that is still open is about to move one of them.
         """
         ...
 
@@ -105,6 +111,12 @@ class Producer(Protocol):
     def send(self, records: Sequence[OutRecord]) -> list[Produced]:
         """Send and wait until all are acknowledged.
 
+        Args:
+            records: To be sent, in this order where the key is the same.
+
+        Returns:
+            Where each of them lies.
+
         Raises:
             TransientError: At least one was not acknowledged; some may have been written.
             InvalidRecord: One is larger than its topic takes; some may have been written.
@@ -130,6 +142,9 @@ class TransactionalProducer(Protocol):
     def send(self, records: Sequence[OutRecord]) -> None:
         """Add records to the transaction; acknowledged at the latest by :meth:`commit`.
 
+        Args:
+            records: To be sent, in this order where the key is the same.
+
         Raises:
             InvalidRecord: One is larger than its topic takes, here or in :meth:`commit`: abort.
         """
@@ -137,6 +152,10 @@ class TransactionalProducer(Protocol):
 
     def send_offsets(self, offsets: Mapping[Partition, int], group: GroupMetadata) -> None:
         """Add the group's next offsets to the transaction.
+
+        Args:
+            offsets: The next offset of each partition.
+            group: Proof that the caller holds them.
 
         Raises:
             ProducerFenced: The generation is stale.

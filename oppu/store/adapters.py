@@ -63,6 +63,17 @@ def roll_back(
 ) -> Head | None:
     """Move the head back, revoke the claim, and hold training until there is new evidence.
 
+    Args:
+        connection: In a write transaction.
+        user_hash: Hashes the id for the log.
+        who: Base and user.
+        to: The version to serve; ``None`` for none.
+        reason: For the log.
+        now: Time of the decision.
+
+    Returns:
+        The new head.
+
     Raises:
         ConfigError: The user is unknown or has no such version.
     """

@@ -263,10 +263,7 @@ class HistoryStore(Protocol):
         ...
 
     def counts(self) -> dict[str, int]:
-        """Return totals for commands and gauges.
-
-        They are ``users``, ``events``, ``outbox``, ``answers``, ``adapters`` (heads), ``held`` and ``quarantined``.
-        """
+        """Return ``users``, ``events``, ``outbox``, ``answers``, ``adapters`` (heads), ``held``, ``quarantined``."""
         ...
 
     # --- updater

@@ -26,6 +26,11 @@ def read_offsets(connection: Connection, cluster_id: str, topics: Sequence[str])
 def advance_offsets(connection: Connection, cluster_id: str, advances: Iterable[OffsetAdvance]) -> None:
     """Move offsets, each only from its expected value.
 
+    Args:
+        connection: In a write transaction.
+        cluster_id: Whose offsets.
+        advances: What to move.
+
     Raises:
         OffsetConflict: One of them stood elsewhere, or belongs to another topic of that name.
     """

@@ -62,14 +62,13 @@ class Live:
 
     def run_until(self, events: int, answers: int = 0) -> None:
         loop = self.loop()
-        end = time.monotonic() + SECONDS
-        while time.monotonic() < end:
+        wanted, end, found = (events, answers, 0), time.monotonic() + SECONDS, None
+        while not (self.health.is_ready() and found == wanted) and time.monotonic() < end:
             loop.turn()
             counts = self.store.counts()
-            if (counts["events"], counts["answers"], counts["outbox"]) == (events, answers, 0):
-                break
-        assert self.health.is_ready()
+            found = (counts["events"], counts["answers"], counts["outbox"])
         loop.close()
+        assert found == wanted
 
     def letters(self, number: int) -> list[DeadLetter]:
         reader = self.broker.consumer(
@@ -125,7 +124,9 @@ def test_another_identity_of_the_topic_stops_the_worker(live: Live) -> None:
     live.store.adopt_offset(live.cluster_id, Partition(live.topics.events, 0), 0, "another topic")
     loop = live.loop()
     end = time.monotonic() + SECONDS
-    with pytest.raises(OffsetIdentityChanged, match="oppu topics adopt"):
-        while time.monotonic() < end:
-            loop.turn()
-    loop.close()
+    try:
+        with pytest.raises(OffsetIdentityChanged, match="oppu topics adopt"):
+            while time.monotonic() < end:
+                loop.turn()
+    finally:
+        loop.close()

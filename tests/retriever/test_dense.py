@@ -35,7 +35,11 @@ def brute(held: dict[int, Rows], probe: Probe) -> list[tuple[int, float]]:
 
 
 actions = st.lists(
-    st.tuples(st.sampled_from(["add", "add", "add", "repeat", "trim", "free"]), st.integers(0, 5), st.integers(1, 40)),
+    st.tuples(
+        st.sampled_from(["add", "add", "add", "repeat", "trim", "free", "release"]),
+        st.integers(0, 5),
+        st.integers(1, 40),
+    ),
     min_size=1,
     max_size=25,
 )
@@ -61,9 +65,11 @@ def test_equals_brute_force_after_any_history(
         elif action == "trim":
             index.trim(k, n)
             held[k] = {s: row for s, row in held[k].items() if s >= n}
-        else:
+        elif action == "free":
             index.free(k)
             held[k] = {}
+        else:
+            index.release()
     probes = []
     for k in held:
         first = data.draw(st.integers(0, 30))
@@ -177,19 +183,21 @@ def test_freed_lists_give_their_memory_back() -> None:
     assert _rss() - before < rows.nbytes
 
 
-def test_ids_that_faiss_keeps_are_counted_and_given_back() -> None:
-    """Only the vectors' memory can be swapped out of a list; too many kept ids make the index be rebuilt."""
-    rows = np.ones((20_000, DIM), np.float32)
-    index, seqs = DenseIndex(DIM), list(range(1, 20_001))
-    for user in range(4):
-        index.add(key(user), seqs, rows)
-    kept = []
-    for user in range(3):
+def test_release_leaves_the_others_alone() -> None:
+    rng, index, rows = np.random.default_rng(0), DenseIndex(DIM, lists=4), {}
+    for user in range(9):
+        rows[user] = unit(rng, 50)
+        index.add(key(user), list(range(1, 51)), rows[user])
+    for user in (0, 3, 8):
         index.free(key(user))
-        kept.append(index._slack_bytes)
-    assert kept == [160_000, 0, 160_000]
-    found = index.search([Probe(key(3), rows[0], 2, 1, 20_001)])[0]
-    assert found.seqs.tolist() == [20_000, 19_999]
+    assert index.nbytes - index.live_bytes >= 3 * 50 * DIM * 4
+    index.release()
+    assert index.nbytes == index.live_bytes == sum(index.list_bytes(key(user)) for user in range(9))
+    index.add(key(8), [7], unit(rng, 1))
+    rest = [1, 2, 4, 5, 6, 7]
+    found = index.search([Probe(key(user), rows[user][9], 1, 1, 99) for user in rest])
+    assert [f.seqs.tolist() for f in found] == [[10]] * 6
+    assert index.search([Probe(key(8), rows[1][0], 60, 1, 99)])[0].seqs.tolist() == [7]
 
 
 def test_accounting_returns_to_zero_and_counts_growth() -> None:
@@ -203,5 +211,7 @@ def test_accounting_returns_to_zero_and_counts_growth() -> None:
     index.free(key(2))
     index.free(key(1))
     index.free(key(1))
-    assert 0 <= index.nbytes <= 64 * 8 * 2
+    assert index.live_bytes == 0 < index.nbytes
+    index.release()
+    assert index.nbytes == 0
     assert index.list_bytes(key(1)) == index.size(key(1)) == 0

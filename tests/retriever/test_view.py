@@ -195,7 +195,7 @@ def test_accounting_ends_at_nothing(history: "FakeHistory", make: Make) -> None:
         look(retriever, history.state(user))
     retriever.close()
     assert retriever._views._charged == 0
-    assert retriever._views.dense._nbytes == 0
+    assert retriever._views.dense.live_bytes == 0
 
 
 @pytest.mark.parametrize("fault", ["owner", "order"])

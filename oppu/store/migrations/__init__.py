@@ -53,7 +53,13 @@ def migrate(settings: StoreSettings) -> str:
 
 
 def schema_version(database: Database) -> str | None:
-    """Return the revision a store has; ``None`` for an empty or missing one.
+    """Read which revision a store has.
+
+    Args:
+        database: The store's.
+
+    Returns:
+        The revision; ``None`` for an empty or missing store.
 
     Raises:
         TransientError: The database cannot be reached or is locked.
@@ -66,6 +72,9 @@ def schema_version(database: Database) -> str | None:
 
 def check_version(database: Database) -> None:
     """Check that a store can be read and has the schema of this program.
+
+    Args:
+        database: The store's.
 
     Raises:
         ConfigError: It has another, or none; names the command.

@@ -125,6 +125,12 @@ def _await(server: "subprocess.Popen[bytes]", folder: Path) -> None:
             time.sleep(0.05)
 
 
+@pytest.fixture
+def sqlite_settings(tmp_path: Path) -> StoreSettings:
+    """A SQLite store that does not exist yet."""
+    return StoreSettings(url=f"sqlite:///{tmp_path}/store/history.db", busy_timeout_seconds=0.3)
+
+
 @contextmanager
 def _database(server: str, source: str) -> Iterator[StoreSettings]:
     name = f"t{uuid.uuid4().hex[:12]}"
