@@ -88,12 +88,16 @@ class Engine:
         watch = _Stopwatch(self._clock, self._metrics)
         with watch.stage("history"):
             states = self._parts.store.users(_users(asks), self._parts.model.base)
-        with watch.stage("retrieve"):
-            personal = gather(asks, states, self._parts.retriever, self._settings.retriever)
-        prepared = [Prepared(ask, known) for ask, known in zip(asks, personal, strict=True)]
         answers: list[Answer] = []
-        for chunk in _chunks(prepared, self._settings.inference.batch, self._settings.inference.resident_adapters):
-            answers.extend(self._answer_chunk(chunk, watch.fork(), now))
+        size = self._settings.inference.batch
+        # evidence is gathered piece by piece: what the step's time does not reach has not been searched for in vain
+        for first in range(0, len(asks), size):
+            piece = watch.fork()
+            with piece.stage("retrieve"):
+                personal = gather(asks[first : first + size], states, self._parts.retriever, self._settings.retriever)
+            prepared = [Prepared(*known) for known in zip(asks[first : first + size], personal, strict=True)]
+            for chunk in _chunks(prepared, size, self._settings.inference.resident_adapters):
+                answers.extend(self._answer_chunk(chunk, piece.fork(), now))
             if watch.elapsed() >= STEP_BUDGET_SECONDS:
                 break
         return answers

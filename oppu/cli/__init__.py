@@ -7,6 +7,7 @@ Commands are loaded when they are named, so that help and the light commands sta
 import importlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -108,6 +109,8 @@ def cli(ctx: click.Context, config: Path | None) -> None:
 
 def main() -> None:
     """Run the command line and leave with its exit code."""
+    # threads of OpenMP that spin while they wait take the cores from the other workers of this machine
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         cli(standalone_mode=False)
     except click.exceptions.Abort:

@@ -33,7 +33,7 @@ from oppu.store.port import ClaimState, HistoryStore
 from oppu.wire import BehaviorEvent
 
 MARKER = "oppu-demo.folder"
-RECIPE: dict[str, Any] = {"method": "full", "epochs": 4, "learning_rate": 5e-4, "batch": 32, "seed": 0}
+RECIPE: dict[str, Any] = {"method": "full", "epochs": 2, "learning_rate": 5e-4, "batch": 32, "seed": 0}
 OVERRIDES = """
 [model]
 base = {base}
@@ -44,7 +44,7 @@ k = 1
 """
 SILENT_SHARE = 0.4
 """Share of the stream that is sent before the first live request: somebody must have a history first."""
-WAVES = 8
+WAVES = 6
 ASKED_EVERY = 3
 """One in so many live events is asked about; all of the final ones are."""
 READY_SECONDS, SETTLE_SECONDS, INGEST_SECONDS = 120.0, 180.0, 60.0
@@ -101,9 +101,10 @@ def _run(running: Stack, client: Client, sample: Sample, started: float) -> Repo
     client.send_events(sample.stream[:silent])
     _await_events(store, silent)
     _say(started, f"{silent} events stored and retrievable")
-    live = list(_live(client, store, sample.stream[silent:], silent, started))
     _settle(store, running.settings)
-    _say(started, f"the updater has caught up: {_heads(store)} users have an adapter; asking about later articles")
+    _say(started, f"{_heads(store)} users have an adapter")
+    live = list(_live(running, client, store, sample.stream[silent:], started))
+    _say(started, f"{_heads(store)} users have an adapter; asking about later articles")
     final = ask_arms(client, sample.test, ARMS, prefix="final")
     _say(
         started,
@@ -131,10 +132,10 @@ def _run(running: Stack, client: Client, sample: Sample, started: float) -> Repo
 
 
 def _live(
-    client: Client, store: HistoryStore, events: Sequence[BehaviorEvent], sent: int, started: float
+    running: Stack, client: Client, store: HistoryStore, events: Sequence[BehaviorEvent], started: float
 ) -> Iterator[list[Asked]]:
     """Ask about each wave in every arm before it is sent, then send it: predict, then learn."""
-    size = -(-len(events) // WAVES)
+    size, sent, settings = -(-len(events) // WAVES), store.counts()["events"], running.settings
     for number in range(WAVES):
         wave = events[number * size : (number + 1) * size]
         asked = wave[::ASKED_EVERY]
@@ -143,6 +144,7 @@ def _live(
         client.send_events([_reply(e, "live") if e.event_id in named else e for e in wave])
         sent += len(wave)
         _await_events(store, sent)
+        _settle(store, settings)  # the stream's months pass in seconds here: give the scheduler its months
         shares = ", ".join(f"{arm} {sum(a.right(arm) for a in answers) / len(answers):.2f}" for arm in ARMS)
         _say(started, f"wave {number + 1}/{WAVES}, to {wave[-1].occurred_at:%Y-%m}: {shares}; {_heads(store)} adapters")
         yield answers

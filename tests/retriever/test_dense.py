@@ -200,6 +200,15 @@ def test_release_leaves_the_others_alone() -> None:
     assert index.search([Probe(key(8), rows[1][0], 60, 1, 99)])[0].seqs.tolist() == [7]
 
 
+def test_a_freed_lists_memory_is_counted_once_when_reused() -> None:
+    rng, index = np.random.default_rng(0), DenseIndex(DIM)
+    index.add(key(1), list(range(1, 51)), unit(rng, 50))
+    index.free(key(1))
+    assert index.nbytes == 50 * (DIM * 4 + 8)
+    index.add(key(2), [1], unit(rng, 1))
+    assert index.nbytes == index.live_bytes == index.list_bytes(key(2)) >= 50 * (DIM * 4 + 8)
+
+
 def test_accounting_returns_to_zero_and_counts_growth() -> None:
     rng, index = np.random.default_rng(0), DenseIndex(DIM, lists=1)
     for seq in range(1, 50):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from oppu.embedder import HashEmbedder
 from oppu.errors import FatalError
 from oppu.metrics import Metrics
 from oppu.values import UserId, UserState
@@ -163,6 +164,16 @@ def test_memory_is_bounded_and_the_least_recently_used_goes(
     assert evicted == 30 - len(loaded)
     found = look(retriever, history.state("u1"))
     assert shown(found) == list(range(1, 121))
+
+
+def test_what_evicted_lists_leave_behind_counts_too(history: "FakeHistory", make: Make) -> None:
+    history.embedder = HashEmbedder(512)
+    for i in range(12):
+        fill(history, f"u{i}", 100)
+    retriever = make(resident_bytes=2**20)
+    for i in range(12):
+        look(retriever, history.state(f"u{i}"))
+        assert retriever.resident_bytes <= 2**20
 
 
 def test_one_user_larger_than_the_bound_is_answered_and_dropped(history: "FakeHistory", make: Make) -> None:
