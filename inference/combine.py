@@ -1,6 +1,8 @@
 """Combine a choice's scores: base model, model with the user's adapter, kNN vote and recency prior.
 
-Pure. Letter: c choices. Product of experts in log space, the only place where sources are weighed.
+Pure. Letter: c choices. The only place where sources are weighed: base, kNN and prior are a product of experts;
+the user's adapter stands beside them as a mixture's second expert, for it has mostly learnt what kNN and prior
+already say, and a product would count that twice (docs/results.md has the measurement).
 Invariants: the result is normalised; permuting the choices permutes it; an absent part, or one of weight zero,
 changes nothing. Where the weights come from is the caller's business.
 """
@@ -48,8 +50,7 @@ class Weights:
     """How much each source counts.
 
     Attributes:
-        adapter: The adapter's share of the model's score where other evidence stands beside it; alone it has all
-            (at full strength on top of the evidence it costs accuracy).
+        adapter: The adapter's weight in the mixture where other evidence stands beside it; alone it has all.
         knn: Factor of log kNN.
         prior: Factor of the log prior.
     """
@@ -74,10 +75,12 @@ def combine(parts: Evidence, weights: Weights) -> Array:
         for source, weight in ((parts.knn, weights.knn), (parts.prior, weights.prior))
         if source is not None and weight > 0
     ]
-    score = _model_score(parts, weights.adapter if beside else 1.0)
-    for term in beside:
-        score = score + term
-    return log_softmax(score)
+    if parts.adapter is not None and not beside:
+        return log_softmax(parts.adapter)
+    evidence = log_softmax(np.sum([parts.base, *beside], axis=0))
+    if parts.adapter is None or weights.adapter == 0:
+        return evidence
+    return _mixture(evidence, log_softmax(parts.adapter), weights.adapter)
 
 
 def log_softmax(scores: Array) -> Array:
@@ -128,10 +131,8 @@ def pick(kind: Kind, choices: Sequence[str], probabilities: Array) -> str:
     return choices[order[min(int(np.searchsorted(reached, _HALF)), len(order) - 1)]]
 
 
-def _model_score(parts: Evidence, share: float) -> Array:
-    if parts.adapter is None or share == 0:
-        return parts.base
+def _mixture(evidence: Array, adapter: Array, share: float) -> Array:
     if share == 1:  # never 0 x -inf
-        return parts.adapter
-    mixed: Array = (1 - share) * parts.base + share * parts.adapter
+        return adapter
+    mixed: Array = np.logaddexp(np.log1p(-share) + evidence, np.log(share) + adapter)
     return mixed

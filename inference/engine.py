@@ -125,11 +125,13 @@ class Engine:
         ask, personal = prepared.ask, prepared.personal
         asked = ask.request.options.max_new_tokens
         tokens = ask.task.max_new_tokens if asked is None else asked
+        # a choice's evidence is weighed in its scores; a base that was not adapted on such prompts is misled by them
+        prompted = not ask.choices or self._settings.model.prompt_evidence == "all"
         return Row(
             task=ask.task.name,
             input=ask.request.input,
-            evidence=tuple((hit.event.input, hit.event.output) for hit in personal.hits),
-            profile=personal.profiled.line if personal.profiled is not None else "",
+            evidence=tuple((hit.event.input, hit.event.output) for hit in personal.hits) if prompted else (),
+            profile=personal.profiled.line if prompted and personal.profiled is not None else "",
             choices=ask.choices,
             adapter=placed.ref,
             max_new_tokens=min(tokens, self._settings.limits.max_new_tokens),

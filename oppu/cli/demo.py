@@ -39,8 +39,6 @@ OVERRIDES = """
 base = {base}
 [updater]
 interval_seconds = 1.0
-[retriever]
-k = 1
 """
 SILENT_SHARE = 0.4
 """Share of the stream that is sent before the first live request: somebody must have a history first."""

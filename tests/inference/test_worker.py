@@ -101,7 +101,9 @@ def test_evidence_moves_the_scores_towards_what_the_user_does(world: World) -> N
     assert war["none"] < war["prior"] < war["all"]
 
 
-def test_k_of_the_request_bounds_the_prompt(settings: Settings, make_world: Callable[..., World]) -> None:
+def test_a_choice_has_its_evidence_in_the_scores_not_in_the_prompt(
+    settings: Settings, make_world: Callable[..., World]
+) -> None:
     rows: list[Row] = []
 
     class Watched(FakeModel):
@@ -110,6 +112,25 @@ def test_k_of_the_request_bounds_the_prompt(settings: Settings, make_world: Call
             return super().answer(asked)
 
     world = make_world(settings, model=Watched())
+    world.remember("anna", [(f"text {i}", "war") for i in range(9)])
+    world.ask("anna", "r1")
+    world.turn()
+    assert [(row.evidence, row.profile) for row in rows] == [((), "")]
+    made = world.answer("r1").provenance
+    assert made is not None
+    assert "retrieval" in made.used
+
+
+def test_k_of_the_request_bounds_the_prompt(settings: Settings, make_world: Callable[..., World]) -> None:
+    rows: list[Row] = []
+
+    class Watched(FakeModel):
+        def answer(self, asked: Any) -> list[Scored]:
+            rows.extend(asked)
+            return super().answer(asked)
+
+    everywhere = settings.model.model_copy(update={"prompt_evidence": "all"})
+    world = make_world(settings.model_copy(update={"model": everywhere}), model=Watched())
     world.remember("anna", [(f"text {i}", "war") for i in range(9)])
     world.ask("anna", "r1", options={"retrieve": 2, "max_new_tokens": 7})
     world.ask("anna", "r2")
