@@ -114,6 +114,7 @@ class KafkaGroupConsumer:
     def poll(self, timeout_seconds: float, max_records: int) -> list[Record]:
         """Join, heartbeat and fetch; records of one partition are in offset order."""
         self._place()
+        self._unpark()
         with translated():
             batches = self._consumer.poll(timeout_ms=int(timeout_seconds * 1000), max_records=max_records)
         self._paused &= self.assignment()
@@ -174,6 +175,16 @@ class KafkaGroupConsumer:
         """Leave the group and release the connection."""
         with translated():
             self._consumer.close(autocommit=False, timeout_ms=CLOSE_MILLISECONDS)
+
+    def _unpark(self) -> None:
+        """Let the library deliver what it had fetched of a partition before that was paused.
+
+        It parks such records, and takes them up after the resume only where its slot for the records in hand is
+        ``None``; but the slot keeps the last, exhausted ones, so the partition would stay silent for ever.
+        """
+        fetcher = self._consumer._fetcher  # noqa: SLF001 - there is no public way in
+        if not fetcher._next_partition_records:  # noqa: SLF001
+            fetcher._next_partition_records = None  # noqa: SLF001
 
     def _probe(self) -> None:
         """Raise ``TransientError`` unless the broker answers."""

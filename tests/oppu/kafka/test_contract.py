@@ -7,7 +7,7 @@ import pytest
 from oppu.errors import FatalError, InvalidRecord, OffsetOutOfRange, Reason, TransientError
 from oppu.kafka.port import TopicSpec
 from oppu.values import OutRecord, Partition
-from tests.oppu.kafka.contract import TOPIC_BYTES, World, collect, out, quiet, settle, take
+from tests.oppu.kafka.contract import TOPIC_BYTES, World, collect, out, quiet, settle, take, values
 
 
 def test_records_come_in_order_with_all_they_carry(world: World) -> None:
@@ -138,6 +138,24 @@ def test_a_paused_partition_delivers_nothing_until_resumed(world: World) -> None
     assert {record.partition for record in rest} == {Partition(topic, 1)}
     consumer.resume([paused, Partition("elsewhere", 0)])
     collect([consumer], lambda found: len(found) + len(rest) == 20)
+
+
+def test_what_was_fetched_before_a_pause_is_delivered_after_the_resume(world: World) -> None:
+    topic = world.topic(partitions=3)
+    sent = [out(topic, f"v{n}", key=f"k{n % 11}") for n in range(300)]
+    world.producer().send(sent)
+    consumer = world.consumer(topic)
+    found: list[str] = []
+    for _ in range(400):
+        polled = consumer.poll(0.05, 20)
+        found += values(polled)
+        part = {record.partition for record in polled}
+        consumer.pause(part)
+        found += values(consumer.poll(0.05, 20))
+        consumer.resume(part)
+        if len(found) >= len(sent):
+            break
+    assert sorted(found) == sorted(f"v{n}" for n in range(300))
 
 
 @pytest.mark.parametrize("position", [5, 1_000_000])
