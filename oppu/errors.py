@@ -13,8 +13,8 @@ class OppuError(Exception):
 class ConfigError(OppuError):
     """The configuration or a command's input is wrong: exit 2 before any connection is made.
 
-    Attributes:
-        problems: Every fault found, each naming the setting and what is expected.
+    Args:
+        *problems: Every fault found, each naming the setting and what is expected.
     """
 
     def __init__(self, *problems: str) -> None:
@@ -43,7 +43,7 @@ class Reason(StrEnum):
 class InvalidRecord(OppuError):
     """One record cannot be accepted: it is dead-lettered or answered with an error, and the loop moves on.
 
-    Attributes:
+    Args:
         reason: The machine-readable cause.
         message: Names the field and what is expected; never quotes the payload.
     """
@@ -69,7 +69,7 @@ class ProducerFenced(TransientError):
 class OffsetOutOfRange(TransientError):
     """The position lies outside what the broker still holds.
 
-    Attributes:
+    Args:
         offsets: The offending position of each partition, as ``{(topic, index): offset}``.
     """
 
@@ -81,7 +81,7 @@ class OffsetOutOfRange(TransientError):
 class Backpressure(OppuError):
     """Not now: pause the partitions and keep the records.
 
-    Attributes:
+    Args:
         retry_after_seconds: When to try again.
     """
 

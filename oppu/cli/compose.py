@@ -54,6 +54,12 @@ def broker(settings: Settings) -> KafkaBroker:
 def cluster_id(settings: Settings) -> str:
     """Ask the cluster for its id.
 
+    Args:
+        settings: The settings.
+
+    Returns:
+        The cluster's id.
+
     Raises:
         TransientError: The cluster cannot be reached.
     """
@@ -66,6 +72,12 @@ def cluster_id(settings: Settings) -> str:
 
 def store(settings: Settings) -> SqlStore:
     """Open the history store.
+
+    Args:
+        settings: The settings.
+
+    Returns:
+        The open store.
 
     Raises:
         ConfigError: Its schema version is not ours.
@@ -190,6 +202,12 @@ def updater(settings: Settings, metrics: Metrics) -> Updater:
 
 def state_dir(settings: Settings) -> Path:
     """Return the folder for small per-worker files, made where it is missing.
+
+    Args:
+        settings: The settings.
+
+    Returns:
+        The folder.
 
     Raises:
         ConfigError: It cannot be made.

@@ -88,6 +88,13 @@ def profile(session: Session, user_id: str, task: str, *, as_json: bool) -> None
 def known_user(store: HistoryStore, user_id: str) -> UserState:
     """Return a user's state.
 
+    Args:
+        store: The history store.
+        user_id: The user's id.
+
+    Returns:
+        The user's state.
+
     Raises:
         ConfigError: Nobody of that id is known.
     """

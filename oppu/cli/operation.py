@@ -159,6 +159,12 @@ def completion(shell: str) -> None:
 def create_topics(settings: Settings) -> list[str]:
     """Create the missing topics and wait until the cluster shows all of them.
 
+    Args:
+        settings: The settings.
+
+    Returns:
+        The names of those created.
+
     Raises:
         TransientError: They did not appear in time.
     """

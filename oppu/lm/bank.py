@@ -213,6 +213,10 @@ class AdapterBank:
     def install(self, ref: AdapterRef, tensors: Tensors) -> None:
         """Write a version into a slot; one that is there already is the same and stays.
 
+        Args:
+            ref: Names the version.
+            tensors: The adapter's weights; ``None`` = the base alone.
+
         Raises:
             AdapterUnreadable: It does not fit this base; no slot has changed hands.
             Backpressure: Every slot is in use.

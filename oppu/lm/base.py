@@ -53,6 +53,9 @@ class LoadedBase:
     def prompts(self) -> Prompts:
         """Return the prompt format over this base's tokenizer.
 
+        Returns:
+            The prompt format.
+
         Raises:
             ConfigError: The tokenizer has neither an end nor a separator token.
         """
@@ -61,6 +64,12 @@ class LoadedBase:
 
 def load_base(settings: ModelSettings) -> LoadedBase:
     """Load the base that ``settings.base`` names, onto ``settings.device`` in ``settings.dtype``.
+
+    Args:
+        settings: The settings.
+
+    Returns:
+        The base, ready to run.
 
     Raises:
         ConfigError: Naming ``model.base`` (unknown id or path, unreadable or unsuitable files) or ``model.device``.
@@ -138,6 +147,12 @@ def fingerprint_of(folder: Path, *, warm_start: bool = False) -> BaseId:
 
 def prompts_of(tokenizer: Any) -> Prompts:
     """Return the prompt format over a Hugging Face tokenizer.
+
+    Args:
+        tokenizer: The base's tokenizer.
+
+    Returns:
+        The prompt format.
 
     Raises:
         ConfigError: It has neither an end nor a separator token.

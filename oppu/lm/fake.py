@@ -63,6 +63,10 @@ class FakeModel:
     def install(self, ref: AdapterRef, tensors: Tensors) -> None:
         """Hold a version, evicting the least recently used.
 
+        Args:
+            ref: Names the version.
+            tensors: The adapter's weights; ``None`` = the base alone.
+
         Raises:
             AdapterUnreadable: Not an array of counts.
             Backpressure: Every version is in use.
@@ -82,6 +86,12 @@ class FakeModel:
 
     def answer(self, rows: Sequence[Row]) -> list[Scored]:
         """Answer each row by itself.
+
+        Args:
+            rows: Every ``adapter`` must be resident.
+
+        Returns:
+            One result a row, in order.
 
         Raises:
             KeyError: An adapter is not resident.

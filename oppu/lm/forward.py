@@ -111,6 +111,9 @@ def target_losses(runner: Runner, targets: Sequence[Target], slots: Sequence[int
         runner: The base.
         targets: Each with at least one position.
         slots: Bank slot of each.
+
+    Returns:
+        One loss a target.
     """
     pairs = zip(targets, slots, strict=True)
     logits = runner.logits([Reading(target.ids, target.positions, slot) for target, slot in pairs])

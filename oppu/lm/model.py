@@ -100,6 +100,10 @@ class TorchModel:
     def install(self, ref: AdapterRef, tensors: Tensors) -> None:
         """Put a version into the bank, evicting the least recently used one.
 
+        Args:
+            ref: Names the version.
+            tensors: The adapter's weights; ``None`` = the base alone.
+
         Raises:
             AdapterUnreadable: Names, shapes or values do not fit this base.
         """
@@ -134,6 +138,13 @@ class TorchModel:
 
         For choice tasks −log p(output) over the choices; for text the mean over the output's tokens.
 
+        Args:
+            examples: One user's examples.
+            tensors: The adapter's weights; ``None`` = the base alone.
+
+        Returns:
+            ``[n] float64`` nats.
+
         Raises:
             AdapterUnreadable: The weights do not fit this base.
         """
@@ -150,6 +161,13 @@ class TorchModel:
 
     def scores(self, examples: Sequence[Example], tensors: Tensors | None) -> list[_Scores]:
         """Return each choice example's log probabilities ``[c]`` (empty for text), under one user's weights.
+
+        Args:
+            examples: One user's examples.
+            tensors: The adapter's weights; ``None`` = the base alone.
+
+        Returns:
+            One ``[c] float64`` an example; empty for text.
 
         Raises:
             AdapterUnreadable: The weights do not fit this base.

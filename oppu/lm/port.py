@@ -100,6 +100,12 @@ class AdapterSource(Protocol):
     def load(self, ref: AdapterRef) -> Tensors:
         """Return a version's checked weights.
 
+        Args:
+            ref: Names the version.
+
+        Returns:
+            The checked weights.
+
         Raises:
             AdapterUnreadable: Missing, truncated, tampered with, or made for another base.
         """
@@ -120,6 +126,10 @@ class LanguageModel(Protocol):
 
     def install(self, ref: AdapterRef, tensors: Tensors) -> None:
         """Put a version into the bank, evicting the least recently used; never one that ``answer`` is using.
+
+        Args:
+            ref: Names the version.
+            tensors: The adapter's weights; ``None`` = the base alone.
 
         Raises:
             AdapterUnreadable: Names, shapes or values do not fit this base.

@@ -229,6 +229,12 @@ class HistoryStore(Protocol):
     def write_events(self, batch: IngestBatch) -> IngestResult:
         """Write events, answers, dead letters and offsets in one transaction.
 
+        Args:
+            batch: What one step came to.
+
+        Returns:
+            What became of the events.
+
         Raises:
             OffsetConflict: Some partition's ``next_offset`` was not the expected one; nothing was written.
         """
@@ -296,6 +302,12 @@ class HistoryStore(Protocol):
 
         Returns:
             False, with nothing written, where token, parent or epoch have moved.
+
+        Args:
+            claim: The caller's claim.
+            candidate: The version whose files are written and checked.
+            now: Current time, for the log.
+            announce: The record that tells others, put into the outbox.
         """
         ...
 
@@ -346,6 +358,17 @@ class HistoryStore(Protocol):
         announce: OutRecord,
     ) -> Head | None:
         """Move the head to an earlier version (``None``: no adapter) and hold training until new evidence.
+
+        Args:
+            base: Which base.
+            user_id: The user's id.
+            to: The version; ``None`` = no adapter.
+            reason: Why, in one word or line.
+            now: Current time, for the log.
+            announce: The record that tells others, put into the outbox.
+
+        Returns:
+            The new head.
 
         Raises:
             ConfigError: The user has no such version.

@@ -34,6 +34,12 @@ class Task:
     def allowed(self, choices: tuple[str, ...] | None) -> tuple[str, ...]:
         """Return the outputs that may be given to an item with these ``choices``; empty for texts.
 
+        Args:
+            choices: The record's own choices, if any.
+
+        Returns:
+            The allowed outputs.
+
         Raises:
             InvalidRecord: A choice task without labels, and the record brings no choices.
         """
@@ -47,6 +53,10 @@ class Task:
 
     def check_output(self, output: str, choices: tuple[str, ...] | None) -> None:
         """Check that a user's output is one of the allowed ones.
+
+        Args:
+            output: What the user did.
+            choices: The record's own choices, if any.
 
         Raises:
             InvalidRecord: With ``unknown_label``.
@@ -75,6 +85,12 @@ class Tasks(Mapping[str, Task]):
     def require(self, name: str) -> Task:
         """Return a task named by a record.
 
+        Args:
+            name: The task's name.
+
+        Returns:
+            The task.
+
         Raises:
             InvalidRecord: With ``unknown_task``.
         """
@@ -87,6 +103,12 @@ class Tasks(Mapping[str, Task]):
 
 def load_tasks(folder: Path | None = None) -> Tasks:
     """Read the packaged tasks and those of a folder, which may replace packaged ones.
+
+    Args:
+        folder: Further task files; ``None`` = the packaged ones only.
+
+    Returns:
+        The tasks by name.
 
     Raises:
         ConfigError: Listing every fault of every file.
