@@ -19,7 +19,7 @@ ALLOWED = {
 }
 WRAPPERS = {
     "torch": {"oppu/lm", "oppu/embedder.py"},
-    "transformers": {"oppu/lm"},
+    "transformers": {"oppu/lm", "oppu/embedder.py"},
     "peft": {"oppu/lm"},
     "sentence_transformers": {"oppu/embedder.py"},
     "faiss": {"retriever/dense.py"},
