@@ -1,7 +1,7 @@
 """The outbox's relay: rows are sent, and deleted once acknowledged.
 
 A crash between the two sends a row twice; origin coordinates identify it. A row that the broker refuses as too
-large stays, visible in the gauge, and holds up no other.
+large stays, visible in the gauge, and holds up no other, however many of them there are.
 """
 
 import logging
@@ -16,7 +16,7 @@ from oppu.store.port import HistoryStore, OutboxRow
 logger = logging.getLogger(__name__)
 
 ROWS = 500
-"""Rows of one send; a dead letter is up to a few MiB, nearly all are under a KiB."""
+"""Rows of one send at most; the store gives fewer where they are large."""
 
 
 class Relay:
@@ -26,6 +26,7 @@ class Relay:
         self._broker, self._store, self._client_id = broker, store, client_id
         self._producer: Producer | None = None
         self._suspect = False
+        self._after = 0  # rows up to here stay in this pass: no topic takes them
 
     def open(self) -> None:
         """Open the producer."""
@@ -51,14 +52,17 @@ class Relay:
 
     def run(self) -> Steps[bool]:
         """Send the oldest rows and delete them; says whether there may be more to send at once."""
-        rows = self._store.outbox(ROWS)
+        rows = self._store.outbox(ROWS, after=self._after)
         if not rows:
+            self._after = 0
             return False
         sent = yield from self._send(rows)
         if sent:
             ids = [row.id for row in sent]
             yield Effect("store.delete_outbox", partial(self._store.delete_outbox, ids), f"{len(ids)} rows")
-        return len(sent) == ROWS
+        if len(sent) < len(rows):
+            self._after = rows[-1].id
+        return True
 
     def _send(self, rows: Sequence[OutboxRow]) -> Steps[list[OutboxRow]]:
         producer = self._producer

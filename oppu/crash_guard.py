@@ -95,9 +95,13 @@ class _Notes:
 
 
 class CrashGuard:
-    """A guard whose notes survive the process. One file belongs to one running process."""
+    """A guard whose notes survive the process. One file belongs to one running process.
+
+    ``slot`` is the number of the claimed file: processes of one stage on one machine have different ones.
+    """
 
     def __init__(self, path: Path) -> None:
+        self.slot = 0
         self._path = path
         self._lock: int | None = None
         self._warned = False
@@ -129,7 +133,7 @@ class CrashGuard:
                 os.close(lock)
                 continue
             guard = cls(path)
-            guard._lock = lock
+            guard._lock, guard.slot = lock, slot
             return guard
         raise OSError(f"{folder}: all {SLOTS} files of {name} are in use")
 

@@ -13,8 +13,16 @@ _JOB = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 class Metrics:
     """All metrics of one process on one registry (tests make their own)."""
 
-    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+    def __init__(self, registry: CollectorRegistry = REGISTRY, *, shown: tuple[str, ...] = ("oppu_",)) -> None:
+        """Declare all metrics.
+
+        Args:
+            registry: What ``/metrics`` shows.
+            shown: Beginnings of the names that this process shows. What another stage counts would stand here at
+                zero for ever, beside the true value.
+        """
         self.registry = registry
+        self._shown = shown
         c, g, h = self._counter, self._gauge, self._histogram
         # --- every worker
         self.worker_ready = g("oppu_worker_ready", "1 while /readyz would answer 200.", "worker")
@@ -58,7 +66,8 @@ class Metrics:
         self.predictions = c("oppu_inference_predictions_total", "Answers.", "task", "status")
         self.errors = c("oppu_inference_errors_total", "Error answers by code.", "code")
         self.degraded = c("oppu_inference_degraded_total", "Parts asked for and not used.", "part", "reason")
-        self.inference_stage = h("oppu_inference_stage_duration_seconds", "One poll batch by stage.", _STEP, "stage")
+        # not "stage": that is the scraped target's own label, and Prometheus would rename ours
+        self.inference_stage = h("oppu_inference_stage_duration_seconds", "One poll batch by phase.", _STEP, "phase")
         self.answer_latency = h(
             "oppu_inference_request_to_answer_seconds", "From the request's Kafka time to the commit.", _STALE
         )
@@ -71,14 +80,17 @@ class Metrics:
         self.index_users = g("oppu_retriever_index_users", "Users with a loaded view.")
         self.index_events = c("oppu_retriever_index_events_total", "View hits, loads, refreshes, evictions.", "event")
 
+    def _registry_of(self, name: str) -> CollectorRegistry | None:
+        return self.registry if name.startswith(self._shown) else None
+
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(name, text, labels, registry=self.registry)
+        return Counter(name, text, labels, registry=self._registry_of(name))
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(name, text, labels, registry=self.registry)
+        return Gauge(name, text, labels, registry=self._registry_of(name))
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(name, text, labels, registry=self.registry, buckets=buckets)
+        return Histogram(name, text, labels, registry=self._registry_of(name), buckets=buckets)
 
 
 def fresh() -> Metrics:

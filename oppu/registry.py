@@ -6,6 +6,7 @@ folder without a true manifest is no version. Nothing is ever moved or overwritt
 the store's business. The only module that imports fsspec and safetensors; never pickle, and no torch.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -39,6 +40,9 @@ MANIFEST = "manifest.json"
 _FORMAT = 1
 _PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_SPOILT = frozenset({errno.EACCES, errno.EPERM, errno.ELOOP})
+"""What says that this one file cannot be read; waiting for it would hold up all other users."""
+_MANIFEST_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +261,7 @@ class AdapterRegistry(AdapterSource):
         return _json({**manifest, "seal": self._hash.seal(_json(manifest))})
 
     def _read_manifest(self, ref: AdapterRef) -> tuple[dict[str, Any], bytes]:
-        raw = self._get(ref, MANIFEST)
+        raw = self._get(ref, MANIFEST, _MANIFEST_BYTES)
         try:
             manifest = json.loads(raw)
         except (ValueError, RecursionError) as error:
@@ -274,11 +278,14 @@ class AdapterRegistry(AdapterSource):
 
     def _checked(self, ref: AdapterRef) -> dict[str, bytes]:
         manifest, raw = self._read_manifest(ref)
-        files = {name: self._get(ref, name) for name in (CONFIG, WEIGHTS)}
+        # what has grown is not read to its end: it may be larger than memory
+        files = {name: self._get(ref, name, manifest["files"][name]["bytes"]) for name in (CONFIG, WEIGHTS)}
         for name, content in files.items():
             noted = manifest["files"][name]
             if len(content) != noted["bytes"]:
-                raise _unreadable(ref, f"{name} has {len(content)} bytes, expected {noted['bytes']}")
+                raise _unreadable(
+                    ref, f"{name} has {_counted(content, noted['bytes'])} bytes, expected {noted['bytes']}"
+                )
             if _sha256(content) != noted["sha256"]:
                 raise _unreadable(ref, f"{name} has another SHA-256 than its manifest says")
         return {**files, MANIFEST: raw}
@@ -301,13 +308,15 @@ class AdapterRegistry(AdapterSource):
             except (AttributeError, io.UnsupportedOperation):
                 return  # not a local file: durable when closed
 
-    def _get(self, ref: AdapterRef, name: str) -> bytes:
+    def _get(self, ref: AdapterRef, name: str, most: int) -> bytes:
         path = f"{self.path(ref)}/{name}"
         try:
-            return bytes(self._fs.cat_file(path))
+            return bytes(self._fs.cat_file(path, start=0, end=most + 1))
         except _MISSING as error:
             raise _unreadable(ref, f"{name} is missing") from error
         except OSError as error:
+            if error.errno in _SPOILT:
+                raise _unreadable(ref, f"{name} cannot be read: {error.strerror}") from error
             raise TransientError(f"registry: cannot read {path}: {error}") from error
 
     def _age_mark(self, folder: str) -> datetime:
@@ -374,6 +383,10 @@ def _plain(value: object) -> object:
     if isinstance(value, (set, frozenset, tuple)):
         return sorted(value)
     raise TypeError(f"not JSON: {type(value).__name__}")
+
+
+def _counted(content: bytes, expected: int) -> str:
+    return str(len(content)) if len(content) <= expected else "more"
 
 
 def _sha256(content: bytes) -> str:

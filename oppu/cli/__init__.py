@@ -112,11 +112,9 @@ def main() -> None:
     # threads of OpenMP that spin while they wait take the cores from the other workers of this machine
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        cli(standalone_mode=False)
+        ended = cli(standalone_mode=False)  # click returns the code of a command that exits; others return None
     except click.exceptions.Abort:
         sys.exit(130)
-    except click.exceptions.Exit as end:
-        sys.exit(end.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -128,3 +126,4 @@ def main() -> None:
         logging.getLogger(__name__).debug("stopped", exc_info=True)
         click.echo(f"oppu: {error}", err=True)
         sys.exit(1)
+    sys.exit(ended or 0)

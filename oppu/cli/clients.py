@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from rich.progress import Progress
 
 from oppu.cli import Session, compose, emit, json_option
+from oppu.cli.operation import partition_count
 from oppu.client import Client
 from oppu.errors import ConfigError, OppuError
 from oppu.wire import After, BehaviorEvent, Prediction, PredictionRequest, RequestOptions
@@ -24,6 +25,8 @@ CHUNK = 500
 @contextmanager
 def client(session: Session, *, listen: bool) -> Iterator[Client]:
     """Open a client of the configured cluster and close it afterwards."""
+    names = compose.topics(session.settings)
+    partition_count(session.settings, names.predictions if listen else names.events)
     opened = Client(compose.broker(session.settings), compose.topics(session.settings), listen=listen)
     try:
         yield opened

@@ -1,18 +1,22 @@
 """``oppu dead-letters``: list, show, replay refused records. They hold users' text; only ``show`` prints it."""
 
+import heapq
+import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 
 import click
 
 from oppu.cli import Session, compose, emit, json_option
+from oppu.cli.operation import partition_count
 from oppu.dead_letters import DeadLetter, read_dead_letter
-from oppu.errors import ConfigError
+from oppu.errors import ConfigError, TransientError
 from oppu.settings import Settings
 from oppu.values import OutRecord, Partition, Record
 
 IDLE_POLLS = 20
 """Empty polls in a row, 50 ms each, after which the end counts as reached although the offsets say otherwise."""
+JOIN_SECONDS = 30.0
 
 
 @click.group("dead-letters")
@@ -27,8 +31,9 @@ def dead_letters() -> None:
 @click.pass_obj
 def list_(session: Session, reason: str | None, limit: int, *, as_json: bool) -> None:
     """List dead letters without their content."""
-    found = [(r, d) for r, d in _read(session.settings) if reason in (None, d.reason)]
-    for record, letter in found[-limit:]:
+    found = ((r, d) for r, d in _read(session.settings) if reason in (None, d.reason))
+    newest = heapq.nlargest(limit, found, key=lambda one: _age(one[0]))  # the topic may hold more than the memory
+    for record, letter in reversed(newest):
         emit(_fields(record, letter), as_json=as_json, text=_line(record, letter))
 
 
@@ -83,6 +88,7 @@ def _find(settings: Settings, at: str) -> tuple[Record, DeadLetter]:
 def _read(settings: Settings) -> Iterator[tuple[Record, DeadLetter]]:
     """Read the topic from its beginning to its present end."""
     topic, broker = compose.topics(settings).dead_letters, compose.broker(settings)
+    partition_count(settings, topic)  # nobody is ever assigned a topic that is not there
 
     def start(assigned: frozenset[Partition], committed: Mapping[Partition, int | None]) -> Mapping[Partition, int]:
         return reader.beginning_offsets(assigned)
@@ -90,7 +96,7 @@ def _read(settings: Settings) -> Iterator[tuple[Record, DeadLetter]]:
     name = f"oppu-dead-letters-{datetime.now(UTC).timestamp()}"
     reader = broker.consumer(name, [topic], start, client_id=name)
     try:
-        idle = 0
+        idle, deadline = 0, time.monotonic() + JOIN_SECONDS
         ends: dict[Partition, int] = {}
         reached: dict[Partition, int] = {}
         while idle < IDLE_POLLS and (not ends or any(reached.get(p, 0) < end for p, end in ends.items())):
@@ -98,12 +104,18 @@ def _read(settings: Settings) -> Iterator[tuple[Record, DeadLetter]]:
             if reader.assignment() and not ends:
                 ends = reader.end_offsets(reader.assignment())
                 reached = dict(reader.beginning_offsets(reader.assignment()))
+            if not ends and time.monotonic() > deadline:
+                raise TransientError(f"no partition of {topic} was assigned in {JOIN_SECONDS:g} s")
             idle = 0 if records or not ends else idle + 1
             for record in records:
                 reached[record.partition] = record.offset + 1
                 yield record, read_dead_letter(record)
     finally:
         reader.close()
+
+
+def _age(record: Record) -> tuple[int, Partition, int]:
+    return (record.timestamp_ms, record.partition, record.offset)
 
 
 def _fields(record: Record, letter: DeadLetter) -> dict[str, object]:

@@ -58,6 +58,9 @@ def adopt(session: Session, topic: str, partition: int, offset: int) -> None:
     allowed = [compose.topics(session.settings).events, compose.topics(session.settings).predictions]
     if topic not in allowed:
         raise ConfigError(f"TOPIC: expected one of {', '.join(allowed)}, got {topic}")
+    count = partition_count(session.settings, topic)
+    if partition >= count:
+        raise ConfigError(f"PARTITION: {topic} has {count} partitions, from 0; got {partition}")
     with _admin(session.settings) as admin:
         cluster, ids = admin.cluster_id(), admin.topic_ids([topic])
     compose.store(session.settings).adopt_offset(cluster, Partition(topic, partition), offset, ids.get(topic))
@@ -180,6 +183,27 @@ def create_topics(settings: Settings) -> list[str]:
     return made
 
 
+def partition_count(settings: Settings, topic: str) -> int:
+    """Return how many partitions a topic has.
+
+    Args:
+        settings: The settings.
+        topic: Its full name.
+
+    Returns:
+        The number of its partitions.
+
+    Raises:
+        ConfigError: It does not exist; names the command.
+        TransientError: The cluster cannot be reached.
+    """
+    with _admin(settings) as admin:
+        found = admin.describe_topics([topic])
+    if topic not in found:
+        raise ConfigError(f"kafka.topic_prefix: there is no topic {topic}: run `oppu topics create`")
+    return found[topic].partitions
+
+
 def _check_topics(settings: Settings) -> str:
     specs = {spec.name: spec for spec in topic_specs(settings)}
     with _admin(settings) as admin:
@@ -200,9 +224,7 @@ def _weaker(wanted: TopicSpec, found: TopicSpec) -> str:
 
 def _end_offsets(settings: Settings, topic: str) -> dict[Partition, int]:
     broker = compose.broker(settings)
-    with _admin(settings) as admin:
-        count = admin.describe_topics([topic])[topic].partitions
-    partitions = [Partition(topic, index) for index in range(count)]
+    partitions = [Partition(topic, index) for index in range(partition_count(settings, topic))]
     reader = broker.consumer("oppu-erase-reader", [topic], lambda assigned, _: dict.fromkeys(assigned, 0),
                              client_id="oppu-erase")  # fmt: skip
     try:

@@ -16,12 +16,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from oppu.cli import Session
-from oppu.errors import ConfigError
+from oppu.errors import ConfigError, FatalError
 from oppu.settings import Settings
+
+if TYPE_CHECKING:
+    from oppu.kafka.embedded import EmbeddedBroker
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +33,7 @@ WORKERS = ("ingest", "update", "infer")
 FIRST_RESTART_SECONDS, LAST_RESTART_SECONDS = 0.2, 10.0
 STEADY_SECONDS = 30.0
 """A worker that ran so long starts its delays afresh."""
+LOOK_AT_BROKER_SECONDS = 0.5
 DRAIN_SECONDS = 20.0
 """Time for a worker to finish its step before it is killed; a train batch takes a few seconds."""
 
@@ -47,7 +52,8 @@ def up(session: Session, folder: Path) -> None:
     with stack(session, folder) as running:
         click.echo(f"Kafka at {running.bootstrap_servers}; data in {folder}; Ctrl-C stops everything.")
         click.echo(f"In another terminal: export OPPU_CONFIG={running.config}")
-        stop.wait()
+        while not stop.wait(LOOK_AT_BROKER_SECONDS):
+            running.keep_broker()
         click.echo("Stopping …")
 
 
@@ -72,8 +78,11 @@ class Stack:
     config: Path
     folder: Path
     environment: Mapping[str, str] = field(repr=False)
+    kafka: "EmbeddedBroker"
     children: dict[str, Child] = field(default_factory=dict)
     stopping: threading.Event = field(default_factory=threading.Event)
+    stopped: threading.Event = field(default_factory=threading.Event)
+    changing: threading.Lock = field(default_factory=threading.Lock)
 
     def start_workers(self, names: Sequence[str] = WORKERS) -> None:
         """Start the workers and watch over them."""
@@ -81,9 +90,28 @@ class Stack:
             self.children[name] = Child(name, self._spawn(name), time.monotonic())
         threading.Thread(target=self._supervise, name="supervisor", daemon=True).start()
 
+    def keep_broker(self) -> None:
+        """Start the broker again where it has died; the workers wait for it meanwhile.
+
+        Raises:
+            FatalError: It does not start, or not at the address that everybody knows.
+        """
+        if self.kafka.is_running():
+            return
+        logger.error("Kafka ended by itself; its log is %s; starting it again", self.kafka.data_dir / "kafka.log")
+        if self.kafka.start() != self.bootstrap_servers:
+            raise FatalError(f"Kafka's address {self.bootstrap_servers} was taken by another process: start again")
+
     def stop(self) -> None:
         """Let every worker drain, then kill what is left."""
-        self.stopping.set()
+        with self.changing:
+            self.stopping.set()
+        try:
+            self._drain()
+        finally:
+            self.stopped.set()
+
+    def _drain(self) -> None:
         alive = [child.process for child in self.children.values() if child.process.poll() is None]
         for process in alive:
             process.terminate()
@@ -96,10 +124,14 @@ class Stack:
                 process.wait()
 
     def _supervise(self) -> None:
-        while not self.stopping.wait(0.1):
-            now = time.monotonic()
-            for child in self.children.values():
-                self._look_after(child, now)
+        """Look after the workers; lives until the last has ended, since a child dies with the thread that made it."""
+        while not self.stopped.wait(0.1):
+            with self.changing:
+                if self.stopping.is_set():
+                    continue
+                now = time.monotonic()
+                for child in self.children.values():
+                    self._look_after(child, now)
 
     def _look_after(self, child: Child, now: float) -> None:
         code = child.process.poll()
@@ -111,7 +143,7 @@ class Stack:
             child.restart_at = now + child.delay
             child.delay = min(2 * child.delay, LAST_RESTART_SECONDS)
             logger.warning("%s ended with %s; its log is %s", child.name, code, self._log(child.name))
-        elif now >= child.restart_at and not self.stopping.is_set():
+        elif now >= child.restart_at:
             child.process, child.started, child.restart_at = self._spawn(child.name), now, None
             child.restarts += 1
 
@@ -151,7 +183,7 @@ def stack(session: Session, folder: Path, *, workers: Sequence[str] = WORKERS, o
     from oppu.store.sql import migrate
 
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # all in it is users' text, or tells of users
     except OSError as error:
         raise ConfigError(f"--dir: cannot make {folder}: {error.strerror}") from error
     folder = folder.resolve()
@@ -160,7 +192,7 @@ def stack(session: Session, folder: Path, *, workers: Sequence[str] = WORKERS, o
         settings = Settings.load(config)
         migrate(settings.store)
         create_topics(settings)
-        running = Stack(kafka.bootstrap_servers, settings, config, folder, {})
+        running = Stack(kafka.bootstrap_servers, settings, config, folder, {}, kafka)
         running.start_workers(workers)
         try:
             yield running
@@ -196,16 +228,19 @@ def _deployment_key(folder: Path) -> str:
     """Return this folder's key, made on the first start: paths and erasures depend on it."""
     path = folder / "deployment.key"
     if not path.exists():
-        path.touch(mode=0o600)
-        path.write_text(secrets.token_hex(32), encoding="utf-8")
+        part = path.with_suffix(".part")  # a kill between the two must not leave an empty key for ever
+        part.touch(mode=0o600)
+        part.write_text(secrets.token_hex(32), encoding="utf-8")
+        part.replace(path)
     return path.read_text(encoding="utf-8").strip()
 
 
 def _section(name: str, values: Mapping[str, object]) -> str:
     import json
 
-    # a TOML basic string, number, boolean or array of them is written as JSON writes it
-    return f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()) + "\n"
+    # TOML writes a string, number, boolean or array of them as JSON does, but knows no surrogate pairs
+    lines = "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
+    return f"[{name}]\n{lines}\n"
 
 
 def die_with_parent() -> None:

@@ -16,6 +16,7 @@ from typing import TypeVar
 import click
 
 from oppu.cli import Session, compose
+from oppu.cli.exposition import metrics_of
 from oppu.cli.up import die_with_parent
 from oppu.clock import SystemClock
 from oppu.crash_guard import CrashGuard
@@ -41,7 +42,7 @@ def ingest(session: Session) -> None:
 @click.command()
 @click.pass_obj
 def infer(session: Session) -> None:
-    """Run an inference worker: requests in, predictions out. Give each its own inference.slot."""
+    """Run an inference worker: requests in, predictions out. Give each machine's its own inference.slot."""
     _run_consumer(session.settings, f"inference-{session.settings.inference.slot}", compose.inference_worker)
 
 
@@ -87,13 +88,23 @@ class _Stopping:
 
 def _run_consumer(settings: Settings, name: str, build: Callable[[Settings, Metrics], Worker]) -> None:
     with _process(settings, name) as (metrics, health, stopping):
-        worker = _wait_for(lambda: build(settings, metrics), settings, health, stopping)
+        guard = CrashGuard.claim(compose.state_dir(settings), name)
+        own = settings if name == "ingest" else _own_slot(settings, guard.slot)
+        worker = _wait_for(lambda: build(own, metrics), settings, health, stopping)
         if worker is None:
             return
-        guard = CrashGuard.claim(compose.state_dir(settings), name)
         loop = Loop(worker, settings=settings, clock=SystemClock(), metrics=metrics, health=health, guard=guard)
         stopping.call(loop.stop)
         loop.run()
+
+
+def _own_slot(settings: Settings, number: int) -> Settings:
+    """Give a further process of this machine a transactional.id of its own: two of the same fence each other."""
+    if number == 0:
+        return settings
+    slot = f"{settings.inference.slot}.{number}"  # no configured one has a dot
+    logger.warning("inference.slot %s is taken on this machine, taking %s", settings.inference.slot, slot)
+    return settings.model_copy(update={"inference": settings.inference.model_copy(update={"slot": slot})})
 
 
 @contextmanager
@@ -101,7 +112,7 @@ def _process(settings: Settings, name: str) -> Iterator[tuple[Metrics, Health, _
     die_with_parent()
     configure_logging(settings.service)
     folder = compose.state_dir(settings)
-    stopping, metrics = _Stopping(), Metrics()
+    stopping, metrics = _Stopping(), metrics_of(name.partition("-")[0], list(compose.tasks(settings)))
     health = Health(SystemClock(), live_within_seconds=settings.service.live_within_seconds)
     server = serve(settings.service.metrics_host, settings.service.metrics_port, metrics.registry, health)
     address = _announce(folder, name, settings, server)

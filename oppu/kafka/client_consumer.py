@@ -14,6 +14,7 @@ from kafka import ConsumerRebalanceListener, KafkaConsumer, TopicPartition
 from kafka.structs import ConsumerGroupMetadata
 
 from oppu.kafka.client_errors import translated
+from oppu.kafka.client_records import read_any_header_name
 from oppu.kafka.port import GroupMetadata, Start
 from oppu.values import Headers, Partition, Record
 
@@ -105,6 +106,7 @@ class KafkaGroupConsumer:
         self._paused: frozenset[Partition] = frozenset()
         self._heard = time.monotonic()
         self._listener = _Listener(consumer)
+        read_any_header_name()
         consumer.subscribe(topics=list(topics), listener=self._listener)
         for topic in topics:
             # Know the topics before the first join: the library joins without, gets nothing, and now and then takes

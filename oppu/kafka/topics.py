@@ -27,13 +27,16 @@ def topic_specs(settings: Settings) -> list[TopicSpec]:
         "retention.ms": str(kafka.dead_letter_retention_seconds * 1000),
     }
     plain = {**safe, "max.message.bytes": str(largest - DEAD_LETTER_OVERHEAD_BYTES)}
+    # Whatever codec an application's producer uses, the broker unpacks it: we need none of their libraries, and what
+    # is small only while packed is refused there instead of filling our memory.
+    received = {**plain, "compression.type": "uncompressed"}
 
     def spec(name: str, config: dict[str, str]) -> TopicSpec:
         return TopicSpec(name, kafka.partitions, kafka.replication, config)
 
     return [
-        spec(topics.events, plain),
-        spec(topics.requests, plain),
+        spec(topics.events, received),
+        spec(topics.requests, received),
         spec(topics.predictions, plain),
         spec(topics.dead_letters, dead),
         spec(topics.updates, {**safe, "cleanup.policy": "compact"}),

@@ -244,8 +244,8 @@ class HistoryStore(Protocol):
         """Set an offset by an operator's decision, whatever stood there."""
         ...
 
-    def outbox(self, limit: int) -> list[OutboxRow]:
-        """Return the oldest unsent rows."""
+    def outbox(self, limit: int, *, after: int = 0) -> list[OutboxRow]:
+        """Return the oldest unsent rows with an id over ``after``, at least one but not many MiB at once."""
         ...
 
     def delete_outbox(self, ids: Sequence[int]) -> None:

@@ -75,10 +75,10 @@ class SqlStore(HistoryStore):
         with self.database.write() as connection:
             transport.adopt_offset(connection, cluster_id, partition, StoredOffset(next_offset, topic_id))
 
-    def outbox(self, limit: int) -> list[OutboxRow]:
-        """Return the oldest unsent rows."""
+    def outbox(self, limit: int, *, after: int = 0) -> list[OutboxRow]:
+        """Return the oldest unsent rows, not many MiB at once."""
         with self.database.read() as connection:
-            return transport.read_outbox(connection, limit)
+            return transport.read_outbox(connection, limit, after)
 
     def delete_outbox(self, ids: Sequence[int]) -> None:
         """Remove acknowledged rows."""

@@ -8,13 +8,16 @@ import base64
 import json
 from collections.abc import Iterable, Sequence
 
-from sqlalchemy import Connection, delete, insert, or_, select, update
+from sqlalchemy import Connection, delete, func, insert, or_, select, update
 
 from oppu.errors import OffsetConflict
 from oppu.store.database import chunks, upsert
 from oppu.store.port import OffsetAdvance, OutboxRow, StoredOffset
 from oppu.store.schema import offsets, outbox
 from oppu.values import Headers, OutRecord, Partition
+
+READ_BYTES = 8 * 2**20
+"""Keys and values of one read of the outbox: a thousand refused records of a MiB must not be in memory at once."""
 
 
 def read_offsets(connection: Connection, cluster_id: str, topics: Sequence[str]) -> dict[Partition, StoredOffset]:
@@ -66,9 +69,16 @@ def enqueue(connection: Connection, records: Sequence[OutRecord]) -> None:
         connection.execute(insert(outbox), rows)
 
 
-def read_outbox(connection: Connection, limit: int) -> list[OutboxRow]:
-    """Return the oldest rows."""
-    rows = connection.execute(select(outbox).order_by(outbox.c.id).limit(limit))
+def read_outbox(connection: Connection, limit: int, after: int) -> list[OutboxRow]:
+    """Return the oldest rows after an id, as many as ``READ_BYTES`` allow, at least one."""
+    size = func.coalesce(func.length(outbox.c.key), 0) + func.coalesce(func.length(outbox.c.value), 0)
+    sizes = select(outbox.c.id, size).where(outbox.c.id > after).order_by(outbox.c.id).limit(limit)
+    last, room = after, READ_BYTES
+    for id_, size_bytes in connection.execute(sizes).all():
+        if last != after and size_bytes > room:
+            break
+        last, room = id_, room - size_bytes
+    rows = connection.execute(select(outbox).where(outbox.c.id > after, outbox.c.id <= last).order_by(outbox.c.id))
     return [OutboxRow(row.id, OutRecord(row.topic, row.key, row.value, _unpack_headers(row.headers))) for row in rows]
 
 

@@ -63,7 +63,9 @@ class Task:
         """
         allowed = self.allowed(choices)
         if allowed and output not in allowed:
-            shown = ", ".join(allowed[:8]) + (", …" if len(allowed) > 8 else "")
+            shown = "the record's choices"  # they are the user's text, and a message quotes none
+            if allowed is self.labels:
+                shown = ", ".join(allowed[:8]) + (", …" if len(allowed) > 8 else "")
             raise InvalidRecord(Reason.UNKNOWN_LABEL, f"output: expected one of {shown} for task {self.name}")
 
 

@@ -86,3 +86,60 @@ def test_killed_and_started_again(tmp_path: Path, kafka_classpath: list[Path]) -
         shown = oppu(folder, "history", user, "--json")
         assert len(shown.stdout.splitlines()) == sum(event.user_id == user for event in events)
     assert not _alive("kafka.Kafka", folder), "the broker outlived oppu up"
+
+
+def _await_log(path: Path, text: str, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists() or text not in path.read_text():
+        assert time.monotonic() < deadline, path.read_text() if path.exists() else f"no {path}"
+        time.sleep(0.1)
+
+
+def _pid_of(name: str, folder: Path) -> int:
+    deadline = time.monotonic() + 30
+    while True:
+        shown = subprocess.run(["ps", "-eo", "pid,args", "-ww"], capture_output=True, text=True, check=True).stdout
+        found = [line for line in shown.splitlines() if str(folder) in line and line.endswith(name)]
+        if found:
+            return int(found[0].split()[0])
+        assert time.monotonic() < deadline, shown
+        time.sleep(0.1)
+
+
+def test_a_second_inference_worker_of_the_same_settings_shares_the_work(
+    tmp_path: Path, kafka_classpath: list[Path]
+) -> None:
+    folder = tmp_path / "stack"
+    with up(folder, tmp_path / "up.log"):
+        command = [sys.executable, "-m", "oppu", "--config", str(folder / "oppu.toml"), "infer"]
+        with (tmp_path / "second.log").open("wb") as output:
+            second = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            _await_log(tmp_path / "second.log", "placed")
+            for user in range(6):
+                shown = oppu(folder, "ask", "--user", f"u{user}", "--task", "news_categorize", "--json", "It rains.")
+                assert json.loads(shown.stdout)["status"] == "ok", shown.stderr
+        finally:
+            second.terminate()
+            second.wait(30)
+    assert "Fenced" not in (tmp_path / "second.log").read_text() + (folder / "infer.log").read_text()
+    assert "taking 0.1" in (tmp_path / "second.log").read_text()
+
+
+def test_what_dies_is_started_again_and_drains_all_the_same(tmp_path: Path, kafka_classpath: list[Path]) -> None:
+    folder, file = tmp_path / "stack", tmp_path / "events.jsonl"
+    events = read_sample().stream[:20]
+    file.write_text("".join(event.model_dump_json() + "\n" for event in events), encoding="utf-8")
+    with up(folder, tmp_path / "up.log") as process:
+        assert folder.stat().st_mode & 0o077 == 0  # it holds users' texts
+        os.kill(_pid_of(" ingest", folder), signal.SIGKILL)
+        os.kill(_pid_of("server.properties", folder), signal.SIGKILL)
+        _await_log(tmp_path / "up.log", "Kafka ended by itself")
+        deadline = time.monotonic() + 60
+        while oppu(folder, "produce", str(file)).returncode != 0:
+            assert time.monotonic() < deadline, (tmp_path / "up.log").read_text()
+        _await_events(folder, len(events))
+        process.terminate()
+        assert process.wait(60) == 0
+    assert (folder / "ingest.log").read_text().rstrip().endswith("ingest drained")
+    assert not _alive("kafka.Kafka", folder), "the broker outlived oppu up"

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
+from ingest import relay
 from oppu.effects import Effect, Steps, T
 from oppu.errors import InvalidRecord, Reason, TransientError
 from oppu.health import Health
@@ -286,6 +287,25 @@ def test_a_row_that_no_topic_takes_holds_up_no_other(
     assert "stays" in caplog.text
     assert world.value("oppu_ingest_outbox_records") == 1
     assert world.loop.state is LoopState.RUNNING
+
+
+def test_rows_that_no_topic_takes_hold_up_no_other_however_many(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay, "ROWS", 2)
+    send = world.worker._relay._producer.send  # type: ignore[union-attr]
+
+    def picky(records: list[OutRecord]) -> object:
+        if any(record.value == b"{big" for record in records):
+            raise InvalidRecord(Reason.LIMIT_EXCEEDED, "record: larger than the topic takes")
+        return send(records)
+
+    monkeypatch.setattr(world.worker._relay._producer, "send", picky)
+    for value in (b"{big", b"{big", b"{big", b"{1"):
+        world.send(value, b"u1")
+    world.turn(8, seconds=1.0)
+    assert [letter.value for letter in world.letters()] == [b"{1"]
+    monkeypatch.undo()  # the topic's limit was raised
+    world.turn(8, seconds=1.0)
+    assert [letter.value for letter in world.letters()] == [b"{1", b"{big", b"{big", b"{big"]
 
 
 def test_an_erased_user_s_older_records_are_counted_and_dropped(world: World) -> None:

@@ -148,6 +148,7 @@ def test_a_mark_that_cannot_be_written_does_not_stop_the_work(tmp_path: Path, ca
 
 def test_processes_of_one_stage_take_different_files_and_find_them_again(tmp_path: Path) -> None:
     first, second = CrashGuard.claim(tmp_path, "ingest"), CrashGuard.claim(tmp_path, "ingest")
+    assert (first.slot, second.slot) == (0, 1)
     first.entering(_records(A, 1))
     second.entering(_records(B, 1))
     assert len(list(tmp_path.glob("ingest.*.json"))) == 2
@@ -156,6 +157,7 @@ def test_processes_of_one_stage_take_different_files_and_find_them_again(tmp_pat
     again.entering(_records(A, 1))
     again.close()
     third = CrashGuard.claim(tmp_path, "ingest")
+    assert third.slot == 0
     assert _offsets(third.split(_records(A, 1, 2))) == [[1], [2]]
     assert _offsets(third.split(_records(B, 1, 2))) == [[1, 2]]
     third.close()

@@ -157,6 +157,35 @@ def test_a_truncated_file_is_unreadable(url: str, registry: AdapterRegistry, nam
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS, MANIFEST])
+def test_a_file_that_grew_is_unreadable_and_not_read_to_its_end(url: str, registry: AdapterRegistry, name: str) -> None:
+    write(registry)
+    content = read(url, registry, name)
+    change(url, registry, name, content + b"x" * (2 * 2**20))
+    with pytest.raises(AdapterUnreadable):
+        registry.load(REF)
+
+
+def test_a_file_larger_than_memory_is_unreadable(tmp_path: Path) -> None:
+    registry = AdapterRegistry(str(tmp_path), base=BASE, user_hash=HASH, adapter_config=SETUP)
+    write(registry)
+    with Path(registry.path(REF), WEIGHTS).open("r+b") as file:
+        file.truncate(2**42)  # sparse
+    with pytest.raises(AdapterUnreadable, match="more bytes, expected"):
+        registry.load(REF)
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, MANIFEST])
+def test_one_file_that_cannot_be_opened_is_unreadable_and_nothing_to_wait_for(tmp_path: Path, name: str) -> None:
+    registry = AdapterRegistry(str(tmp_path), base=BASE, user_hash=HASH, adapter_config=SETUP)
+    write(registry)
+    file = Path(registry.path(REF), name)
+    file.unlink()
+    file.symlink_to(name)
+    with pytest.raises(AdapterUnreadable, match=f"{name} cannot be read"):
+        registry.load(REF)
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, MANIFEST])
 def test_a_flipped_bit_is_unreadable(url: str, registry: AdapterRegistry, name: str) -> None:
     write(registry)
     content = bytearray(read(url, registry, name))

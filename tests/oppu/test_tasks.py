@@ -75,3 +75,4 @@ def test_allowed_outputs(tmp_path: Path) -> None:
         with pytest.raises(InvalidRecord) as caught:
             call()
         assert caught.value.reason == reason
+        assert "p, q" not in caught.value.message  # a record's own choices are its user's text

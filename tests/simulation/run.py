@@ -110,9 +110,7 @@ def _erase(world: World, sent: Sent) -> None:
     for record in world.broker.records(world.topics.events):
         ends[record.partition] = max(ends[record.partition], record.offset + 1)
     tombstone = OutRecord(world.topics.updates, ERASED.encode(), None)
-    world.store.erase(
-        UserId(ERASED), cluster_id="sim", end_offsets=ends, now=world.clock.now(), announce=tombstone
-    )
+    world.store.erase(UserId(ERASED), cluster_id="sim", end_offsets=ends, now=world.clock.now(), announce=tombstone)
     sent.erased_at = ends
     state = world.store.users([UserId(ERASED)], world.registry_base).get(UserId(ERASED))
     gone = frozenset(event_id for user, event_id, *_ in sent.events if user == ERASED)
@@ -194,9 +192,8 @@ def _check_answers(world: World, sent: Sent, sequences: dict[str, int]) -> None:
     answers = [parse_prediction(record) for record in world.broker.records(world.topics.predictions)]
     counts = Counter(answer.request_id for answer in answers)
     if counts != Counter(sent.requests.keys()):
-        raise Violation(
-            f"answers: missing {sent.requests.keys() - counts.keys()}, more than once {[r for r, n in counts.items() if n > 1]}"
-        )
+        often = [request_id for request_id, n in counts.items() if n > 1]
+        raise Violation(f"answers: missing {sent.requests.keys() - counts.keys()}, more than once {often}")
     for answer in answers:
         user, needed = sent.requests[answer.request_id]
         made = answer.provenance

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ingest.step import IngestWorker
+from sqlalchemy.event import listen
+
 from inference.worker import InferenceWorker
+from ingest.step import IngestWorker
 from oppu.clock import ManualClock
 from oppu.crash_guard import NullGuard
 from oppu.effects import Effect, Steps
@@ -83,7 +85,7 @@ class SpyStore(SqlStore):
 
     def current_token(self, base: BaseId, user_id: UserId) -> int:
         """Return the token of a user's adapter row, straight from the database."""
-        with self._database.engine.connect() as connection:
+        with self.database.engine.connect() as connection:
             row = connection.exec_driver_sql(
                 "select token from adapters where user_id = ? and base = ?", (user_id.encode(), base)
             ).first()
@@ -151,8 +153,9 @@ class World:
         self.broker.admin().create_topics(topic_specs(self.settings))
         migrate(self.settings.store)
         inner = open_store(self.settings.store, deployment_key=KEY, clock=self.clock)
-        with inner._database.engine.connect() as connection:
-            connection.exec_driver_sql("pragma synchronous = off")
+        inner.database.engine.dispose()
+        # a simulated crash loses no page of the operating system's, so nothing needs to reach the disk
+        listen(inner.database.engine, "connect", lambda raw, _: raw.execute("pragma synchronous = off"))
         self.store = SpyStore(inner)
         self._root = f"memory://sim-{folder.name}-{seed}"
         self._depth = 0

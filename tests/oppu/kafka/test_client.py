@@ -2,12 +2,15 @@
 
 import inspect
 import socket
+import struct
 import threading
+import time
 from pathlib import Path
 
 import pytest
-from kafka import TopicPartition
+from kafka import KafkaProducer, TopicPartition, codec
 from kafka import errors as k
+from kafka.record import default_records
 from pydantic import SecretStr
 
 from oppu.errors import FatalError, InvalidRecord, OffsetOutOfRange, OppuError, ProducerFenced, TransientError
@@ -15,7 +18,10 @@ from oppu.kafka import client_consumer
 from oppu.kafka.client import KafkaBroker, connection, connection_check
 from oppu.kafka.client_errors import FATAL, FENCED, TOO_LARGE, UNACCEPTABLE, translate, translated
 from oppu.kafka.port import TopicSpec
-from oppu.settings import KafkaSettings
+from oppu.kafka.topics import topic_specs
+from oppu.settings import KafkaSettings, Settings
+from oppu.values import OutRecord, Record
+from oppu.wire import Topics
 
 FENCED_NAMES = """ProducerFencedError InvalidProducerEpochError InvalidProducerIdMappingError UnknownProducerIdError
     InvalidTxnStateError TransactionCoordinatorFencedError IllegalGenerationError UnknownMemberIdError
@@ -168,3 +174,75 @@ def test_an_idle_consumer_notices_that_the_broker_is_gone(
     monkeypatch.undo()
     assert consumer.poll(0.05, 10) == []
     consumer.close()
+
+
+class _Name(str):
+    """A header name that another client wrote: any bytes."""
+
+    __slots__ = ()
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        return b"a\xff"
+
+
+def test_a_header_name_that_is_no_utf_8_stops_nothing(kafka_settings: KafkaSettings, kafka_prefix: str) -> None:
+    broker = KafkaBroker(kafka_settings, max_record_bytes=2**20)
+    topic, admin, producer = f"{kafka_prefix}t", broker.admin(), broker.producer(client_id="p")
+    consumer = None
+    try:
+        admin.create_topics([TopicSpec(topic, 1, 1, {})])
+        strange = OutRecord(topic, b"k", b"1", (("ü", b"x"), (_Name("?"), b"\xff"), ("z", b"")))
+        producer.send([OutRecord(topic, b"k", b"0", (("ü", b"x"),)), strange, OutRecord(topic, b"k", b"2")])
+        consumer = broker.consumer(f"{kafka_prefix}g", [topic], lambda new, _: dict.fromkeys(new, 0), client_id="c")
+        found: list[Record] = []
+        deadline = time.monotonic() + 20
+        while len(found) < 3 and time.monotonic() < deadline:
+            found += consumer.poll(0.1, 100)
+        assert [r.value for r in found] == [b"0", b"1", b"2"]
+        assert [r.headers for r in found] == [(("ü", b"x"),), (("ü", b"x"), ("a\\xff", b"\xff"), ("z", b"")), ()]
+        producer.send([OutRecord(topic, b"k", b"again", found[1].headers)])  # as its dead letter would be
+    finally:
+        for client in (consumer, producer, admin):
+            if client is not None:
+                client.close()
+
+
+def _snappy(run: bytes) -> bytes:
+    """Pack bytes that hold a long run of ``a`` the way the Java client's snappy does."""
+    first, last = run.index(b"a" * 9), run.rindex(b"a" * 9) + 9
+    head, tail = run[: first + 1], run[last:]
+    size, whole = len(run), bytearray()
+    while size > 127:
+        whole.append(size & 127 | 128)
+        size >>= 7
+    whole.append(size)
+    whole += bytes([61 << 2]) + struct.pack("<H", len(head) - 1) + head
+    for start in range(first + 1, last, 64):
+        whole += bytes([(min(64, last - start) - 1) << 2 | 2]) + struct.pack("<H", 1)
+    whole += bytes([61 << 2]) + struct.pack("<H", len(tail) - 1) + tail
+    return b"\x82SNAPPY\0" + struct.pack(">iii", 1, 1, len(whole)) + whole
+
+
+def test_applications_may_compress_with_any_codec(
+    fresh_kafka_settings: KafkaSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(kafka=fresh_kafka_settings)
+    broker, topic = KafkaBroker(settings.kafka, max_record_bytes=2**20), Topics(settings.kafka.topic_prefix).events
+    admin = broker.admin()
+    admin.create_topics(topic_specs(settings))
+    admin.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(codec, "has_snappy", lambda: True)
+        patch.setattr(default_records, "snappy_encode", lambda run: _snappy(bytes(run)))
+        patch.setitem(KafkaProducer._COMPRESSORS, "snappy", (lambda: True, 2))
+        producer = broker._open_producer("application", compression_type="snappy")()
+        sent = producer.send(topic, key=b"k", value=b"a" * 5000).get(10)
+        producer.close()
+    consumer = broker.consumer(f"{topic}-g", [topic], lambda new, _: dict.fromkeys(new, 0), client_id="c")
+    try:
+        deadline, found = time.monotonic() + 20, list[Record]()
+        while not found and time.monotonic() < deadline:
+            found = consumer.poll(0.1, 10)
+        assert [(r.offset, r.value) for r in found] == [(sent.offset, b"a" * 5000)]
+    finally:
+        consumer.close()

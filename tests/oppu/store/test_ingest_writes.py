@@ -8,6 +8,7 @@ import pytest
 
 from oppu.errors import OffsetConflict
 from oppu.settings import StoreSettings
+from oppu.store import transport
 from oppu.store.port import IngestBatch, IngestResult, OffsetAdvance, StoredOffset
 from oppu.store.sql import SqlStore
 from oppu.values import EventId, OutRecord, Partition, UserId
@@ -185,6 +186,19 @@ def test_outbox_keeps_order_and_binary_headers(store: SqlStore, writer: Writer) 
     store.delete_outbox([rows[0].id, rows[2].id])
     store.delete_outbox([])
     assert store.outbox(10) == [rows[1]]
+
+
+def test_the_outbox_is_read_in_pieces_that_fit_into_memory(
+    store: SqlStore, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "READ_BYTES", 1000)
+    sizes = [5000, 400, 500, 101, 0]
+    writer.write(dead_letters=[OutRecord("t", b"" if size else None, b"x" * size or None) for size in sizes])
+    found, after = [], 0
+    while rows := store.outbox(10, after=after):
+        found.append([len(row.record.value or b"") for row in rows])
+        after = rows[-1].id
+    assert found == [[5000], [400, 500], [101, 0]]
 
 
 def test_an_outbox_id_never_comes_back(store: SqlStore, writer: Writer) -> None:

@@ -1,0 +1,116 @@
+"""Parts of ``oppu up``: the settings file it writes, its key, and workers that die with their parent."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from oppu.cli import Session
+from oppu.cli.up import write_config
+from oppu.settings import Settings
+from tests.oppu.cli.conftest import Run
+
+pytestmark = pytest.mark.usefixtures("run")  # away from the settings of whoever runs the tests
+
+
+def test_the_written_file_is_read_back(tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text(
+        '[updater]\nreplay = 7\n[model]\nlora_targets = ["query", "val\\"ue"]\n'
+        '[service]\nlog_level = "DEBUG"\ndeployment_key = "ignored"\n[kafka]\ngroup_prefix = "\\u00e9\\U0001F600-"\n',
+        encoding="utf-8",
+    )
+    folder = tmp_path / "a b \U0001f600"
+    folder.mkdir()
+    path = write_config(Session(own), folder, "127.0.0.1:1234", "[updater]\nreplay = 8\nevidence = true\n")
+    settings = Settings.load(path)
+    assert (settings.updater.replay, settings.updater.evidence) == (8, True)
+    assert settings.model.lora_targets == ("query", 'val"ue')
+    assert settings.service.log_level == "DEBUG"
+    assert settings.kafka.bootstrap_servers == "127.0.0.1:1234"
+    assert settings.kafka.group_prefix == "\u00e9\U0001f600-"
+    assert settings.kafka.replication == settings.kafka.min_insync_replicas == 1
+    assert settings.store.url == f"sqlite:///{folder}/history.db"
+    assert settings.service.state_dir == folder / "state"
+
+
+def test_files_with_the_key_are_for_their_owner_alone(tmp_path: Path) -> None:
+    path = write_config(Session(None), tmp_path, "127.0.0.1:1234")
+    secret = tmp_path / "deployment.key"
+    assert [file.stat().st_mode & 0o777 for file in (path, secret)] == [0o600, 0o600]
+    assert len(secret.read_text()) == 64
+    assert Settings.load(path).service.deployment_key.get_secret_value() == secret.read_text()
+
+
+def test_the_key_is_made_once(tmp_path: Path) -> None:
+    first = Settings.load(write_config(Session(None), tmp_path, "127.0.0.1:1")).service.deployment_key
+    second = Settings.load(write_config(Session(None), tmp_path, "127.0.0.1:2")).service.deployment_key
+    assert first.get_secret_value() == second.get_secret_value()
+    (tmp_path / "other").mkdir()
+    other = Settings.load(write_config(Session(None), tmp_path / "other", "127.0.0.1:1")).service.deployment_key
+    assert other.get_secret_value() != first.get_secret_value()
+
+
+def test_an_interrupted_key_is_made_again(tmp_path: Path) -> None:
+    (tmp_path / "deployment.part").touch()
+    key = Settings.load(write_config(Session(None), tmp_path, "127.0.0.1:1")).service.deployment_key
+    assert len(key.get_secret_value()) == 64
+
+
+PARENT = """
+import os, subprocess, sys, time
+code = "from oppu.cli.up import die_with_parent as d; d(); print('up', flush=True); import time; time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OPPU_PARENT": str(os.getpid())},
+                         stdout=subprocess.PIPE, text=True, start_new_session=True)
+assert child.stdout.readline() == "up\\n"
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux ends children with their parent")
+def test_a_child_dies_with_its_parent() -> None:
+    root = str(Path(__file__).parents[3])
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, cwd=root)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    os.kill(child, 0)  # it lives
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait(10)
+    parent.stdout.close()
+    deadline = time.monotonic() + 10
+    while _lives(child):
+        assert time.monotonic() < deadline, "the child outlived its parent"
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux ends children with their parent")
+def test_a_child_whose_parent_died_before_it_asked_ends() -> None:
+    code = "from oppu.cli.up import die_with_parent; die_with_parent(); print('lives')"
+    environment = {**os.environ, "OPPU_PARENT": "1"}
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=root)
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "")
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_nothing_else_is_needed_to_run_a_worker_by_hand(run: Run, tmp_path: Path) -> None:
+    """Without a parent named, a worker is nobody's child: it gets as far as its settings."""
+    (tmp_path / "file").touch()
+    environment = {"OPPU_SERVICE__STATE_DIR": str(tmp_path / "file" / "state"), "PATH": os.environ["PATH"]}
+    root = Path(__file__).parents[3]
+    done = subprocess.run(
+        [sys.executable, "-m", "oppu", "ingest"], env=environment, capture_output=True, text=True, cwd=root
+    )
+    assert done.returncode == 2
+    assert "oppu: service.state_dir: cannot make " in done.stderr
