@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sqlalchemy import select
 from sqlalchemy.event import listen
 
 from inference.worker import InferenceWorker
@@ -23,6 +24,7 @@ from oppu.embedder import HashEmbedder
 from oppu.errors import OffsetConflict, TransientError
 from oppu.health import Health
 from oppu.kafka.memory import MemoryBroker
+from oppu.kafka.memory_cluster import Timeouts
 from oppu.kafka.topics import topic_specs
 from oppu.lm.fake import FakeModel
 from oppu.lm.port import AdapterRef, Row, Scored, Tensors
@@ -31,10 +33,11 @@ from oppu.metrics import fresh
 from oppu.privacy import UserHash
 from oppu.registry import AdapterRegistry
 from oppu.settings import Settings
-from oppu.store.port import Candidate, Claim
+from oppu.store.port import Candidate, Claim, IngestBatch, IngestResult, StoredOffset
+from oppu.store.schema import adapters
 from oppu.store.sql import SqlStore, migrate, open_store
 from oppu.tasks import Task, Tasks
-from oppu.values import BaseId, OutRecord, Partition, UserId, UserState
+from oppu.values import BaseId, Event, OutRecord, Partition, UserId, UserState
 from oppu.wire import Topics
 from retriever.port import Query, Retrieved
 from retriever.service import Retriever
@@ -42,6 +45,8 @@ from updater.worker import Updater
 
 T = TypeVar("T")
 KEY = "simulation"
+POLL_SECONDS = 15.0
+"""A sleeper is out of its group within half of its sleeps."""
 TASKS = Tasks({"pick": Task("pick", "choice", "{input}", "pick:")})
 
 
@@ -49,8 +54,8 @@ class Crash(BaseException):
     """The process is gone, between two effects."""
 
 
-class Violation(AssertionError):
-    """Something that must hold did not."""
+class Violation(BaseException):
+    """Something that must hold did not. No worker catches it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,8 @@ class Odds:
     fail: float = 0.02
     lose: float = 0.02
     sleep: float = 0.02
+    read: float = 0.002
+    """A read from the store or a call to the broker that fails, outside all effects."""
 
 
 class SpyStore(SqlStore):
@@ -69,11 +76,31 @@ class SpyStore(SqlStore):
     def __init__(self, inner: SqlStore) -> None:
         self.__dict__ = inner.__dict__
         self.told: dict[UserId, UserState] = {}
+        self.fault: Callable[[str], None] = lambda _: None
+
+    def offsets(self, cluster_id: str, topics: Sequence[str]) -> dict[Partition, StoredOffset]:
+        self.fault("store.offsets")
+        return super().offsets(cluster_id, topics)
+
+    def events(self, cursors: Mapping[UserId, int], **rest: Any) -> dict[UserId, list[Event]]:
+        self.fault("store.events")
+        return super().events(cursors, **rest)
 
     def users(self, user_ids: Sequence[UserId], base: BaseId) -> dict[UserId, UserState]:
+        self.fault("store.users")
         found = super().users(user_ids, base)
         self.told.update(found)
         return found
+
+    def write_events(self, batch: IngestBatch) -> IngestResult:
+        topics = sorted({advance.partition.topic for advance in batch.offsets})
+        before = super().offsets(batch.cluster_id, topics)
+        result = super().write_events(batch)
+        after = super().offsets(batch.cluster_id, topics)
+        for partition, stored in before.items():
+            if after[partition].next_offset < stored.next_offset:
+                raise Violation(f"the next offset of {partition} went back from {stored} to {after[partition]}")
+        return result
 
     def publish(self, claim: Claim, candidate: Candidate, **rest: Any) -> bool:
         current = self.current_token(claim.base, claim.user_id)
@@ -85,11 +112,10 @@ class SpyStore(SqlStore):
 
     def current_token(self, base: BaseId, user_id: UserId) -> int:
         """Return the token of a user's adapter row, straight from the database."""
+        row = (adapters.c.user_id == user_id) & (adapters.c.base == base)
         with self.database.engine.connect() as connection:
-            row = connection.exec_driver_sql(
-                "select token from adapters where user_id = ? and base = ?", (user_id.encode(), base)
-            ).first()
-        return -1 if row is None else int(row[0])
+            token = connection.execute(select(adapters.c.token).where(row)).scalar()
+        return -1 if token is None else int(token)
 
 
 class SpyModel(FakeModel):
@@ -149,7 +175,7 @@ class World:
             inference={"default_deadline_seconds": 0, "history_wait_seconds": 2},
         )
         self.topics = Topics(self.settings.kafka.topic_prefix)
-        self.broker = MemoryBroker(self.clock)
+        self.broker = MemoryBroker(self.clock, Timeouts(poll=POLL_SECONDS))
         self.broker.admin().create_topics(topic_specs(self.settings))
         migrate(self.settings.store)
         inner = open_store(self.settings.store, deployment_key=KEY, clock=self.clock)
@@ -159,6 +185,9 @@ class World:
         self.store = SpyStore(inner)
         self._root = f"memory://sim-{folder.name}-{seed}"
         self._depth = 0
+        self.running = False
+        self.store.fault = self._read_fault
+        self.broker.on_call(self._read_fault)
         self.processes: list[Process] = [
             *(Process(self, f"ingest-{n}", self._ingest) for n in range(2)),
             *(Process(self, f"inference-{n}", self._inference) for n in range(2)),
@@ -220,6 +249,11 @@ class World:
             self.clock.advance(self.chance.choice((0.1, 1.0, 5.0)))
             self.chance.choice(others).turn()
         self._depth -= 1
+
+    def _read_fault(self, verb: str) -> None:
+        if self.odds is not None and self.running and self.chance.random() < self.odds.read:
+            self.trace.append(f"{verb} fails")
+            raise TransientError(f"injected: {verb}")
 
     def _note(self, process: "Process", effect: Effect, outcome: str) -> None:
         self.trace.append(f"{process.name} {effect.name} {effect.detail} {outcome}")
@@ -292,13 +326,13 @@ class Process:
         """Take one turn of the loop; a crash leaves nothing of it."""
         if self._busy:
             return
-        self._busy = True
+        self._busy, outer, self.world.running = True, self.world.running, True
         try:
             self._turn()
         except Crash:
             self.die()
         finally:
-            self._busy = False
+            self._busy, self.world.running = False, outer
 
     def _turn(self) -> None:
         if self.loop is None:
