@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := oppu ingest retriever updater inference evaluation tests
+SOURCES := oppu ingest retriever updater inference evaluation benchmarks tests
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format schemas clean
