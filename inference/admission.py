@@ -87,14 +87,11 @@ def admit(record: Record, tasks: Tasks, settings: Settings) -> Ask | Refusal:
 
 
 def refuse(record: Record, reason: Reason, message: str) -> Refusal:
-    """Refuse a record: to its sender, where it names one that its key vouches for."""
-    to = addressee(record)
-    if to is not None and record.key != to[1].encode():
-        to = None
+    """Refuse a record: to the request and user that it names, where it does."""
     text = message.encode("utf-8", "replace").decode()
     if len(text) > _MESSAGE_CHARACTERS:
         text = text[: _MESSAGE_CHARACTERS - 1] + "…"
-    return Refusal(record, reason, text, to)
+    return Refusal(record, reason, text, addressee(record))
 
 
 class Verdict(StrEnum):

@@ -2,7 +2,7 @@
 
 Pure. Letter: c choices. The only place where sources are weighed: base, kNN and prior are a product of experts;
 the user's adapter stands beside them as a mixture's second expert, for it has mostly learnt what kNN and prior
-already say, and a product would count that twice (docs/results.md has the measurement).
+already say, and a product would count that twice.
 Invariants: the result is normalised; permuting the choices permutes it; an absent part, or one of weight zero,
 changes nothing. Where the weights come from is the caller's business.
 """

@@ -278,12 +278,13 @@ class TestPoison:
         assert dict(letter.headers)["reason"] == b"worker_crashed"
         assert world.broker.committed(GROUP) == {killer.partition: 1}
 
-    def test_one_whose_key_is_anothers_is_set_aside(self, world: World) -> None:
+    def test_one_whose_key_is_anothers_is_answered_to_the_user_it_names(self, world: World) -> None:
         world.send(json.dumps({"request_id": "r", "user_id": "anna"}).encode(), b"bert")
         (killer,) = world.offer()
         perform(world.worker.poison(killer, world.clock.now()))
-        assert world.predictions() == []
-        assert len(world.dead_letters()) == 1
+        error = world.answer("r").error
+        assert error is not None and error.code == "worker_crashed"
+        assert world.dead_letters() == []
 
     def test_one_that_was_answered_is_not_answered_again(self, world: World) -> None:
         world.ask("anna", "r1")
