@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from oppu.dead_letters import dead_letter
-
 from inference.admission import Ask, Refusal
+from oppu.dead_letters import dead_letter
 from oppu.errors import Reason
 from oppu.kafka.topics import DEAD_LETTER_OVERHEAD_BYTES, largest_record_bytes
 from oppu.settings import Settings
