@@ -1,0 +1,183 @@
+"""From every model's scores to every arm's answers, on the same queries (protocol section 2). No model runs here.
+
+Letters: n items of a user, q of them held back, c choices. Scores are log probabilities. For text tasks c is 1 and
+a score is minus the loss an output token.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.corpus import Item
+from evaluation.history import Past
+from evaluation.splits import Person
+from evaluation.stacking import Seen, fit
+from inference.combine import log_softmax
+from inference.fusion import Stack, Trust, mix
+from oppu.tasks import Kind
+
+Array = NDArray[np.float64]
+
+EVIDENCE, WITH_ADAPTER = ("base", "knn", "prior"), ("base", "knn", "prior", "adapter")
+_START = np.array([0.5, 0.5])
+"""No adapter begins with a half: the safety of protocol section 6."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One user's scores, all ``[n, c]``, or ``[q, c]`` for models that only saw the held-back items (``held``)."""
+
+    person: Person
+    pasts: Sequence[Past] = field(repr=False)
+    base: Array = field(repr=False)
+    follow: Array = field(repr=False)
+    held: Mapping[str, Array] = field(repr=False)
+
+    def sources(self, at: int) -> dict[str, Array | None]:
+        """Return what each source says of item ``at``."""
+        past = self.pasts[at]
+        return {
+            "base": self.base[at],
+            "knn": None if past.knn is None else np.log(past.knn),
+            "prior": None if past.prior is None else np.log(past.prior),
+            "adapter": self.follow[at] if past.count else None,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """What is fitted before the cut, on calibrate users and on targets' training parts."""
+
+    evidence: Stack
+    fused: Stack
+
+
+@dataclass(frozen=True, slots=True)
+class Arms:
+    """Each arm's ``[q, c]`` log probabilities by user; and ``stream``, fused and evidence on all items ``[n, c]``."""
+
+    held: dict[str, list[Array]] = field(repr=False)
+    stream: dict[str, list[Array]] = field(repr=False)
+    trust: list[float] = field(repr=False)
+
+
+def fit_fusion(tables: Sequence[Table]) -> Fusion:
+    """Fit both stacks on calibrate users' items and on targets' items before their cut."""
+    seen = [
+        Seen(table.sources(at), item.choices.index(item.output), table.pasts[at].count)
+        for table in tables
+        for at, item in enumerate(table.person.train)
+        if table.pasts[at].count
+    ]
+    return Fusion(fit(seen, EVIDENCE), fit(seen, WITH_ADAPTER))
+
+
+def choice_arms(tables: Sequence[Table], fusion: Fusion) -> Arms:
+    """Answer every held-back item in every arm.
+
+    Args:
+        tables: Of the target users.
+        fusion: Fitted beforehand.
+
+    Returns:
+        All arms.
+    """
+    held: dict[str, list[Array]] = {}
+    stream: dict[str, list[Array]] = {"evidence": [], "fused": []}
+    trust = []
+    for table in tables:
+        cut = table.person.cut
+        evidence, fused, weight = _stream(table, fusion)
+        own: dict[str, Array] = {"none": table.base[cut:], "follow": table.follow[cut:], **table.held}
+        prior = _logs(table, cut, "prior")
+        own |= {"prior": _sum(own["none"], prior), "knn": _sum(own["none"], _logs(table, cut, "knn"))}
+        for name in ("oppu", "permuted", "volume", "stranger-0"):
+            if name in own:
+                own[f"{name}+prior"] = _sum(own[name], prior)
+        own |= {"majority": _fixed(table, majority=True), "recent": _fixed(table, majority=False)}
+        own |= {"evidence": evidence[cut:], "fused": fused[cut:]}
+        for name, scores in own.items():
+            held.setdefault(name, []).append(scores)
+        stream["evidence"].append(evidence)
+        stream["fused"].append(fused)
+        trust.append(weight)
+    return Arms(held, stream, trust)
+
+
+def right(items: Sequence[Item], scores: Array, kind: Kind) -> Array:
+    """Return each item's merit ``[n]``: 1 for a right choice, minus the absolute error of a rating's median, or the
+    score of a text's."""
+    if kind == "text":
+        return scores[:, 0]
+    if kind == "choice":
+        answers = [i.choices[int(s[: len(i.choices)].argmax())] for i, s in zip(items, scores, strict=True)]
+        return np.array([float(a == i.output) for a, i in zip(answers, items, strict=True)])
+    return -np.array([abs(_median(i, s) - float(i.output)) for i, s in zip(items, scores, strict=True)])
+
+
+def log_loss(items: Sequence[Item], scores: Array) -> Array:
+    """Return each choice item's log loss ``[n]``, nats."""
+    return np.array([-s[i.choices.index(i.output)] for i, s in zip(items, scores, strict=True)])
+
+
+def macro_f1(items: Sequence[Item], scores: Array) -> float:
+    """Return the mean F1 over the labels that occur among outputs or answers."""
+    answers = [i.choices[int(s[: len(i.choices)].argmax())] for i, s in zip(items, scores, strict=True)]
+    truth, given = Counter(i.output for i in items), Counter(answers)
+    both = Counter(a for a, i in zip(answers, items, strict=True) if a == i.output)
+    labels = {*truth, *given}
+    return sum(2 * both[x] / (truth[x] + given[x]) for x in labels) / len(labels)
+
+
+def _stream(table: Table, fusion: Fusion) -> tuple[Array, Array, float]:
+    """Fuse all of a user's items in order; trust moves at the end of each day, by that day's outcomes."""
+    trust, weights = Trust(_START), _START
+    evidence, fused = np.empty_like(table.base), np.empty_like(table.base)
+    waiting: list[Array] = []
+    items = table.person.items
+    for at, item in enumerate(items):
+        if at and item.day != items[at - 1].day:
+            for losses in waiting:
+                weights = trust.after(weights, losses)
+            waiting.clear()
+        sources, count = table.sources(at), table.pasts[at].count
+        experts = [fusion.evidence.scores(sources, count), fusion.fused.scores(sources, count)]
+        if not count:
+            experts = [log_softmax(table.base[at])] * 2
+        evidence[at], fused[at] = experts[0], mix(weights, experts)
+        if count:
+            truth = item.choices.index(item.output)
+            waiting.append(np.array([-expert[truth] for expert in experts]))
+    return evidence, fused, float(weights[1])
+
+
+def _logs(table: Table, cut: int, source: str) -> Array:
+    """Return a source's log probabilities on the held-back items, 0 where it has nothing to say."""
+    rows = [table.sources(at)[source] for at in range(cut, len(table.person.items))]
+    return np.stack([np.zeros(table.base.shape[1]) if row is None else row for row in rows])
+
+
+def _sum(scores: Array, more: Array) -> Array:
+    return np.stack([log_softmax(row) for row in scores + more])
+
+
+def _fixed(table: Table, *, majority: bool) -> Array:
+    """Answer with the user's commonest output so far, or with the last one (rating: so far's median)."""
+    items, rows = table.person.items, []
+    first: dict[object, int] = {}
+    for at, item in enumerate(items):
+        seen = [i.output for i in items[: first.setdefault(item.day, at)]]
+        if at >= table.person.cut:
+            answer = (Counter(seen).most_common(1)[0][0] if majority else seen[-1]) if seen else item.choices[0]
+            rows.append([0.0 if choice == answer else -20.0 for choice in item.choices])
+    return np.array(rows)
+
+
+def _median(item: Item, scores: Array) -> float:
+    values = np.array([float(choice) for choice in item.choices])
+    order = values.argsort()
+    share = np.exp(scores[: len(values)] - scores[: len(values)].max())[order].cumsum()
+    return float(values[order][min(int(np.searchsorted(share, 0.5 * share[-1] - 1e-12)), len(values) - 1)])

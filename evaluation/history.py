@@ -1,0 +1,144 @@
+"""What each item's own past says about it, by the service's own retriever: neighbours, prior, items for the prompt.
+
+Invariant: the past of an item is its user's items of strictly earlier days.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, time
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.corpus import Item
+from inference.combine import recency_prior
+from oppu.embedder import Embedder
+from oppu.errors import ConfigError
+from oppu.metrics import fresh
+from oppu.settings import RetrieverSettings
+from oppu.store.port import HistoryStore
+from oppu.values import Event, EventId, UserId, UserState, Vector
+from retriever.port import Hit, Query, knn_distribution
+from retriever.service import Retriever
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """One item's past.
+
+    Attributes:
+        count: How many items it has.
+        knn: The neighbours' vote over the item's choices ``[c]``; ``None`` without one.
+        prior: The recency-weighted prior ``[c]``; ``None`` without one.
+        pairs: (input, output) of the best items, for the prompt.
+        line: The profile's line.
+        seen: Ids of all items that have a say, the profile's aside.
+    """
+
+    count: int
+    knn: Array | None = field(repr=False)
+    prior: Array | None = field(repr=False)
+    pairs: tuple[tuple[str, str], ...] = field(repr=False)
+    line: str = field(repr=False)
+    seen: frozenset[str] = field(default=frozenset(), repr=False)
+
+
+class _Shelf:
+    """The little of a history store that a retriever reads."""
+
+    def __init__(self, events: Sequence[Event]) -> None:
+        self._events = list(events)
+
+    def events(self, cursors: Mapping[UserId, int], *, embedder: str, limit: int) -> dict[UserId, list[Event]]:
+        return {user: [e for e in self._events if e.seq > after][-limit:] for user, after in cursors.items()}
+
+
+def pasts(
+    items: Sequence[Item], vectors: Mapping[str, Vector], embedder: Embedder, settings: RetrieverSettings
+) -> list[Past]:
+    """Look up every item's past.
+
+    Args:
+        items: Of one user and task, oldest first.
+        vectors: ``[dim] float32`` unit embedding of each input, by item id.
+        embedder: Names the vectors.
+        settings: Mode, k, neighbours, half-life.
+
+    Returns:
+        One past an item.
+    """
+    if not items:
+        return []
+    user, before = UserId(items[0].user_id), _before(items)
+    shelf = cast(HistoryStore, _Shelf([_event(item, at, vectors) for at, item in enumerate(items, start=1)]))
+    retriever = Retriever(shelf, embedder, settings, fresh())
+    state = UserState(user, 1, len(items), None)
+    queries = [
+        Query(state, item.task, item.input, settings.k, settings.neighbours, before_seq=seq, exclude_input=item.input)
+        for item, seq in zip(items, before, strict=True)
+    ]
+    found = retriever.retrieve(queries, [vectors[item.item_id] for item in items])
+    profiles = retriever.profiles([(state, item.task, seq) for item, seq in zip(items, before, strict=True)])
+    retriever.close()
+    return [
+        Past(
+            count=seq - 1,
+            knn=_vote(item, result.neighbours),
+            prior=recency_prior(profile.prior, item.choices) if item.choices else None,
+            pairs=tuple((hit.event.input, hit.event.output) for hit in result.hits),
+            line=profile.line,
+            seen=frozenset(hit.event.event_id for hit in (*result.hits, *result.neighbours)),
+        )
+        for item, seq, result, profile in zip(items, before, found, profiles, strict=True)
+    ]
+
+
+def check_pasts(items: Sequence[Item], found: Sequence[Past]) -> None:
+    """Look for an item in some past that does not belong there.
+
+    Args:
+        items: Of one user, oldest first.
+        found: Their pasts.
+
+    Raises:
+        ConfigError: An item has itself, another user's item or one that is not of an earlier day in its past.
+    """
+    by_id = {item.item_id: item for item in items}
+    for item, past in zip(items, found, strict=True):
+        if any(other not in by_id for other in past.seen):
+            raise ConfigError(f"history: item {item.item_id} retrieves another user's item")
+        if any(by_id[other].day >= item.day for other in past.seen):
+            raise ConfigError(f"history: item {item.item_id} retrieves itself or an item that is not earlier")
+        if past.count != sum(other.day < item.day for other in items):
+            raise ConfigError(f"history: item {item.item_id} counts items that are not earlier")
+
+
+def _vote(item: Item, neighbours: tuple[Hit, ...]) -> Array | None:
+    allowed = set(item.choices)
+    hits = tuple(hit for hit in neighbours if hit.event.output in allowed)
+    return knn_distribution(neighbours, item.choices) if hits else None
+
+
+def _before(items: Sequence[Item]) -> list[int]:
+    """Return the first seq that each item may not see: its day's first."""
+    first: dict[object, int] = {}
+    return [first.setdefault(item.day, seq) for seq, item in enumerate(items, start=1)]
+
+
+def _event(item: Item, seq: int, vectors: Mapping[str, Vector]) -> Event:
+    at = datetime.combine(item.day, time(), UTC)
+    return Event(
+        user_id=UserId(item.user_id),
+        seq=seq,
+        event_id=EventId(item.item_id),
+        task=item.task,
+        occurred_at=at,
+        recorded_at=at,
+        input=item.input,
+        output=item.output,
+        choices=item.choices or None,
+        embedding=vectors[item.item_id],
+    )

@@ -1,0 +1,117 @@
+"""Intervals and tests over users (protocol section 4). Letters: u users, q queries."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+EXACT_USERS = 20
+DRAWS, RESAMPLES = 100_000, 10_000
+_POWER_QUANTILES = 1.959964 + 0.841621
+"""Normal quantiles of a two-sided 5 % test and of 80 % power."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contrast:
+    """One arm less another, over users' mean differences.
+
+    Attributes:
+        difference: Mean over queries.
+        ci: Its 95 % interval, clusters resampled.
+        user_difference: Mean over users.
+        user_ci: Its interval.
+        p: Two-sided sign-flip test by user of the mean over queries.
+        user_p: The same of the mean over users.
+        wins: Users with a positive difference.
+        ties: With none.
+        losses: With a negative one.
+        detectable: The least difference over users that this many would have shown with 80 % power.
+    """
+
+    difference: float
+    ci: tuple[float, float]
+    user_difference: float
+    user_ci: tuple[float, float]
+    p: float
+    user_p: float
+    wins: int
+    ties: int
+    losses: int
+    detectable: float
+
+
+def contrast(differences: Sequence[Array], clusters: Sequence[int], seed: int = 0) -> Contrast:
+    """Compare two arms on the same queries.
+
+    Args:
+        differences: Each user's per-query differences; positive is better.
+        clusters: Each user's cluster number; users of one cluster are resampled together.
+        seed: Of draws and resamples.
+
+    Returns:
+        Estimates, intervals and tests.
+    """
+    sums = np.array([d.sum() for d in differences])
+    counts = np.array([len(d) for d in differences], dtype=np.float64)
+    means = sums / counts
+    low, high, user_low, user_high = _intervals(sums, counts, clusters, seed)
+    return Contrast(
+        difference=float(sums.sum() / counts.sum()),
+        ci=(low, high),
+        user_difference=float(means.mean()),
+        user_ci=(user_low, user_high),
+        p=sign_flip(sums, seed),
+        user_p=sign_flip(means, seed),
+        wins=int((means > 0).sum()),
+        ties=int((means == 0).sum()),
+        losses=int((means < 0).sum()),
+        detectable=float(_POWER_QUANTILES * means.std(ddof=1) / np.sqrt(len(means)))
+        if len(means) > 1
+        else float("nan"),
+    )
+
+
+def sign_flip(values: Array, seed: int = 0) -> float:
+    """Return the two-sided p of a mean of zero: exact up to 20 values, else by 100,000 draws."""
+    observed = abs(values.sum())
+    if len(values) <= EXACT_USERS:
+        signs = 1 - 2 * ((np.arange(2 ** len(values))[:, None] >> np.arange(len(values))) & 1)
+        return float((np.abs(signs @ values) >= observed - 1e-12).mean())
+    chance = np.random.default_rng(seed)
+    hits, done = 0, 0
+    while done < DRAWS:
+        signs = 2 * chance.integers(0, 2, size=(min(10_000, DRAWS - done), len(values))) - 1
+        hits += int((np.abs(signs @ values) >= observed - 1e-12).sum())
+        done += len(signs)
+    return (hits + 1) / (DRAWS + 1)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Return Holm's adjusted p values, in the given order."""
+    order = np.argsort(p)
+    adjusted, worst = np.empty(len(p)), 0.0
+    for rank, at in enumerate(order):
+        worst = max(worst, min(1.0, (len(p) - rank) * p[at]))
+        adjusted[at] = worst
+    return [float(x) for x in adjusted]
+
+
+def mean_interval(values: Sequence[Array], clusters: Sequence[int], seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % interval of a mean over queries, clusters of users resampled."""
+    sums = np.array([v.sum() for v in values])
+    counts = np.array([len(v) for v in values], dtype=np.float64)
+    return _intervals(sums, counts, clusters, seed)[:2]
+
+
+def _intervals(sums: Array, counts: Array, clusters: Sequence[int], seed: int) -> tuple[float, float, float, float]:
+    names, of_user = np.unique(np.asarray(clusters), return_inverse=True)
+    chance = np.random.default_rng(seed)
+    drawn = chance.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)[:, of_user]
+    over_queries = (drawn @ sums) / (drawn @ counts)
+    over_users = (drawn @ (sums / counts)) / drawn.sum(axis=1)
+    low, high = np.quantile(over_queries, [0.025, 0.975])
+    user_low, user_high = np.quantile(over_users, [0.025, 0.975])
+    return float(low), float(high), float(user_low), float(user_high)

@@ -1,0 +1,140 @@
+"""From scores to answers, with scores made up so that every answer is known."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from evaluation import controls
+from evaluation.arms import Fusion, Table, choice_arms, log_loss, macro_f1, right
+from evaluation.history import Past
+from evaluation.splits import Person
+from inference.combine import log_softmax
+from inference.fusion import Stack
+from tests.evaluation.world import LABELS, item
+
+
+def person(user: str = "u", count: int = 10, cut: int = 8, outputs: str = "abc") -> Person:
+    items = tuple(item(user, at, output=outputs[at % len(outputs)]) for at in range(count))
+    return Person(user, items, tuple(range(count)), cut)
+
+
+def sure(answer: str) -> np.ndarray:
+    scores: np.ndarray = np.log([0.98 if label == answer else 0.01 for label in LABELS])
+    return scores
+
+
+def table(own: Person, base: str, follow: str) -> Table:
+    half = np.array([0.4, 0.3, 0.3])
+    past = [Past(at, None if at == 0 else half, None if at == 0 else half, (), "") for at in range(len(own.items))]
+    scores = np.stack([sure(base)] * len(own.items))
+    followed = np.stack([sure(follow if follow != "truth" else i.output) for i in own.items])
+    return Table(own, past, scores, followed, {"oppu": scores[own.cut :]})
+
+
+FUSION = Fusion(
+    Stack({"base": (1.0, 0.0)}),
+    Stack({"base": (0.0, 0.0), "adapter": (1.0, 0.0)}),
+)
+
+
+def test_every_arm_answers_every_query_of_every_user() -> None:
+    tables = [table(person("u"), "a", "b"), table(person("v", 12, 9), "c", "a")]
+    arms = choice_arms(tables, FUSION)
+    for name, scores in arms.held.items():
+        assert [s.shape for s in scores] == [(2, 3), (3, 3)], name
+    assert [s.shape for s in arms.stream["fused"]] == [(10, 3), (12, 3)]
+    assert {"none", "majority", "recent", "prior", "knn", "evidence", "fused", "follow", "oppu", "oppu+prior"} <= set(
+        arms.held
+    )
+
+
+def test_trust_goes_to_an_adapter_that_foresees_the_user_and_leaves_one_that_does_not() -> None:
+    good = choice_arms([table(person(count=40, cut=30), "a", "truth")], FUSION)
+    assert good.trust[0] > 0.95
+    assert right(person(count=40, cut=30).test, good.held["fused"][0], "choice").mean() == 1.0
+    bad = choice_arms([table(person(count=40, cut=30, outputs="a"), "a", "b")], FUSION)
+    assert bad.trust[0] < 0.05
+    assert right(person(count=40, cut=30, outputs="a").test, bad.held["fused"][0], "choice").mean() == 1.0
+
+
+def test_outcomes_of_a_day_count_from_the_next_day_on() -> None:
+    own = person(count=6, cut=5)
+    same = Person("u", tuple(item("u", at, output="a", day=1 if at else 0) for at in range(6)), own.groups, 5)
+    arms = choice_arms([table(same, "b", "a")], FUSION)
+    streamed = arms.stream["fused"][0]
+    np.testing.assert_allclose(streamed[2], streamed[5])  # nothing of the day was used within it
+
+
+def test_the_commonest_and_the_last_output_so_far() -> None:
+    own = person(count=10, cut=8, outputs="aab")  # …a a b a a b a a | b a
+    arms = choice_arms([table(own, "a", "a")], FUSION)
+    assert [LABELS[int(row.argmax())] for row in arms.held["majority"][0]] == ["a", "a"]
+    assert [LABELS[int(row.argmax())] for row in arms.held["recent"][0]] == ["a", "b"]
+
+
+def test_merits_by_kind() -> None:
+    items = [item("u", 0, output="b"), item("u", 1, output="c")]
+    scores = np.stack([sure("b"), sure("a")])
+    assert right(items, scores, "choice").tolist() == [1.0, 0.0]
+    np.testing.assert_allclose(log_loss(items, scores), [-np.log(0.98), -np.log(0.01)])
+    assert macro_f1(items, scores) == pytest.approx(1 / 3)
+    assert right(items, np.array([[-1.5], [-2.0]]), "text").tolist() == [-1.5, -2.0]
+
+
+def test_a_rating_is_judged_by_the_median_of_its_distribution() -> None:
+    rated = item("u", 0, output="5")
+    object.__setattr__(rated, "choices", ("1", "2", "3", "4", "5"))
+    scores = np.log(np.array([[0.45, 0.01, 0.01, 0.01, 0.52], [0.3, 0.1, 0.2, 0.1, 0.3]]))
+    assert right([rated, rated], scores, "rating").tolist() == [0.0, -2.0]
+
+
+class TestControls:
+    def people(self) -> list[Person]:
+        return [
+            Person(
+                f"u{n}",
+                tuple(item(f"u{n}", at, output="aab"[(at + n) % 3]) for at in range(12)),
+                tuple(range(100 * n, 100 * n + 12)),
+                9,
+            )
+            for n in range(4)
+        ]
+
+    def test_permuted_outputs_are_the_users_own_in_another_order(self) -> None:
+        own = self.people()[0]
+        made = controls.permuted(own, 0)
+        assert [i.input for i in made] == [i.input for i in own.train]
+        assert sorted(i.output for i in made) == sorted(i.output for i in own.train)
+        assert [i.output for i in made] != [i.output for i in own.train]
+
+    def test_volume_matched_items_are_others_with_the_same_outputs(self) -> None:
+        everybody = self.people()
+        own = everybody[0]
+        made = controls.volume_matched(own, everybody, 0)
+        assert sorted(i.output for i in made) == sorted(i.output for i in own.train)
+        assert all(i.user_id != "u0" for i in made)
+        tests = {i.item_id for p in everybody for i in p.test}
+        assert not tests & {i.item_id for i in made}
+
+    def test_co_authors_are_never_strangers_nor_a_source(self) -> None:
+        everybody = self.people()
+        shared = Person("u1", everybody[1].items, (0, *everybody[1].groups[1:]), 9)
+        everybody[1] = shared
+        assert "u1" not in controls.strangers(everybody, 3, 0)["u0"]
+        assert all(i.user_id != "u1" for i in controls.volume_matched(everybody[0], everybody, 0))
+
+    def test_the_nearest_stranger_comes_last(self) -> None:
+        everybody = self.people()
+        for n in (1, 2):
+            everybody[n] = replace(everybody[n], items=tuple(replace(i, output="b") for i in everybody[n].items))
+        found = controls.strangers(everybody, 1, 0)
+        assert all(user not in others and len(others) == 2 for user, others in found.items())
+        assert found["u0"][-1] == "u3"  # the same labels, at the same shares
+
+
+def test_a_choice_is_normalised_after_a_source_is_added() -> None:
+    arms = choice_arms([table(person(), "a", "b")], FUSION)
+    for name in ("prior", "knn", "oppu+prior", "evidence", "fused"):
+        for row in arms.held[name][0]:
+            np.testing.assert_allclose(row, log_softmax(row), atol=1e-9)

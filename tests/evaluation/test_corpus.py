@@ -1,0 +1,99 @@
+"""The layouts that can be read, and what is said of those that cannot."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evaluation.corpus import by_user, load
+from oppu.errors import ConfigError
+from oppu.tasks import load_tasks
+
+TASKS = load_tasks()
+
+
+def event(number: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "event_id": f"e{number}",
+        "user_id": "anna",
+        "task": "news_categorize",
+        "occurred_at": f"2024-01-0{number}T23:30:00-02:00",
+        "input": f"text {number}",
+        "output": "politics",
+    } | changes
+
+
+def lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+@pytest.mark.parametrize("name", ["e.jsonl", "e.jsonl.gz"])
+def test_events_come_in_order_of_their_utc_day_with_the_tasks_choices(tmp_path: Path, name: str) -> None:
+    rows = [event(3), event(1), event(2, task="news_headline", output="a headline")]
+    items = load(lines(tmp_path / name, rows), "news_categorize", TASKS)
+    assert [(i.item_id, str(i.day)) for i in items] == [("e1", "2024-01-02"), ("e3", "2024-01-04")]
+    assert items[0].choices == TASKS["news_categorize"].labels
+    assert list(by_user(items)) == ["anna"]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (event(1, output="gardening"), "item e1: output: expected one of"),
+        ({"user_id": "anna"}, "line 1"),
+        (event(1, task="tweet_paraphrase"), "no item of task"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path: Path, row: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load(lines(tmp_path / "e.jsonl", [row]), "news_categorize", TASKS)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        load(tmp_path / "none.jsonl", "news_categorize", TASKS)
+
+
+def test_lamp_questions_with_their_outputs(tmp_path: Path) -> None:
+    profile = [{"id": "p1", "text": "good book", "score": "5"}, {"id": "p2", "text": "bad book", "score": "1"}]
+    (tmp_path / "q.json").write_text(json.dumps([{"id": "110", "input": "What score? fine book", "profile": profile}]))
+    (tmp_path / "o.json").write_text(json.dumps({"task": "LaMP_3", "golds": [{"id": "110", "output": "4"}]}))
+    items = load(tmp_path / "q.json", "product_rating", TASKS, outputs=tmp_path / "o.json")
+    assert [(i.user_id, i.input, i.output) for i in items] == [
+        ("110", "good book", "5"),
+        ("110", "bad book", "1"),
+        ("110", "What score? fine book", "4"),
+    ]
+    assert len({i.day for i in items}) == 3  # no dates: one a day, in order
+
+
+@pytest.mark.parametrize(
+    ("task", "entry", "pair"),
+    [
+        ("news_headline", {"id": "1", "text": "body", "title": "head"}, ("body", "head")),
+        ("scholarly_title", {"id": "1", "title": "t", "abstract": "a", "date": "2019-05-01"}, ("a", "t")),
+        ("movie_tagging", {"id": "1", "description": "plot", "tag": "comedy"}, ("plot", "comedy")),
+        ("news_categorize", {"id": "1", "text": "b", "title": "h", "category": "crime"}, ("b", "crime")),
+    ],
+)
+def test_oppu_histories_and_queries(tmp_path: Path, task: str, entry: dict[str, Any], pair: tuple[str, str]) -> None:
+    query = {"id": "9", "input": "asked", "gold": pair[1]}
+    row = {"user_id": 7, "profile": [entry], "query": [query]}
+    (tmp_path / "user_top_100_history.json").write_text(json.dumps([row]))
+    items = load(tmp_path / "user_top_100_history.json", task, TASKS)
+    found = {i.item_id: (i.input, i.output) for i in items}
+    assert found == {"7/1": pair, "7/9": ("asked", pair[1])}
+
+
+def test_an_entry_without_a_profile_or_a_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "user_others.json"
+    path.write_text(json.dumps([{"user_id": 1}]))
+    with pytest.raises(ConfigError, match="entry 0: expected an object with profile"):
+        load(path, "news_headline", TASKS)
+    path.write_text(json.dumps([{"user_id": 1, "profile": [{"id": "p"}], "query": []}]))
+    with pytest.raises(ConfigError, match="user 1, entry p: expected one of input"):
+        load(path, "news_headline", TASKS)

@@ -1,0 +1,128 @@
+"""The whole run on a tiny random base: every stage, the report, a kill in between, and the command."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from evaluation import training
+from evaluation.corpus import Item
+from evaluation.experiment import Outcome, Plan, run
+from evaluation.report import summarise, write
+from evaluation.splits import Bounds
+from evaluation.training import Recipe
+from oppu.cli import cli
+from oppu.settings import Settings
+from oppu.tasks import Task, Tasks
+from tests.evaluation.world import EMBEDDER, LABELS, people
+from tests.oppu.lm.conftest import byte_tokenizer, tiny_model
+
+COUNTS = {f"t{n}": 20 for n in range(3)} | {f"c{n}": 8 for n in range(6)} | {"s0": 4}
+RECIPE = Recipe(base_epochs=2, passes=1, chunk=6, replay=2, chunk_passes=1, strangers=1)
+TASKS = Tasks({
+    "pick": Task("pick", "choice", "{input}", "is:", LABELS),
+    "write": Task("write", "text", "{input}", "title:"),
+})  # fmt: skip
+BOUNDS = Bounds(target=20, calibrate=6, folds_below=2)
+
+pytestmark = [pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    folder = tmp_path_factory.mktemp("base")
+    tiny_model("llama").save_pretrained(str(folder))
+    byte_tokenizer().save_pretrained(str(folder))
+    return Settings.load(model={"base": str(folder), "max_tokens": 64, "lora_rank": 2, "threads": 1})
+
+
+def planned(folder: Path, task: str = "pick", *, final: bool = True, seeds: tuple[int, ...] = (0,)) -> Plan:
+    return Plan(task, folder, seeds, RECIPE, BOUNDS, final, None, lambda _: None)
+
+
+def everybody(task: str = "pick") -> list[Item]:
+    items = people(COUNTS, task=task)
+    if task == "pick":
+        return items
+    return [Item(i.item_id, i.user_id, task, i.day, i.input, f"about {i.input[:6]}") for i in items]
+
+
+def test_all_arms_and_the_report(settings: Settings, tmp_path: Path) -> None:
+    outcomes = run(planned(tmp_path, seeds=(0, 1)), everybody(), settings, TASKS, EMBEDDER)
+    result = summarise(planned(tmp_path, seeds=(0, 1)), outcomes, "choice", "tiny", "oppu evaluate pick")
+    assert (result["users"], result["queries"], result["evidence"]) == (3, 12, False)
+    wanted = {"none", "retrieval-1", "profile", "prior", "knn", "evidence", "oppu", "volume", "permuted", "union",
+              "stranger-0", "stranger-nearest", "follow", "frozen", "fused", "majority", "recent"}  # fmt: skip
+    assert wanted <= set(result["arms"])
+    assert all(0 <= arm["query_mean"] <= 1 and len(arm["seeds"]) == 2 for arm in result["arms"].values())
+    assert {name[:2] for name in result["tests"] if name.startswith("P")} == {"P1", "P2", "P3"}
+    data, page = write(result, outcomes, "choice", tmp_path / "out")
+    assert json.loads(data.read_text())["arms"].keys() == result["arms"].keys()
+    assert "not evidence" in page.read_text()
+    assert (tmp_path / "final.log").read_text().count("\n") == 1
+
+
+def test_a_text_task_is_judged_by_its_loss(settings: Settings, tmp_path: Path) -> None:
+    outcomes = run(planned(tmp_path, "write"), everybody("write"), settings, TASKS, EMBEDDER)
+    result = summarise(planned(tmp_path, "write"), outcomes, "text", "tiny", "oppu evaluate write")
+    assert all(arm["query_mean"] < 0 for arm in result["arms"].values())
+    assert any(name.startswith("P1") for name in result["tests"])
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(settings: Settings, tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    whole = run(planned(tmp_path / "whole"), everybody(), settings, TASKS, EMBEDDER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evaluation.experiment.train_once", kill)
+        with pytest.raises(Killed):
+            run(planned(tmp_path / "parts"), everybody(), settings, TASKS, EMBEDDER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_adapt", kill)  # what was done is not done again
+        again = run(planned(tmp_path / "parts"), everybody(), settings, TASKS, EMBEDDER)
+    _same(whole[0], again[0])
+
+
+def test_the_order_of_seeds_and_a_second_run_change_nothing(settings: Settings, tmp_path: Path) -> None:
+    first = run(planned(tmp_path / "1"), everybody(), settings, TASKS, EMBEDDER)
+    second = run(planned(tmp_path / "2"), everybody(), settings, TASKS, EMBEDDER)
+    _same(first[0], second[0])
+
+
+def test_the_development_run_never_sees_the_last_fifth(settings: Settings, tmp_path: Path) -> None:
+    [outcome] = run(planned(tmp_path, final=False), everybody(), settings, TASKS, EMBEDDER)
+    assert max(int(i.item_id.rpartition("/")[2]) for p in outcome.people for i in p.items) == 15
+    assert not (tmp_path / "final.log").exists()
+
+
+def test_a_chunk_ends_with_its_day() -> None:
+    items = people({"u": 12})
+    assert training._chunks(items, 5) == [(0, 5), (5, 10), (10, 12)]
+    same = [*items[:4], *(Item(i.item_id, "u", i.task, items[4].day, i.input, i.output) for i in items[4:])]
+    assert training._chunks(same, 5) == [(0, 12)]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["nonsense", "--events", "e", "--out", "o"], "TASK: expected one of"),
+        (["news_categorize", "--events", "none.jsonl", "--out", "o"], "cannot read"),
+    ],
+)
+def test_the_command_refuses_before_it_starts(args: list[str], words: str) -> None:
+    result = CliRunner().invoke(cli, ["evaluate", *args])
+    assert result.exception is not None and words in str(result.exception)
+
+
+def _same(one: Outcome, other: Outcome) -> None:
+    assert one.arms.held.keys() == other.arms.held.keys()
+    for name, scores in one.arms.held.items():
+        for a, b in zip(scores, other.arms.held[name], strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=name)

@@ -1,0 +1,170 @@
+"""Who is what, and that every planted leak is seen."""
+
+from dataclasses import replace
+from datetime import timedelta
+
+import numpy as np
+import pytest
+
+from evaluation import splits
+from evaluation.corpus import Item
+from evaluation.splits import Bounds, Fold, Person, check, clusters, cut_index, make_folds, same_groups
+from oppu.errors import ConfigError
+from tests.evaluation.world import item, people, stacked, vectors
+
+BOUNDS = Bounds(target=20, calibrate=8, folds_below=2)
+COUNTS = {f"t{n}": 25 for n in range(4)} | {f"c{n}": 10 for n in range(12)} | {f"s{n}": 3 for n in range(4)}
+
+
+def folds(items: list[Item], *, final: bool = True) -> list[Fold]:
+    return make_folds(items, stacked(items), BOUNDS, final=final)
+
+
+def only(items: list[Item], *, final: bool = True) -> Fold:
+    [fold] = folds(items, final=final)
+    return fold
+
+
+class TestRoles:
+    def test_everybody_has_one_role_and_only_small_users_adapt_the_base(self) -> None:
+        fold = only(people(COUNTS))
+        targets, calibrate = ({p.user_id for p in some} for some in (fold.target, fold.calibrate))
+        adapt = {i.user_id for i in fold.adapt}
+        assert targets == {"t0", "t1", "t2", "t3"}
+        assert calibrate and calibrate < {f"c{n}" for n in range(12)}
+        assert not targets & adapt and not calibrate & adapt
+        assert targets | calibrate | adapt == set(COUNTS)
+
+    def test_few_targets_are_crossed_each_left_out_once(self) -> None:
+        items = people({f"t{n}": 25 for n in range(4)})
+        made = make_folds(items, stacked(items), replace(BOUNDS, folds_below=12), final=True)
+        assert [p.user_id for fold in made for p in fold.target] == ["t0", "t1", "t2", "t3"]
+        for fold in made:
+            check(fold, vectors(items))
+            assert len({i.user_id for i in fold.adapt}) == 2
+
+    def test_nobody_with_enough_items_is_an_error_that_says_how_many(self) -> None:
+        with pytest.raises(ConfigError, match="at least 20 items"):
+            folds(people({"a": 5}))
+
+
+class TestCut:
+    def test_the_last_fifth_is_held_back(self) -> None:
+        fold = only(people(COUNTS))
+        assert {len(p.test) for p in fold.target} == {5}
+
+    @pytest.mark.parametrize(("days", "cut"), [([0, 1, 2, 3, 4], 4), ([0, 1, 2, 2, 2], 2), ([0, 0, 0, 0, 0, 1], 5)])
+    def test_it_falls_on_the_boundary_of_a_day(self, days: list[int], cut: int) -> None:
+        assert cut_index([item("u", n, day=day) for n, day in enumerate(days)]) == cut
+
+    def test_until_the_final_run_the_last_fifth_does_not_exist(self) -> None:
+        items = people(COUNTS)
+        development, final = only(items, final=False), only(items)
+        seen = {i.item_id for p in development.target for i in p.items}
+        assert not seen & {i.item_id for p in final.target for i in p.test}
+        assert {len(p.items) for p in development.target} == {20}
+
+
+class TestOneSide:
+    def test_the_same_article_in_a_test_part_leaves_every_other_part(self) -> None:
+        items = people(COUNTS)
+        text = next(i for i in items if i.item_id == "t0/pick/24").input
+        again = [item("s0", 50, text=text.upper()), item("t1", 2, text=text), item("c0", 50, text=text)]
+        fold = only(sorted([*items, *again], key=lambda i: i.day))
+        used = [*fold.adapt, *(i for p in fold.calibrate for i in p.items), *(i for p in fold.target for i in p.train)]
+        assert text in {i.input for p in fold.target for i in p.test}
+        assert text.lower() not in {i.input.lower() for i in used}
+
+    def test_near_duplicates_by_grams_or_by_embedding_are_one_group(self) -> None:
+        text = " ".join(f"w{k}" for k in range(40))
+        texts = [text, text + " more", " ".join(f"v{k}" for k in range(40)), "short one", "short two"]
+        rows = np.eye(5, dtype=np.float32)
+        rows[4] = [0, 0, 0, 0.99, 0.141]
+        groups = same_groups(texts, rows)
+        assert groups[0] == groups[1] and groups[3] == groups[4]
+        assert len(set(groups)) == 3
+
+    def test_a_repeat_within_a_user_is_kept_once_and_across_the_cut_only_behind_it(self) -> None:
+        again = [item("t0", at, text="again and again", day=day) for at, day in ((101, 3), (102, 4))]
+        across = [item("t1", at, text="once before", day=day) for at, day in ((101, 3), (102, 99))]
+        fold = only(sorted([*people(COUNTS), *again, *across], key=lambda i: i.day))
+        kept = {i.item_id for p in fold.target for i in p.items if i.input in ("again and again", "once before")}
+        assert kept == {"t0/pick/101", "t1/pick/102"}
+
+    def test_sister_tasks_of_the_same_inputs_are_divided_alike(self) -> None:
+        one, other = only(people(COUNTS)), only(people(COUNTS, task="title"))
+        assert [[i.input for i in p.test] for p in one.target] == [[i.input for i in p.test] for p in other.target]
+
+
+class TestPlantedLeaks:
+    """Each changes a sound fold as a mistake would; ``check`` must say so."""
+
+    def sound(self) -> tuple[Fold, dict[str, np.ndarray]]:
+        items = people(COUNTS)
+        return only(items), dict(vectors(items))
+
+    def refused(self, fold: Fold, own: dict[str, np.ndarray], words: str, sister: Fold | None = None) -> None:
+        with pytest.raises(ConfigError, match=words):
+            check(fold, own, sister)
+
+    def test_a_sound_fold_passes(self) -> None:
+        fold, own = self.sound()
+        check(fold, own, fold)
+
+    def test_a_future_item_in_the_training_part(self) -> None:
+        fold, own = self.sound()
+        first, *rest = fold.target
+        items = list(first.items)
+        items[0], items[-1] = replace(items[0], day=items[-1].day + timedelta(days=1)), items[-1]
+        leak = replace(fold, target=(replace(first, items=tuple(items)), *rest))
+        self.refused(leak, own, "order of time")
+
+    def test_a_cut_within_a_day(self) -> None:
+        fold, own = self.sound()
+        first, *rest = fold.target
+        items = list(first.items)
+        items[first.cut] = replace(items[first.cut], day=items[first.cut - 1].day)
+        self.refused(replace(fold, target=(replace(first, items=tuple(items)), *rest)), own, "not later")
+
+    def test_near_duplicates_across_the_cut(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(splits, "same_groups", lambda texts, rows: list(range(len(texts))))
+        items = people(COUNTS)
+        own = dict(vectors(items))
+        test = next(i for i in items if i.item_id == "t0/pick/24")
+        train = next(i for i in items if i.item_id == "t0/pick/1")
+        own[train.item_id] = own[test.item_id]
+        [fold] = make_folds(items, np.stack([own[i.item_id] for i in items]), BOUNDS, final=True)
+        self.refused(fold, own, "near-duplicate")
+
+    def test_a_co_authors_paper(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(splits, "same_groups", lambda texts, rows: list(range(len(texts))))
+        items = people(COUNTS)
+        text = next(i for i in items if i.item_id == "t0/pick/24").input
+        items = sorted([*items, item("t1", 1, text=text, task="again")], key=lambda i: i.day)
+        self.refused(only(items), dict(vectors(items)), "test part")
+
+    def test_the_same_article_in_the_sister_task(self) -> None:
+        fold, own = self.sound()
+        sister = only(people(COUNTS, task="title"))
+        shifted = tuple(replace(p, cut=p.cut - 3) for p in sister.target)
+        self.refused(fold, own, "sister", replace(sister, target=shifted))
+
+    def test_another_users_item(self) -> None:
+        fold, own = self.sound()
+        first, second, *rest = fold.target
+        mixed = replace(first, items=(replace(second.items[0], day=first.items[0].day), *first.items[1:]))
+        self.refused(replace(fold, target=(mixed, *rest)), own, "another user's item")
+
+    def test_calibration_on_adapted_users(self) -> None:
+        fold, own = self.sound()
+        adapted = next(i for i in fold.adapt)
+        person = Person(adapted.user_id, (adapted,), (0,), 1)
+        self.refused(replace(fold, calibrate=(*fold.calibrate, person)), own, "base would be adapted")
+
+
+def test_users_who_share_a_test_item_are_one_cluster() -> None:
+    def person(user: str, groups: tuple[int, ...], cut: int) -> Person:
+        return Person(user, tuple(item(user, k) for k in range(len(groups))), groups, cut)
+
+    made = clusters([person("a", (1, 2), 1), person("b", (2, 3), 1), person("c", (9, 2), 1), person("d", (2, 8), 1)])
+    assert made[0] == made[2] and len({made[0], made[1], made[3]}) == 3

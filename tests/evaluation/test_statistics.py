@@ -1,0 +1,61 @@
+"""Intervals and tests against what is known in closed form or by brute force."""
+
+import numpy as np
+import pytest
+
+from evaluation.statistics import contrast, holm, mean_interval, sign_flip
+
+
+def test_sign_flip_is_exact_for_few_users() -> None:
+    assert sign_flip(np.ones(5)) == pytest.approx(2 / 32)
+    assert sign_flip(np.array([1.0, -1.0])) == 1.0
+
+
+def test_drawn_and_exact_p_agree() -> None:
+    chance = np.random.default_rng(1)
+    values = chance.normal(0.4, 1, size=20)
+    more = np.append(values, 1e-9)  # one beyond what is counted exactly
+    assert sign_flip(more) == pytest.approx(sign_flip(values), abs=0.01)
+
+
+def test_p_values_of_no_effect_are_uniform() -> None:
+    chance = np.random.default_rng(2)
+    found = np.array([sign_flip(chance.normal(size=10)) for _ in range(400)])
+    assert (found < 0.05).mean() == pytest.approx(0.05, abs=0.03)
+
+
+def test_a_contrast_counts_users_and_weighs_queries() -> None:
+    made = contrast([np.array([1.0, 1.0, 1.0]), np.array([-1.0]), np.array([0.0, 0.0])], [0, 1, 2])
+    assert (made.wins, made.ties, made.losses) == (1, 1, 1)
+    assert made.difference == pytest.approx(2 / 6)
+    assert made.user_difference == pytest.approx(0)
+    assert made.ci[0] <= made.difference <= made.ci[1]
+
+
+def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    chance, hits = np.random.default_rng(3), 0
+    for trial in range(100):
+        users = [chance.normal(0.2 + chance.normal(0, 0.3), 1, size=10) for _ in range(40)]
+        low, high = mean_interval(users, range(40), seed=trial)
+        hits += low <= 0.2 <= high
+    assert hits >= 88
+
+
+def test_users_of_one_cluster_widen_the_interval() -> None:
+    users = [np.full(5, float(k % 2)) for k in range(20)]
+    apart = contrast(users, range(20))
+    together = contrast(users, [k % 2 for k in range(20)])
+    assert together.ci[1] - together.ci[0] > apart.ci[1] - apart.ci[0]
+
+
+def test_the_detectable_effect_is_the_one_found_four_times_in_five() -> None:
+    chance = np.random.default_rng(4)
+    samples = chance.normal(0.0, 0.1, size=(2000, 51))
+    effect = np.mean([contrast([v[None] for v in row], range(51)).detectable for row in samples[:5]])
+    found = np.abs(samples.mean(axis=1) + effect) > 1.96 * samples.std(axis=1, ddof=1) / np.sqrt(51)
+    assert found.mean() == pytest.approx(0.8, abs=0.08)
+
+
+def test_holm_orders_and_never_decreases() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9, 0.9]) == [1.0, 1.0]
