@@ -15,8 +15,7 @@ from evaluation.corpus import Item
 from evaluation.history import Past
 from evaluation.splits import Person
 from evaluation.stacking import Seen, fit
-from inference.combine import log_softmax
-from inference.fusion import Stack, Trust, mix
+from inference.fusion import Fusion, Trust, log_softmax, mix
 from oppu.tasks import Kind
 
 Array = NDArray[np.float64]
@@ -48,16 +47,9 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
-class Fusion:
-    """What is fitted before the cut, on calibrate users and on targets' training parts."""
-
-    evidence: Stack
-    fused: Stack
-
-
-@dataclass(frozen=True, slots=True)
 class Arms:
-    """Each arm's ``[q, c]`` log probabilities by user; and ``stream``, fused and evidence on all items ``[n, c]``."""
+    """Each arm's ``[q, c]`` log probabilities by user; ``stream``: evidence, fused and trusted on all items
+    ``[n, c]``; ``trust``: each user's last share of the adapter in ``trusted``."""
 
     held: dict[str, list[Array]] = field(repr=False)
     stream: dict[str, list[Array]] = field(repr=False)
@@ -86,11 +78,11 @@ def choice_arms(tables: Sequence[Table], fusion: Fusion) -> Arms:
         All arms.
     """
     held: dict[str, list[Array]] = {}
-    stream: dict[str, list[Array]] = {"evidence": [], "fused": []}
+    stream: dict[str, list[Array]] = {"evidence": [], "fused": [], "trusted": []}
     trust = []
     for table in tables:
         cut = table.person.cut
-        evidence, fused, weight = _stream(table, fusion)
+        streamed, weight = _stream(table, fusion)
         own: dict[str, Array] = {"none": table.base[cut:], "follow": table.follow[cut:], **table.held}
         prior = _logs(table, cut, "prior")
         own |= {"prior": _sum(own["none"], prior), "knn": _sum(own["none"], _logs(table, cut, "knn"))}
@@ -98,11 +90,11 @@ def choice_arms(tables: Sequence[Table], fusion: Fusion) -> Arms:
             if name in own:
                 own[f"{name}+prior"] = _sum(own[name], prior)
         own |= {"majority": _fixed(table, majority=True), "recent": _fixed(table, majority=False)}
-        own |= {"evidence": evidence[cut:], "fused": fused[cut:]}
+        own |= {name: scores[cut:] for name, scores in streamed.items()}
         for name, scores in own.items():
             held.setdefault(name, []).append(scores)
-        stream["evidence"].append(evidence)
-        stream["fused"].append(fused)
+        for name, scores in streamed.items():
+            stream[name].append(scores)
         trust.append(weight)
     return Arms(held, stream, trust)
 
@@ -132,10 +124,11 @@ def macro_f1(items: Sequence[Item], scores: Array) -> float:
     return sum(2 * both[x] / (truth[x] + given[x]) for x in labels) / len(labels)
 
 
-def _stream(table: Table, fusion: Fusion) -> tuple[Array, Array, float]:
-    """Fuse all of a user's items in order; trust moves at the end of each day, by that day's outcomes."""
+def _stream(table: Table, fusion: Fusion) -> tuple[dict[str, Array], float]:
+    """Answer all of a user's items in order, as the service would; trust moves at the end of each day, by that
+    day's outcomes."""
     trust, weights = Trust(_START), _START
-    evidence, fused = np.empty_like(table.base), np.empty_like(table.base)
+    found = {name: np.empty_like(table.base) for name in ("evidence", "fused", "trusted")}
     waiting: list[Array] = []
     items = table.person.items
     for at, item in enumerate(items):
@@ -144,14 +137,15 @@ def _stream(table: Table, fusion: Fusion) -> tuple[Array, Array, float]:
                 weights = trust.after(weights, losses)
             waiting.clear()
         sources, count = table.sources(at), table.pasts[at].count
-        experts = [fusion.evidence.scores(sources, count), fusion.fused.scores(sources, count)]
-        if not count:
-            experts = [log_softmax(table.base[at])] * 2
-        evidence[at], fused[at] = experts[0], mix(weights, experts)
-        if count:
+        found["evidence"][at] = fusion.alone.scores({**sources, "adapter": None}, count)
+        found["fused"][at] = fusion.scores(sources, count)
+        found["trusted"][at] = found["evidence"][at]
+        if sources["adapter"] is not None:
+            experts = [found["evidence"][at], fusion.beside.scores(sources, count)]
+            found["trusted"][at] = mix(weights, experts)
             truth = item.choices.index(item.output)
             waiting.append(np.array([-expert[truth] for expert in experts]))
-    return evidence, fused, float(weights[1])
+    return found, float(weights[1])
 
 
 def _logs(table: Table, cut: int, source: str) -> Array:

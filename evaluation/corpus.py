@@ -7,8 +7,8 @@
 
 import gzip
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -50,28 +50,52 @@ def load(path: Path, task: str, tasks: Tasks, *, outputs: Path | None = None) ->
     Raises:
         ConfigError: Naming file, line and field.
     """
-    kind = tasks.require(task)
     try:
         content = path.read_bytes()
         text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
         gold = json.loads(outputs.read_text(encoding="utf-8")) if outputs is not None else None
     except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"events: cannot read {path}: {error}") from error
-    items = _published(text, task, gold) if text.lstrip().startswith("[") else _events(text, path, task)
+    items = _published(text, task, gold) if text.lstrip().startswith("[") else of_events(_events(text, path), task)
+    return prepared(items, task, tasks)
+
+
+def of_events(events: Iterable[BehaviorEvent], task: str) -> list[Item]:
+    """Return one task's events as items."""
+    return [
+        Item(e.event_id, e.user_id, task, e.occurred_at.astimezone(UTC).date(), e.input, e.output, e.choices or ())
+        for e in events
+        if e.task == task
+    ]
+
+
+def prepared(items: Sequence[Item], task: str, tasks: Tasks) -> list[Item]:
+    """Give every item its choices and order them by day.
+
+    Args:
+        items: Of one task.
+        task: Its name.
+        tasks: The known tasks.
+
+    Returns:
+        The items; without labels in task or item, the choices are all outputs that occur.
+
+    Raises:
+        ConfigError: There are none, or an output is not among its choices.
+    """
+    kind = tasks.require(task)
     labels = tuple(sorted({item.output for item in items})) if kind.kind != "text" and not kind.labels else ()
-    problems = []
+    problems, found = [], []
     for item in items:
+        offered = item.choices or labels or None
         try:
-            allowed = kind.allowed(item.choices or labels or None)
-            kind.check_output(item.output, item.choices or labels or None)
+            kind.check_output(item.output, offered)
+            found.append(replace(item, choices=kind.allowed(offered)))
         except InvalidRecord as error:
             problems.append(f"events: item {item.item_id}: {error.message}")
-            continue
-        if allowed != item.choices:
-            object.__setattr__(item, "choices", allowed)
     if problems or not items:
-        raise ConfigError(*(problems[:10] or [f"events: {path} has no item of task {task}"]))
-    return sorted(items, key=lambda item: item.day)
+        raise ConfigError(*(problems[:10] or [f"events: expected some item of task {task}"]))
+    return sorted(found, key=lambda item: item.day)
 
 
 def by_user(items: Iterable[Item]) -> dict[str, list[Item]]:
@@ -82,19 +106,13 @@ def by_user(items: Iterable[Item]) -> dict[str, list[Item]]:
     return dict(sorted(found.items()))
 
 
-def _events(text: str, path: Path, task: str) -> list[Item]:
-    items = []
+def _events(text: str, path: Path) -> Iterator[BehaviorEvent]:
     for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            event = BehaviorEvent.model_validate_json(line)
-        except ValueError as error:
-            raise ConfigError(f"events: {path.name} line {number}: {error}") from error
-        if event.task == task:
-            day = event.occurred_at.astimezone(UTC).date()
-            items.append(Item(event.event_id, event.user_id, task, day, event.input, event.output, event.choices or ()))
-    return items
+        if line.strip():
+            try:
+                yield BehaviorEvent.model_validate_json(line)
+            except ValueError as error:
+                raise ConfigError(f"events: {path.name} line {number}: {error}") from error
 
 
 def _published(text: str, task: str, gold: Mapping[str, Any] | None) -> list[Item]:
@@ -134,4 +152,4 @@ def _dated(item: Item, at: int) -> Item:
     if item.day != _FIRST_DAY:
         return item
     day = _FIRST_DAY + timedelta(days=at)
-    return Item(item.item_id, item.user_id, item.task, day, item.input, item.output, item.choices)
+    return replace(item, day=day)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.corpus import Item
-from inference.combine import recency_prior
+from inference.fusion import recency_prior
 from oppu.embedder import Embedder
 from oppu.errors import ConfigError
 from oppu.metrics import fresh

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from evaluation.corpus import Item
 from evaluation.history import Past
 from evaluation.splits import Fold, Person
+from inference.fusion import log_softmax
 from oppu.lm.adaption import AdaptConfig, adapt
 from oppu.lm.base import load_base
 from oppu.lm.model import TorchModel
@@ -29,6 +30,7 @@ from oppu.values import UserId
 
 Scores = list[NDArray[np.float64]]
 Say = Callable[[str], None]
+TEMPERATURES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
 _AT_ONCE = 16
 """Users trained together: bounds the bank's memory, changes no result."""
 
@@ -38,7 +40,7 @@ class Recipe:
     """Everything that was chosen, before the test part was opened; its hash names the run.
 
     ``passes`` and ``learning_rate`` are the paper's full training; ``chunk`` new items with ``replay`` older ones,
-    ``chunk_passes`` times, are the service's increments.
+    ``chunk_passes`` times at ``chunk_learning_rate``, are the service's increments.
     """
 
     base_epochs: int = 4
@@ -51,6 +53,7 @@ class Recipe:
     chunk: int = 16
     replay: int = 16
     chunk_passes: int = 2
+    chunk_learning_rate: float = 2e-3
     strangers: int = 3
 
     def digest(self) -> str:
@@ -73,7 +76,8 @@ class Bench:
 def adapted(fold: Fold, settings: Settings, tasks: Tasks, folder: Path, recipe: Recipe, seed: int, say: Say) -> Path:
     """Adapt the base on a fold's adapt users until the calibrate users' loss stops improving.
 
-    Each number of epochs is a run of its own, whose rate decays to zero; the curve is kept in ``base.json``.
+    Each number of epochs is a run of its own, whose rate decays to zero; the curve is kept in ``base.json``. The
+    loss is taken at its best temperature, since fusion scales a base's scores anyhow.
 
     Args:
         fold: Whose adapt items are learnt; the loss of its calibrate items decides.
@@ -95,13 +99,24 @@ def adapted(fold: Fold, settings: Settings, tasks: Tasks, folder: Path, recipe: 
             _adapt(fold, settings, tasks, out, replace(recipe, base_epochs=epochs), seed, say)
         own = settings.model.model_copy(update={"base": str(out)})
         model = TorchModel(load_base(own), tasks, settings=own, slots=1)
-        losses.append(float(model.losses(judged, None).mean()) if judged else -float(epochs))
+        losses.append(_tempered_loss(model, judged) if judged else -float(epochs))
         model.close()
         say(f"base: {epochs} epochs, calibrate users' loss {losses[-1]:.4f}")
         if losses[-1] > min(losses):
             break
     (folder / "base.json").write_text(json.dumps({"calibrate_loss_by_epochs": losses}) + "\n", encoding="utf-8")
     return folder / f"base-{1 + losses.index(min(losses))}"
+
+
+def _tempered_loss(model: TorchModel, judged: Sequence[Example]) -> float:
+    """Return the mean loss; of a choice task, at the best of the temperatures."""
+    scores = score(model, judged, None)
+    if not judged[0].choices:
+        return float(-scores.mean())
+    right = [e.choices.index(e.output) for e in judged]
+    return min(
+        -float(np.mean([log_softmax(row / t)[at] for row, at in zip(scores, right, strict=True)])) for t in TEMPERATURES
+    )
 
 
 def _adapt(fold: Fold, settings: Settings, tasks: Tasks, out: Path, recipe: Recipe, seed: int, say: Say) -> None:
@@ -284,7 +299,7 @@ def _increment(bench: Bench, person: Person, begin: int, end: int, head: Tensors
 
 
 def _chunk_config(recipe: Recipe) -> TrainConfig:
-    return TrainConfig(recipe.learning_rate, recipe.weight_decay, recipe.chunk_passes, recipe.batch)
+    return TrainConfig(recipe.chunk_learning_rate, recipe.weight_decay, recipe.chunk_passes, recipe.batch)
 
 
 def _train(bench: Bench, jobs: Sequence[TrainJob], config: TrainConfig) -> list[Tensors | None]:

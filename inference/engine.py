@@ -16,8 +16,8 @@ import numpy as np
 from inference.adapters import AdapterShelf, Placed
 from inference.admission import Ask
 from inference.answers import EMPTY_GENERATION, Answer, AnswerWriter
-from inference.combine import Evidence, Weights, combine, pick, recency_prior
 from inference.evidence import HistoryRetriever, Personal, gather
+from inference.fusion import DEFAULT, Fusion, Sources, pick, recency_prior
 from oppu.clock import Clock
 from oppu.errors import OppuError, Reason
 from oppu.lm.port import LanguageModel, Row, Scored
@@ -63,11 +63,18 @@ class Parts:
 class Engine:
     """Answers asks in chunks."""
 
-    def __init__(self, parts: Parts, writer: AnswerWriter, settings: Settings, metrics: Metrics, clock: Clock) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        writer: AnswerWriter,
+        settings: Settings,
+        metrics: Metrics,
+        clock: Clock,
+        *,
+        fusion: Fusion = DEFAULT,
+    ) -> None:
         self._parts, self._writer, self._settings = parts, writer, settings
-        self._metrics, self._clock = metrics, clock
-        model = settings.model
-        self._weights = Weights(model.adapter_weight, model.knn_weight, model.prior_weight)
+        self._metrics, self._clock, self._fusion = metrics, clock, fusion
 
     def answer(self, asks: Sequence[Ask], now: datetime) -> list[Answer]:
         """Answer asks in order, as many as the step's time allows, at least one chunk.
@@ -165,7 +172,7 @@ class Engine:
             if not text:
                 return self._writer.error(ask, EMPTY_GENERATION, "the model wrote no text", timings)
             return self._writer.ok(ask, text, None, provenance, timings)
-        log_p = combine(_evidence(prepared, placed, result), self._weights)
+        log_p = self._fusion.scores(_sources(prepared, placed, result), prepared.personal.sequence)
         if np.isnan(log_p).any():
             return self._writer.error(ask, Reason.INTERNAL_ERROR, "the model's scores are not numbers", timings)
         probabilities = np.exp(log_p)
@@ -215,14 +222,16 @@ def _placed(prepared: Prepared, shelf: Mapping[UserId, Placed]) -> Placed:
     return shelf[state.user_id] if state is not None else Placed(None)
 
 
-def _evidence(prepared: Prepared, placed: Placed, result: Scored) -> Evidence:
+def _sources(prepared: Prepared, placed: Placed, result: Scored) -> Sources:
     profile, choices = prepared.personal.profiled, prepared.ask.choices
-    return Evidence(
-        base=result.base_scores,
-        adapter=result.scores if placed.ref is not None else None,
-        knn=prepared.personal.knn(choices),
-        prior=recency_prior(profile.prior, choices) if profile is not None else None,
-    )
+    knn = prepared.personal.knn(choices)
+    prior = recency_prior(profile.prior, choices) if profile is not None else None
+    return {
+        "base": result.base_scores,
+        "adapter": result.scores if placed.ref is not None else None,
+        "knn": None if knn is None else np.log(knn),
+        "prior": None if prior is None else np.log(prior),
+    }
 
 
 def _chunks(prepared: Sequence[Prepared], rows: int, adapters: int) -> Iterator[list[Prepared]]:

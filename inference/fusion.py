@@ -1,30 +1,47 @@
-"""Fuse what base, evidence and adapter say of a choice, each by what it has earned.
+"""Fuse what base, evidence and adapter say of a choice, each by what it has earned; and pick the answer. Pure.
 
-Two layers, both pure. A *stack* is a conditional logit over the sources' log probabilities, its coefficients fitted
-once on users the base has not seen; one stack knows the adapter, one does not. A user's *trust* is a fixed-share
-Bayes mixture over the stacks (Herbster and Warmuth, Machine Learning 32, 1998): a stack's share grows with how well
-it foresaw that user's own events, and some of it returns to the start at every event, so that trust can shift.
-Invariant: with a start weight w of an expert, the mixture's cumulative log loss stays within
--ln w - T ln(1 - share) of that expert's, on every stream of T events.
+A *stack* is a conditional logit over the sources' log probabilities, its coefficients fitted on users the base has
+not seen (``oppu calibrate``). One stack knows the adapter, one does not, and the answer is their mixture: no single
+event can cost more than the logarithm of one over the other's share. A user's *trust* moves that share by what each
+has foreseen of the user's own events: a fixed-share Bayes mixture (Herbster and Warmuth, Machine Learning 32, 1998).
+With a start weight w of an expert, its cumulative log loss stays within -ln w - T ln(1 - share) of that expert's, on
+every stream of T events.
 
-Letters: c choices, s sources, n events, k experts.
+Letters: c choices, k experts. Invariants: an answer is normalised; permuting the choices permutes it; an absent
+source changes nothing.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from inference.combine import log_softmax
+from oppu.errors import ConfigError
+from oppu.tasks import Kind
 
 Array = NDArray[np.float64]
+Sources = Mapping[str, Array | None]
+"""Log probabilities ``[c]`` by source (``base``, ``knn``, ``prior``, ``adapter``); ``None`` or absent: silent."""
 
-SOURCES = ("base", "knn", "prior", "adapter")
+NAMES = ("base", "knn", "prior", "adapter")
+FILE = "fusion.json"
+"""Beside a base's weights: what was fitted for it."""
+
 FLOOR = -20.0
 """A log probability is not worth less: one source alone cannot forbid a choice."""
 LOG_SCALE = 5.0
 """A history of e^5 events moves a coefficient by its whole slope."""
+
+PRIOR_SMOOTHING = 1.0
+"""Pseudo-events spread evenly over the choices, so that an output not seen yet stays possible (the kNN vote has
+the same)."""
+
+_HALF = 0.5 - 1e-12
+"""The median's mark, less what summing rounds away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,23 +53,99 @@ class Stack:
 
     coefficients: Mapping[str, tuple[float, float]]
 
-    def scores(self, sources: Mapping[str, Array | None], events: int) -> Array:
+    def scores(self, sources: Sources, events: int) -> Array:
         """Weigh one item's sources.
 
         Args:
-            sources: Log probabilities ``[c]`` by source; ``None`` where one has nothing to say.
+            sources: What each says; at least one that is named here.
             events: The user's events before this item.
 
         Returns:
             Log probabilities ``[c]``, normalised.
         """
-        length = np.log1p(events) / LOG_SCALE
-        total = np.zeros(1)
+        length = float(np.log1p(events)) / LOG_SCALE
+        total: Array | None = None
         for name, (level, slope) in self.coefficients.items():
             said = sources.get(name)
             if said is not None:
-                total = total + (level + slope * length) * np.maximum(said, FLOOR)
-        return log_softmax(total) if total.size > 1 else total
+                part = (level + slope * length) * np.maximum(said, FLOOR)
+                total = part if total is None else total + part
+        if total is None:
+            raise ValueError(f"expected something of {', '.join(self.coefficients)}")
+        return log_softmax(total)
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """How one base's answers are made.
+
+    Attributes:
+        alone: The stack without an adapter.
+        beside: The one with it.
+        share: Weight of ``beside`` in the mixture, in (0, 1).
+    """
+
+    alone: Stack
+    beside: Stack
+    share: float = 0.5
+
+    def scores(self, sources: Sources, events: int) -> Array:
+        """Answer one item.
+
+        Args:
+            sources: What each says; ``base`` always.
+            events: The user's events before this item.
+
+        Returns:
+            Log probabilities ``[c]``, normalised.
+        """
+        adapter = sources.get("adapter")
+        if sources.get("knn") is None and sources.get("prior") is None:
+            return log_softmax(_present(sources, "base") if adapter is None else adapter)  # nothing stands beside it
+        if adapter is None:
+            return self.alone.scores(sources, events)
+        weights = np.array([1 - self.share, self.share])
+        return mix(weights, [self.alone.scores(sources, events), self.beside.scores(sources, events)])
+
+    def save(self, path: Path) -> None:
+        """Write the JSON file."""
+        content = {
+            "alone": {name: list(pair) for name, pair in self.alone.coefficients.items()},
+            "beside": {name: list(pair) for name, pair in self.beside.coefficients.items()},
+            "share": self.share,
+        }
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+DEFAULT = Fusion(
+    Stack({"base": (0.5, -0.2), "knn": (0.5, -0.1), "prior": (0.15, 0.35)}),
+    Stack({"base": (0.0, 0.1), "knn": (0.6, -0.3), "prior": (0.3, 0.0), "adapter": (0.4, 0.05)}),
+)
+"""Where nothing was fitted. ``evaluation/results`` has the fit these are rounded from."""
+
+
+def load_fusion(path: Path) -> Fusion:
+    """Read what was fitted for a base.
+
+    Args:
+        path: The JSON file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ConfigError: Naming the file and the field.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.fusion: cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"model.fusion: {path}: expected an object with alone, beside and share")
+    share = content.get("share")
+    if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share < 1:
+        raise ConfigError(f"model.fusion: {path}: share: expected a number between 0 and 1")
+    return Fusion(_stack(path, content, "alone", NAMES[:3]), _stack(path, content, "beside", NAMES), float(share))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +163,75 @@ class Trust:
 
 
 def mix(weights: Array, experts: Sequence[Array]) -> Array:
-    """Mix experts' log probabilities, each ``[c]``, by weights ``[k]``; returns log probabilities ``[c]``."""
+    """Mix experts' log probabilities, each ``[c]``, by positive weights ``[k]``; returns log probabilities ``[c]``."""
     mixed: Array = np.logaddexp.reduce(np.stack(experts) + np.log(weights)[:, None], axis=0)
     return mixed
+
+
+def log_softmax(scores: Array) -> Array:
+    """Normalise log scores ``[c]``; a shift of all changes nothing."""
+    shifted = scores - scores.max()
+    normalised: Array = shifted - np.log(np.exp(shifted).sum())
+    return normalised
+
+
+def recency_prior(
+    counts: Mapping[str, float], choices: Sequence[str], *, smoothing: float = PRIOR_SMOOTHING
+) -> Array | None:
+    """Turn recency-weighted counts of outputs into a distribution over ``choices``.
+
+    Args:
+        counts: Weight of each output the user gave.
+        choices: The allowed outputs.
+        smoothing: Pseudo-events spread evenly over the choices.
+
+    Returns:
+        ``[c] float64``, or ``None`` where the user never gave any of them.
+    """
+    seen = np.array([max(counts.get(choice, 0.0), 0.0) for choice in choices], dtype=np.float64)
+    total = float(seen.sum())
+    if total <= 0 or not np.isfinite(total):
+        return None
+    prior: Array = (seen + smoothing / len(choices)) / (total + smoothing)
+    return prior
+
+
+def pick(kind: Kind, choices: Sequence[str], probabilities: Array) -> str:
+    """Choose the answer: the likeliest choice, or the (lower) median of a rating.
+
+    The median is what minimises the expected absolute error, by which ratings are judged.
+
+    Args:
+        kind: ``choice`` or ``rating``; the choices of a rating are numbers.
+        choices: The allowed outputs.
+        probabilities: ``[c] float64``, summing to one.
+
+    Returns:
+        One of ``choices``.
+    """
+    if kind != "rating":
+        return choices[int(np.argmax(probabilities))]
+    order = sorted(range(len(choices)), key=lambda i: float(choices[i]))
+    reached = np.cumsum(probabilities[order])
+    return choices[order[min(int(np.searchsorted(reached, _HALF)), len(order) - 1)]]
+
+
+def _present(sources: Sources, name: str) -> Array:
+    said = sources[name]
+    if said is None:
+        raise ValueError(f"expected {name}")
+    return said
+
+
+def _stack(path: Path, content: Mapping[str, Any], field_name: str, allowed: Sequence[str]) -> Stack:
+    found = content.get(field_name)
+    if not isinstance(found, dict) or "base" not in found or not set(found) <= set(allowed):
+        raise ConfigError(f"model.fusion: {path}: {field_name}: expected coefficients of {', '.join(allowed)}")
+    for name, pair in found.items():
+        if not (isinstance(pair, list) and len(pair) == 2 and all(_is_finite(x) for x in pair)):
+            raise ConfigError(f"model.fusion: {path}: {field_name}.{name}: expected two finite numbers")
+    return Stack({name: (float(level), float(slope)) for name, (level, slope) in found.items()})
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))

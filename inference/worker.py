@@ -17,6 +17,7 @@ from inference.admission import Ask, HistoryGate, Refusal, Verdict, admit, refus
 from inference.answers import Answer, AnswerWriter
 from inference.engine import Engine, Parts, late_answer, waited_seconds
 from inference.evidence import HistoryRetriever
+from inference.fusion import DEFAULT, Fusion
 from oppu.clock import Clock
 from oppu.effects import Effect, Steps
 from oppu.errors import FatalError, OffsetOutOfRange, ProducerFenced, Reason, TransientError
@@ -68,13 +69,14 @@ class InferenceWorker:
         *,
         clock: Clock,
         cluster_id: str,
+        fusion: Fusion = DEFAULT,
     ) -> None:
         self._broker, self._store, self._tasks, self._settings = broker, store, tasks, settings
         self._metrics, self._clock, self._cluster_id = metrics, clock, cluster_id
         self._topics = Topics(settings.kafka.topic_prefix)
         self._writer = AnswerWriter(settings)
         parts = Parts(store, retriever, model, AdapterShelf(adapters, model, store, metrics, clock))
-        self._engine = Engine(parts, self._writer, settings, metrics, clock)
+        self._engine = Engine(parts, self._writer, settings, metrics, clock, fusion=fusion)
         self._gate = HistoryGate(settings.inference.history_wait_seconds)
         self._consumer: Consumer | None = None
         self._producer: TransactionalProducer | None = None

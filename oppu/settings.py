@@ -131,9 +131,9 @@ class ModelSettings(_Section):
     prompt_evidence: Literal["text", "all"] = Field(
         "text", description="Tasks whose prompts hold retrieved items and profile: text, or all (bases adapted so)."
     )
-    knn_weight: float = Field(0.5, ge=0, description="Weight of log kNN in a choice's score.")
-    prior_weight: float = Field(0.5, ge=0, description="Weight of the log recency prior in a choice's score.")
-    adapter_weight: float = Field(0.5, ge=0, le=1, description="Adapter's share of a choice's mixture with evidence.")
+    fusion: str | None = Field(
+        None, description="File of oppu calibrate; none = fusion.json beside the base, else what is built in."
+    )
 
 
 class UpdaterSettings(_Section):
@@ -143,10 +143,10 @@ class UpdaterSettings(_Section):
     min_pending: int = Field(16, ge=1, description="New events that make a user due.")
     max_pending: int = Field(512, ge=1, description="New events taken by one update, the newest first.")
     users_per_tick: int = Field(8, ge=1, description="Users trained together.")
-    replay: int = Field(32, ge=0, description="Older events mixed in.")
-    passes: int = Field(3, ge=1, description="Passes over an update's examples.")
+    replay: int = Field(16, ge=0, description="Older events mixed in.")
+    passes: int = Field(2, ge=1, description="Passes over an update's examples.")
     batch: int = Field(16, ge=1, description="Rows of one user in an optimizer step.")
-    learning_rate: float = Field(1e-3, gt=0, description="AdamW's, after warm-up.")
+    learning_rate: float = Field(2e-3, gt=0, description="AdamW's, after warm-up.")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's.")
     evidence: bool = Field(False, description="Put retrieved items and the profile beside training examples too.")
     holdout_share: float = Field(0.2, gt=0, lt=1, description="Newest share of the pending events that validates.")

@@ -36,6 +36,7 @@ _COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "topics": ("oppu.cli.operation", "topics", "Create, list and adopt topics."),
     "store": ("oppu.cli.operation", "store", "Migrate the history store."),
     "adapt": ("oppu.cli.adapt", "adapt", "Adapt the base model to the tasks on other users' events."),
+    "calibrate": ("oppu.cli.calibrate", "calibrate", "Fit how base, evidence and adapter are weighed."),
     "evaluate": ("oppu.cli.evaluate", "evaluate", "The paper's experiment on a file of events, by the protocol."),
     "contracts": (
         "oppu.cli.contracts",

@@ -16,6 +16,7 @@ from oppu.settings import Settings
 from oppu.wire import Topics
 
 if TYPE_CHECKING:
+    from inference.fusion import Fusion
     from inference.worker import InferenceWorker
     from ingest.step import IngestWorker
     from oppu.embedder import Embedder
@@ -175,7 +176,28 @@ def inference_worker(settings: Settings, metrics: Metrics) -> InferenceWorker:
         metrics,
         clock=SystemClock(),
         cluster_id=cluster_id(settings),
+        fusion=fusion(settings),
     )
+
+
+def fusion(settings: Settings) -> Fusion:
+    """Read how sources are weighed: the named file, else the one beside the base, else what is built in.
+
+    Args:
+        settings: The settings.
+
+    Returns:
+        The fitted stacks.
+
+    Raises:
+        ConfigError: A file that cannot be used.
+    """
+    from inference.fusion import DEFAULT, FILE, load_fusion
+
+    beside = Path(settings.model.base) / FILE
+    if settings.model.fusion is not None:
+        return load_fusion(Path(settings.model.fusion))
+    return load_fusion(beside) if beside.is_file() else DEFAULT
 
 
 def updater(settings: Settings, metrics: Metrics) -> Updater:

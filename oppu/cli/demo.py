@@ -12,6 +12,7 @@ import shutil
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,8 +22,11 @@ from typing import Any
 
 import click
 
+from evaluation.corpus import of_events, prepared
+from inference.fusion import FILE
 from oppu.cli import Session, compose
 from oppu.cli.adapt import adapt_base
+from oppu.cli.calibrate import calibrate_base
 from oppu.cli.demo_arms import ARMS, Asked, ask_arms, wrong_user_outputs
 from oppu.cli.demo_report import Report, draw_picture, print_report
 from oppu.cli.up import Stack, stack
@@ -40,6 +44,7 @@ base = {base}
 [updater]
 interval_seconds = 1.0
 """
+CALIBRATE_EVENTS = 17
 SILENT_SHARE = 0.4
 """Share of the stream that is sent before the first live request: somebody must have a history first."""
 WAVES = 6
@@ -165,17 +170,31 @@ def _prepare(folder: Path) -> None:
 
 
 def _adapted_base(settings: Settings, sample: Sample, folder: Path) -> Path:
-    content = json.dumps([e.event_id for e in sample.population]) + json.dumps(RECIPE) + settings.model.base
+    """Adapt the base on some of the other authors and calibrate it on the rest, once."""
+    content = json.dumps([e.event_id for e in sample.population]) + json.dumps(RECIPE) + settings.model_dump_json()
     base = folder.resolve() / f"base-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
-    if (base / "oppu.json").exists():
-        click.echo(f"base model: adapted by an earlier run, in {base.name}")
+    if (base / FILE).exists():
+        click.echo(f"base model: made by an earlier run, in {base.name}")
         return base
     if base.exists():
-        shutil.rmtree(base)  # an interrupted adaption
-    click.echo(f"base model: adapting MiniLM on {len(sample.population)} articles of other authors (once)")
-    done = adapt_base(settings, sample.population, base, RECIPE)
+        shutil.rmtree(base)  # it was interrupted
+    adapt, judge = _divided(sample.population)
+    click.echo(f"base model: adapting MiniLM on {len(adapt)} articles of other authors (once)")
+    done = adapt_base(settings, adapt, base, RECIPE)
     click.echo(f"base model: {done}")
+    task = judge[0].task
+    items = prepared(of_events(judge, task), task, compose.tasks(settings))
+    own = settings.model_copy(update={"model": settings.model.model_copy(update={"base": str(base)})})
+    click.echo(f"base model: calibrated, {calibrate_base(own, items)}")
     return base
+
+
+def _divided(population: Sequence[BehaviorEvent]) -> tuple[list[BehaviorEvent], list[BehaviorEvent]]:
+    """Part the other authors: every second of those with enough events for an adapter calibrates."""
+    counts = Counter(event.user_id for event in population)
+    able = sorted(user for user, count in counts.items() if count >= CALIBRATE_EVENTS)
+    chosen = set(able[::2])
+    return [e for e in population if e.user_id not in chosen], [e for e in population if e.user_id in chosen]
 
 
 def _wait_until_ready(running: Stack) -> dict[str, str]:

@@ -119,7 +119,8 @@ def wrong_user_outputs(settings: Settings, store: HistoryStore, events: Sequence
         model = compose.model(settings, slots=users)  # a fresh bank: a version keeps its name and has other weights
         registry, heads = compose.registry(settings, model.base), _heads(store, model.base, events)
         shelf = AdapterShelf(_Strangers(registry, heads, shift), model, store, metrics, clock)
-        engine = Engine(Parts(store, retriever, model, shelf), writer, settings, metrics, clock)
+        parts = Parts(store, retriever, model, shelf)
+        engine = Engine(parts, writer, settings, metrics, clock, fusion=compose.fusion(settings))
         done = 0
         while done < len(asks):
             for answer in engine.answer(asks[done:], clock.now()):

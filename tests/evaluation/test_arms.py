@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from evaluation import controls
-from evaluation.arms import Fusion, Table, choice_arms, log_loss, macro_f1, right
+from evaluation.arms import Table, choice_arms, log_loss, macro_f1, right
 from evaluation.history import Past
 from evaluation.splits import Person
-from inference.combine import log_softmax
-from inference.fusion import Stack
+from inference.fusion import Fusion, Stack, log_softmax
 from tests.evaluation.world import LABELS, item
 
 
@@ -52,10 +51,10 @@ def test_every_arm_answers_every_query_of_every_user() -> None:
 def test_trust_goes_to_an_adapter_that_foresees_the_user_and_leaves_one_that_does_not() -> None:
     good = choice_arms([table(person(count=40, cut=30), "a", "truth")], FUSION)
     assert good.trust[0] > 0.95
-    assert right(person(count=40, cut=30).test, good.held["fused"][0], "choice").mean() == 1.0
+    assert right(person(count=40, cut=30).test, good.held["trusted"][0], "choice").mean() == 1.0
     bad = choice_arms([table(person(count=40, cut=30, outputs="a"), "a", "b")], FUSION)
     assert bad.trust[0] < 0.05
-    assert right(person(count=40, cut=30, outputs="a").test, bad.held["fused"][0], "choice").mean() == 1.0
+    assert right(person(count=40, cut=30, outputs="a").test, bad.held["trusted"][0], "choice").mean() == 1.0
 
 
 def test_outcomes_of_a_day_count_from_the_next_day_on() -> None:
@@ -135,6 +134,6 @@ class TestControls:
 
 def test_a_choice_is_normalised_after_a_source_is_added() -> None:
     arms = choice_arms([table(person(), "a", "b")], FUSION)
-    for name in ("prior", "knn", "oppu+prior", "evidence", "fused"):
+    for name in ("prior", "knn", "oppu+prior", "evidence", "fused", "trusted"):
         for row in arms.held[name][0]:
             np.testing.assert_allclose(row, log_softmax(row), atol=1e-9)

@@ -45,7 +45,7 @@ def test_events_come_in_order_of_their_utc_day_with_the_tasks_choices(tmp_path: 
     [
         (event(1, output="gardening"), "item e1: output: expected one of"),
         ({"user_id": "anna"}, "line 1"),
-        (event(1, task="tweet_paraphrase"), "no item of task"),
+        (event(1, task="tweet_paraphrase"), "some item of task"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path: Path, row: dict[str, Any], words: str) -> None:

@@ -9,13 +9,16 @@ import pytest
 from click.testing import CliRunner
 
 from evaluation import training
+from evaluation.calibration import calibrate
 from evaluation.corpus import Item
 from evaluation.experiment import Outcome, Plan, run
 from evaluation.report import summarise, write
 from evaluation.splits import Bounds
 from evaluation.training import Recipe
-from oppu.cli import cli
-from oppu.settings import Settings
+from inference.fusion import DEFAULT, FILE, NAMES
+from oppu.cli import cli, compose
+from oppu.errors import ConfigError
+from oppu.settings import Settings, UpdaterSettings
 from oppu.tasks import Task, Tasks
 from tests.evaluation.world import EMBEDDER, LABELS, people
 from tests.oppu.lm.conftest import byte_tokenizer, tiny_model
@@ -119,6 +122,25 @@ def test_a_chunk_ends_with_its_day() -> None:
 def test_the_command_refuses_before_it_starts(args: list[str], words: str) -> None:
     result = CliRunner().invoke(cli, ["evaluate", *args])
     assert result.exception is not None and words in str(result.exception)
+
+
+def test_what_is_fitted_beside_a_base_is_what_inference_reads(settings: Settings, tmp_path: Path) -> None:
+    own = settings.model_copy(update={"updater": UpdaterSettings(min_pending=6, passes=1)})
+    done = calibrate([i for i in everybody() if i.user_id[0] != "s"], own, TASKS, EMBEDDER, lambda _: None)
+    assert (done.items, done.users) == (108, 9)
+    assert set(done.fusion.beside.coefficients) == set(NAMES)
+    done.fusion.save(tmp_path / FILE)
+    beside = settings.model.model_copy(update={"base": str(tmp_path)})
+    assert compose.fusion(settings.model_copy(update={"model": beside})) == done.fusion
+    named = settings.model.model_copy(update={"fusion": str(tmp_path / FILE)})
+    assert compose.fusion(settings.model_copy(update={"model": named})) == done.fusion
+    assert compose.fusion(settings) == DEFAULT
+
+
+@pytest.mark.parametrize("items", [[], everybody("write"), everybody()[:50]])
+def test_too_little_to_calibrate_on_is_refused(settings: Settings, items: list[Item]) -> None:
+    with pytest.raises(ConfigError, match="EVENTS: expected"):
+        calibrate(items, settings, TASKS, EMBEDDER, lambda _: None)
 
 
 def _same(one: Outcome, other: Outcome) -> None:

@@ -1,5 +1,7 @@
 """Stacks and trust: normalised, safe, and fitted to what is true."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,8 +9,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from evaluation.stacking import Seen, fit
-from inference.combine import log_softmax
-from inference.fusion import Stack, Trust, mix
+from inference.fusion import DEFAULT, Fusion, Stack, Trust, load_fusion, log_softmax, mix, pick, recency_prior
+from oppu.errors import ConfigError
 
 Array = NDArray[np.float64]
 
@@ -75,6 +77,59 @@ class TestTrust:
         assert mixed <= alone[0] + np.log(2) - events * np.log(1 - share) + 1e-9
 
 
+class TestFusion:
+    said = {"base": spoken(1), "knn": spoken(2), "prior": spoken(3), "adapter": spoken(4)}
+
+    def test_nobody_known_gets_the_base_as_it_is(self) -> None:
+        np.testing.assert_allclose(DEFAULT.scores({"base": self.said["base"]}, events=900), self.said["base"])
+
+    def test_an_adapter_without_evidence_has_all(self) -> None:
+        only = {"base": self.said["base"], "adapter": self.said["adapter"], "knn": None}
+        np.testing.assert_allclose(DEFAULT.scores(only, events=5), self.said["adapter"])
+
+    def test_without_an_adapter_the_stack_that_knows_none_answers(self) -> None:
+        without = {**self.said, "adapter": None}
+        np.testing.assert_allclose(DEFAULT.scores(without, events=50), DEFAULT.alone.scores(without, events=50))
+
+    def test_an_adapter_costs_no_event_more_than_its_share_allows(self) -> None:
+        wrong = {**self.said, "adapter": np.log([1e-9, 1 - 3e-9, 1e-9, 1e-9])}
+        lost = DEFAULT.alone.scores(wrong, events=50) - DEFAULT.scores(wrong, events=50)
+        assert lost.max() <= -np.log(1 - DEFAULT.share) + 1e-9
+
+    @settings(deadline=None)
+    @given(st.integers(0, 10**6), st.integers(0, 5000), st.booleans(), st.booleans(), st.booleans())
+    def test_any_answer_is_normalised(self, seed: int, events: int, knn: bool, prior: bool, adapter: bool) -> None:
+        present = {"base": True, "knn": knn, "prior": prior, "adapter": adapter}
+        sources = {name: spoken(seed + k) if on else None for k, (name, on) in enumerate(present.items())}
+        assert np.exp(DEFAULT.scores(sources, events)).sum() == pytest.approx(1)
+
+    def test_a_file_says_the_same(self, tmp_path: Path) -> None:
+        fusion = Fusion(Stack({"base": (0.3, 0.1)}), Stack({"base": (0.1, 0.0), "adapter": (0.9, -0.1)}), 0.25)
+        fusion.save(tmp_path / "fusion.json")
+        assert load_fusion(tmp_path / "fusion.json") == fusion
+
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            ("{", "cannot read"),
+            ("[]", "expected an object"),
+            ('{"share": 1, "alone": {}, "beside": {}}', "share: expected a number between 0 and 1"),
+            ('{"share": 0.5, "alone": {}, "beside": {"base": [1, 0]}}', "alone: expected coefficients"),
+            ('{"share": 0.5, "alone": {"base": [1, 0], "adapter": [1, 0]}, "beside": {}}', "alone: expected"),
+            ('{"share": 0.5, "alone": {"base": [1]}, "beside": {}}', "alone.base: expected two finite numbers"),
+            ('{"share": 0.5, "alone": {"base": [1, NaN]}, "beside": {}}', "alone.base: expected two finite"),
+        ],
+    )
+    def test_a_file_that_does_not_fit_is_named_with_the_field(self, tmp_path: Path, text: str, words: str) -> None:
+        (tmp_path / "fusion.json").write_text(text)
+        with pytest.raises(ConfigError, match=words):
+            load_fusion(tmp_path / "fusion.json")
+
+    def test_a_missing_file_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="cannot read"):
+            load_fusion(tmp_path / "fusion.json")
+
+
 def test_a_mixture_is_normalised() -> None:
     found = mix(np.array([0.3, 0.7]), [spoken(1), spoken(2)])
     assert np.exp(found).sum() == pytest.approx(1)
@@ -92,3 +147,34 @@ def test_a_fit_finds_the_source_that_tells_the_truth() -> None:
     level = {name: at + slope * np.log(51) / 5 for name, (at, slope) in stack.coefficients.items()}
     assert level["adapter"] == pytest.approx(1.0, abs=0.15)
     assert level["base"] == pytest.approx(0.0, abs=0.15)
+
+
+def test_recency_prior_is_smoothed_and_normalised() -> None:
+    prior = recency_prior({"a": 3.0, "elsewhere": 9.0}, ("a", "b"), smoothing=1.0)
+    assert prior is not None
+    np.testing.assert_allclose(prior, [3.5 / 4, 0.5 / 4])
+
+
+@pytest.mark.parametrize("counts", [{}, {"elsewhere": 2.0}, {"a": float("nan")}, {"a": -1.0}])
+def test_recency_prior_is_absent_where_it_knows_none_of_the_choices(counts: dict[str, float]) -> None:
+    assert recency_prior(counts, ("a", "b")) is None
+
+
+def test_choice_takes_the_likeliest() -> None:
+    assert pick("choice", ("a", "b", "c"), np.array([0.2, 0.5, 0.3])) == "b"
+
+
+def test_rating_takes_the_median_in_numeric_order() -> None:
+    probabilities = np.array([0.4, 0.0, 0.25, 0.35])
+    assert pick("rating", ("10", "9", "2", "3"), probabilities) == "3"
+    assert pick("choice", ("10", "9", "2", "3"), probabilities) == "10"
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0.01, 1), min_size=5, max_size=5))
+def test_the_median_minimises_the_expected_absolute_error(raw: list[float]) -> None:
+    probabilities = np.array(raw) / sum(raw)
+    ratings = np.arange(1, 6)
+    costs = np.abs(ratings[:, None] - ratings[None, :]) @ probabilities
+    picked = int(pick("rating", ("1", "2", "3", "4", "5"), probabilities))
+    assert costs[picked - 1] == pytest.approx(costs.min())

@@ -1,0 +1,58 @@
+"""``oppu calibrate``: fit how base, evidence and adapter are weighed, on users the base has not seen."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from oppu.cli import Session, compose, emit, json_option
+from oppu.errors import ConfigError
+from oppu.settings import Settings
+
+if TYPE_CHECKING:
+    from evaluation.corpus import Item
+
+
+@click.command()
+@click.argument("events", type=click.Path(path_type=Path))
+@click.option("--task", required=True, help="A choice task.")
+@click.option("--out", type=click.Path(path_type=Path), help="File to write; else fusion.json beside model.base.")
+@json_option
+@click.pass_obj
+def calibrate(session: Session, /, events: Path, task: str, out: Path | None, *, as_json: bool) -> None:
+    """Fit on EVENTS (JSON lines) of users the base was not adapted on; inference workers read it when they start."""
+    settings = session.settings
+    if task not in compose.tasks(settings):
+        raise ConfigError(f"--task: expected one of {', '.join(sorted(compose.tasks(settings)))}")
+    if out is None and not Path(settings.model.base).is_dir():
+        raise ConfigError("--out: expected a file to write, for model.base is no folder")
+    from evaluation.corpus import load
+
+    report = calibrate_base(settings, load(events, task, compose.tasks(settings)), out)
+    emit(report, as_json=as_json, text=", ".join(f"{name} {value}" for name, value in report.items()))
+
+
+def calibrate_base(settings: Settings, items: "Sequence[Item]", out: Path | None = None) -> dict[str, object]:
+    """Fit and write.
+
+    Args:
+        settings: Base, updater and retriever as they will be served.
+        items: One choice task's, of users the base was not adapted on.
+        out: The file; ``None``: beside the base.
+
+    Returns:
+        What was done, for display.
+
+    Raises:
+        ConfigError: Items that do not fit, or too few.
+    """
+    from evaluation.calibration import calibrate as fit
+    from inference.fusion import FILE
+
+    def say(text: str) -> None:
+        click.echo(f"calibrating: {text}", err=True)
+
+    done = fit(items, settings, compose.tasks(settings), compose.embedder(settings), say)
+    done.fusion.save(out or Path(settings.model.base) / FILE)
+    return {"items": done.items, "users": done.users, **done.fusion.beside.coefficients}
