@@ -14,26 +14,29 @@ from numpy.typing import NDArray
 from evaluation.corpus import Item
 from evaluation.history import Past
 from evaluation.splits import Person
-from evaluation.stacking import Seen, fit
+from evaluation.stacking import Seen, fit, mixture_share
 from inference.fusion import Fusion, Trust, log_softmax, mix
+from oppu.errors import ConfigError
 from oppu.tasks import Kind
 
 Array = NDArray[np.float64]
 
-EVIDENCE, WITH_ADAPTER = ("base", "knn", "prior"), ("base", "knn", "prior", "adapter")
-_START = np.array([0.5, 0.5])
-"""No adapter begins with a half: the safety of protocol section 6."""
+EVIDENCE = ("base", "knn", "prior")
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One user's scores, all ``[n, c]``, or ``[q, c]`` for models that only saw the held-back items (``held``)."""
+    """One user's scores, all ``[n, c]``, or ``[q, c]`` for models that only saw the held-back items (``held``).
+
+    ``follow`` is the base's own before item ``adapted``: nothing was learnt yet.
+    """
 
     person: Person
     pasts: Sequence[Past] = field(repr=False)
     base: Array = field(repr=False)
     follow: Array = field(repr=False)
     held: Mapping[str, Array] = field(repr=False)
+    adapted: int
 
     def sources(self, at: int) -> dict[str, Array | None]:
         """Return what each source says of item ``at``."""
@@ -42,7 +45,7 @@ class Table:
             "base": self.base[at],
             "knn": None if past.knn is None else np.log(past.knn),
             "prior": None if past.prior is None else np.log(past.prior),
-            "adapter": self.follow[at] if past.count else None,
+            "adapter": self.follow[at] if at >= self.adapted else None,
         }
 
 
@@ -64,7 +67,12 @@ def fit_fusion(tables: Sequence[Table]) -> Fusion:
         for at, item in enumerate(table.person.train)
         if table.pasts[at].count
     ]
-    return Fusion(fit(seen, EVIDENCE), fit(seen, WITH_ADAPTER))
+    adapted = [item for item in seen if item.sources["adapter"] is not None]
+    if not adapted:
+        raise ConfigError("calibration: expected some user with more items than an adapter's first training takes")
+    alone, beside = fit(seen, EVIDENCE), fit(adapted, ("adapter",))
+    truths = [[stack.scores(i.sources, i.events)[i.right] for stack in (alone, beside)] for i in adapted]
+    return Fusion(alone, beside, mixture_share(np.array(truths), [i.events for i in adapted]))
 
 
 def choice_arms(tables: Sequence[Table], fusion: Fusion) -> Arms:
@@ -127,14 +135,14 @@ def macro_f1(items: Sequence[Item], scores: Array) -> float:
 def _stream(table: Table, fusion: Fusion) -> tuple[dict[str, Array], float]:
     """Answer all of a user's items in order, as the service would; trust moves at the end of each day, by that
     day's outcomes."""
-    trust, weights = Trust(_START), _START
+    trust, weights = Trust(), fusion.weights(0)
     found = {name: np.empty_like(table.base) for name in ("evidence", "fused", "trusted")}
     waiting: list[Array] = []
     items = table.person.items
     for at, item in enumerate(items):
         if at and item.day != items[at - 1].day:
             for losses in waiting:
-                weights = trust.after(weights, losses)
+                weights = trust.after(weights, losses, fusion.weights(table.pasts[at].count))
             waiting.clear()
         sources, count = table.sources(at), table.pasts[at].count
         found["evidence"][at] = fusion.alone.scores({**sources, "adapter": None}, count)

@@ -13,7 +13,7 @@ from evaluation.arms import Table, fit_fusion
 from evaluation.corpus import Item, by_user
 from evaluation.history import pasts
 from evaluation.splits import Fold, Person
-from evaluation.training import Bench, Recipe, Say, base_scores, follow
+from evaluation.training import Bench, Recipe, Say, base_scores, chunks_of, follow
 from inference.fusion import Fusion
 from oppu.embedder import Embedder
 from oppu.errors import ConfigError
@@ -67,7 +67,12 @@ def calibrate(items: Sequence[Item], settings: Settings, tasks: Tasks, embedder:
         plain = base_scores(bench, people, "base-scores", past)
         followed = follow(bench, people)
     model.close()
-    tables = [Table(p, past[p.user_id], plain[p.user_id], followed[p.user_id], {}) for p in people]
+    tables = [
+        Table(
+            p, past[p.user_id], plain[p.user_id], followed[p.user_id], {}, chunks_of(p.items, bench.recipe.chunk)[0][1]
+        )
+        for p in people
+    ]
     return Calibrated(fit_fusion(tables), sum(len(p.items) for p in people), len(people))
 
 

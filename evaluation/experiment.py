@@ -15,7 +15,19 @@ from evaluation.arms import Arms, Array, Table, choice_arms, fit_fusion
 from evaluation.corpus import Item
 from evaluation.history import Past, check_pasts, pasts
 from evaluation.splits import Bounds, Fold, Person, check, make_folds
-from evaluation.training import Bench, Recipe, Say, adapted, base_scores, example, follow, score, stage, train_once
+from evaluation.training import (
+    Bench,
+    Recipe,
+    Say,
+    adapted,
+    base_scores,
+    chunks_of,
+    example,
+    follow,
+    score,
+    stage,
+    train_once,
+)
 from oppu.embedder import Embedder
 from oppu.lm.base import load_base
 from oppu.lm.model import TorchModel
@@ -121,7 +133,14 @@ def _fold(
     held = _held(bench, fold, past, followed)
     bench.model.close()
     tables = {
-        p.user_id: Table(p, past[p.user_id], plain[p.user_id], followed[p.user_id], held.get(p.user_id, {}))
+        p.user_id: Table(
+            p,
+            past[p.user_id],
+            plain[p.user_id],
+            followed[p.user_id],
+            held.get(p.user_id, {}),
+            chunks_of(p.items, plan.recipe.chunk)[0][1],
+        )
         for p in people
     }
     targets = [tables[p.user_id] for p in fold.target]

@@ -126,6 +126,7 @@ def _tests(merits: Mapping[str, Sequence[Array]], of: Sequence[int], arms: Mappi
         best = max(prompts, key=lambda name: arms[name]["query_mean"])
         pairs[f"P1 oppu - {best} (best prompt-only)"] = ("oppu", best)
         pairs |= {f"P2 oppu - {c}": ("oppu", c) for c in ("volume", "permuted") if c in merits}
+        pairs["increments up to the cut - oppu"] = ("frozen", "oppu")
         others = ("none", "stranger-nearest", "union", "prior", "evidence")
         pairs |= {f"oppu - {c}": ("oppu", c) for c in others if c in merits}
         pairs |= {

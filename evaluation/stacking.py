@@ -1,17 +1,19 @@
 """Fit a stack's coefficients: a ridge-penalised conditional logit over many users' items (protocol section 1)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.functional import logsigmoid
 
-from inference.fusion import FLOOR, LOG_SCALE, Stack
+from inference.fusion import DEFAULT, FLOOR, Stack, length
 
 Array = NDArray[np.float64]
 _RIDGE = 1e-3
 _STEPS = 60
+PRIOR_DEVIATION = 1.0
 _BEGIN = {"base": 0.7, "knn": 0.5, "prior": 0.5, "adapter": 0.5}
 
 
@@ -39,21 +41,57 @@ def fit(items: Sequence[Seen], names: Sequence[str]) -> Stack:
     said = np.stack(
         [[np.maximum(blank if (x := item.sources[n]) is None else x, FLOOR) for n in names] for item in items]
     )  # [n, s, c]
-    length = torch.tensor([np.log1p(item.events) / LOG_SCALE for item in items])[:, None, None]
+    lengths = torch.tensor([length(item.events) for item in items])[:, None, None]
     table = torch.from_numpy(said)
-    features = torch.cat([table, table * length], dim=1)
+    features = torch.cat([table, table * lengths], dim=1)
     right = torch.tensor([item.right for item in items])
     begin = torch.tensor([_BEGIN[n] for n in names] + [0.0] * len(names), dtype=torch.float64)
     weights = begin.clone().requires_grad_(True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=_STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
-        optimizer.zero_grad()
         logits = torch.einsum("nsc,s->nc", features, weights)
-        value = torch.nn.functional.cross_entropy(logits, right) + _RIDGE * ((weights - begin) ** 2).sum()
+        return torch.nn.functional.cross_entropy(logits, right) + _RIDGE * ((weights - begin) ** 2).sum()
+
+    found = _minimised(weights, loss)
+    return Stack({n: (float(found[k]), float(found[k + len(names)])) for k, n in enumerate(names)})
+
+
+def mixture_share(truths: Array, events: Sequence[int]) -> tuple[float, float]:
+    """Return level and slope of the second expert's log odds that explain outcomes best.
+
+    They are shrunk towards the built-in ones by a normal prior of deviation ``PRIOR_DEVIATION``: a sample of short
+    histories says little of long ones.
+
+    Args:
+        truths: ``[n, 2]`` log probability of what happened, by expert.
+        events: Of each, how many came before it.
+
+    Returns:
+        As ``Fusion.share``.
+    """
+    begin = torch.tensor(DEFAULT.share, dtype=torch.float64)
+    odds = begin.clone().requires_grad_(True)
+    lengths = torch.tensor([length(count) for count in events], dtype=torch.float64)
+    said = torch.from_numpy(truths)
+
+    def loss() -> torch.Tensor:
+        logits = odds[0] + odds[1] * lengths
+        both = torch.stack([logsigmoid(-logits), logsigmoid(logits)], dim=1) + said
+        return (((odds - begin) / PRIOR_DEVIATION) ** 2).sum() / 2 - both.logsumexp(dim=1).sum()
+
+    level, slope = _minimised(odds, loss)
+    return float(level), float(slope)
+
+
+def _minimised(weights: torch.Tensor, loss: Callable[[], torch.Tensor]) -> Array:
+    optimizer = torch.optim.LBFGS([weights], max_iter=_STEPS, line_search_fn="strong_wolfe")
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = loss()
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
-    optimizer.step(loss)  # type: ignore[no-untyped-call]
-    found = weights.detach().numpy()
-    return Stack({n: (float(found[k]), float(found[k + len(names)])) for k, n in enumerate(names)})
+    optimizer.step(step)  # type: ignore[no-untyped-call]
+    found: Array = weights.detach().numpy()
+    return found

@@ -127,7 +127,7 @@ def _adapt(fold: Fold, settings: Settings, tasks: Tasks, out: Path, recipe: Reci
             say(f"base: step {done} of {steps}, loss {loss:.3f}")
 
     adapt(
-        load_base(settings.model),
+        load_base(settings.model, adapting=True),
         tasks,
         [example(item) for item in fold.adapt],
         out,
@@ -254,7 +254,7 @@ def follow(bench: Bench, people: Sequence[Person]) -> dict[str, NDArray[Any]]:
         heads: dict[str, Tensors | None] = {p.user_id: None for p in some}
         found: dict[str, list[NDArray[Any]]] = {p.user_id: [] for p in some}
         frozen: dict[str, NDArray[Any]] = {}
-        chunks = {p.user_id: _chunks(p.items, bench.recipe.chunk) for p in some}
+        chunks = {p.user_id: chunks_of(p.items, bench.recipe.chunk) for p in some}
         for number in range(max(map(len, chunks.values()))):
             jobs = []
             for p in some:
@@ -278,7 +278,7 @@ def follow(bench: Bench, people: Sequence[Person]) -> dict[str, NDArray[Any]]:
     return results
 
 
-def _chunks(items: Sequence[Item], size: int) -> list[tuple[int, int]]:
+def chunks_of(items: Sequence[Item], size: int) -> list[tuple[int, int]]:
     """Cut at ends of days: nothing of an item's own day is learnt before it is scored."""
     found, begin = [], 0
     while begin < len(items):

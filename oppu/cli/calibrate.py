@@ -55,4 +55,10 @@ def calibrate_base(settings: Settings, items: "Sequence[Item]", out: Path | None
 
     done = fit(items, settings, compose.tasks(settings), compose.embedder(settings), say)
     done.fusion.save(out or Path(settings.model.base) / FILE)
-    return {"items": done.items, "users": done.users, **done.fusion.beside.coefficients}
+    shown = {name: [round(x, 3) for x in pair] for name, pair in done.fusion.alone.coefficients.items()}
+    return {
+        "items": done.items,
+        "users": done.users,
+        "evidence": shown,
+        "adapter_share": {n: round(float(done.fusion.weights(n)[1]), 3) for n in (16, 64, 256)},
+    }

@@ -28,12 +28,13 @@ def table(own: Person, base: str, follow: str) -> Table:
     past = [Past(at, None if at == 0 else half, None if at == 0 else half, (), "") for at in range(len(own.items))]
     scores = np.stack([sure(base)] * len(own.items))
     followed = np.stack([sure(follow if follow != "truth" else i.output) for i in own.items])
-    return Table(own, past, scores, followed, {"oppu": scores[own.cut :]})
+    return Table(own, past, scores, followed, {"oppu": scores[own.cut :]}, 1)
 
 
 FUSION = Fusion(
     Stack({"base": (1.0, 0.0)}),
-    Stack({"base": (0.0, 0.0), "adapter": (1.0, 0.0)}),
+    Stack({"adapter": (1.0, 0.0)}),
+    (0.0, 0.0),
 )
 
 

@@ -15,7 +15,7 @@ from evaluation.experiment import Outcome, Plan, run
 from evaluation.report import summarise, write
 from evaluation.splits import Bounds
 from evaluation.training import Recipe
-from inference.fusion import DEFAULT, FILE, NAMES
+from inference.fusion import DEFAULT, FILE
 from oppu.cli import cli, compose
 from oppu.errors import ConfigError
 from oppu.settings import Settings, UpdaterSettings
@@ -107,9 +107,9 @@ def test_the_development_run_never_sees_the_last_fifth(settings: Settings, tmp_p
 
 def test_a_chunk_ends_with_its_day() -> None:
     items = people({"u": 12})
-    assert training._chunks(items, 5) == [(0, 5), (5, 10), (10, 12)]
+    assert training.chunks_of(items, 5) == [(0, 5), (5, 10), (10, 12)]
     same = [*items[:4], *(Item(i.item_id, "u", i.task, items[4].day, i.input, i.output) for i in items[4:])]
-    assert training._chunks(same, 5) == [(0, 12)]
+    assert training.chunks_of(same, 5) == [(0, 12)]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,8 @@ def test_what_is_fitted_beside_a_base_is_what_inference_reads(settings: Settings
     own = settings.model_copy(update={"updater": UpdaterSettings(min_pending=6, passes=1)})
     done = calibrate([i for i in everybody() if i.user_id[0] != "s"], own, TASKS, EMBEDDER, lambda _: None)
     assert (done.items, done.users) == (108, 9)
-    assert set(done.fusion.beside.coefficients) == set(NAMES)
+    assert set(done.fusion.alone.coefficients) == {"base", "knn", "prior"}
+    assert set(done.fusion.beside.coefficients) == {"adapter"}
     done.fusion.save(tmp_path / FILE)
     beside = settings.model.model_copy(update={"base": str(tmp_path)})
     assert compose.fusion(settings.model_copy(update={"model": beside})) == done.fusion

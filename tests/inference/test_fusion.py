@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from evaluation.stacking import Seen, fit
+from evaluation.stacking import Seen, fit, mixture_share
 from inference.fusion import DEFAULT, Fusion, Stack, Trust, load_fusion, log_softmax, mix, pick, recency_prior
 from oppu.errors import ConfigError
 
@@ -49,15 +49,15 @@ class TestStack:
 class TestTrust:
     def test_an_even_loss_moves_nothing(self) -> None:
         start = np.array([0.5, 0.5])
-        np.testing.assert_allclose(Trust(start).after(start, np.array([2.0, 2.0])), start)
+        np.testing.assert_allclose(Trust().after(start, np.array([2.0, 2.0]), start), start)
 
     def test_it_follows_who_was_right_and_comes_back(self) -> None:
-        trust, weights = Trust(np.array([0.5, 0.5])), np.array([0.5, 0.5])
+        start = weights = np.array([0.5, 0.5])
         for _ in range(30):
-            weights = trust.after(weights, np.array([2.0, 0.5]))
+            weights = Trust().after(weights, np.array([2.0, 0.5]), start)
         assert weights[1] > 0.95
         for _ in range(30):
-            weights = trust.after(weights, np.array([0.5, 2.0]))
+            weights = Trust().after(weights, np.array([0.5, 2.0]), start)
         assert weights[1] < 0.05
 
     @settings(max_examples=50, deadline=None)
@@ -65,7 +65,7 @@ class TestTrust:
     def test_the_mixture_never_costs_more_than_its_bound(self, seed: int, events: int, share: float) -> None:
         chance = np.random.default_rng(seed)
         start = np.array([0.5, 0.5])
-        trust, weights = Trust(start, share), start
+        trust, weights = Trust(share), start
         mixed, alone = 0.0, np.zeros(2)
         for _ in range(events):
             experts = [log_softmax(chance.normal(size=3) * 4) for _ in range(2)]
@@ -73,7 +73,7 @@ class TestTrust:
             mixed -= mix(weights, experts)[truth]
             losses = np.array([-expert[truth] for expert in experts])
             alone += losses
-            weights = trust.after(weights, losses)
+            weights = trust.after(weights, losses, start)
         assert mixed <= alone[0] + np.log(2) - events * np.log(1 - share) + 1e-9
 
 
@@ -91,10 +91,18 @@ class TestFusion:
         without = {**self.said, "adapter": None}
         np.testing.assert_allclose(DEFAULT.scores(without, events=50), DEFAULT.alone.scores(without, events=50))
 
-    def test_an_adapter_costs_no_event_more_than_its_share_allows(self) -> None:
+    @given(st.integers(0, 10**6))
+    def test_an_adapter_costs_no_event_more_than_its_share_allows(self, events: int) -> None:
         wrong = {**self.said, "adapter": np.log([1e-9, 1 - 3e-9, 1e-9, 1e-9])}
-        lost = DEFAULT.alone.scores(wrong, events=50) - DEFAULT.scores(wrong, events=50)
-        assert lost.max() <= -np.log(1 - DEFAULT.share) + 1e-9
+        lost = DEFAULT.alone.scores(wrong, events) - DEFAULT.scores(wrong, events)
+        assert lost.max() <= -np.log(DEFAULT.weights(events)[0]) + 1e-9
+        assert lost.max() <= np.log(2) + 1e-9
+
+    def test_an_adapter_has_the_more_to_say_the_longer_the_history(self) -> None:
+        shares = [float(DEFAULT.weights(events)[1]) for events in (0, 16, 64, 256, 10**9)]
+        assert shares == sorted(shares)
+        assert shares[0] < 0.02
+        assert shares[-1] == 0.5
 
     @settings(deadline=None)
     @given(st.integers(0, 10**6), st.integers(0, 5000), st.booleans(), st.booleans(), st.booleans())
@@ -104,7 +112,7 @@ class TestFusion:
         assert np.exp(DEFAULT.scores(sources, events)).sum() == pytest.approx(1)
 
     def test_a_file_says_the_same(self, tmp_path: Path) -> None:
-        fusion = Fusion(Stack({"base": (0.3, 0.1)}), Stack({"base": (0.1, 0.0), "adapter": (0.9, -0.1)}), 0.25)
+        fusion = Fusion(Stack({"base": (0.3, 0.1)}), Stack({"base": (0.1, 0.0), "adapter": (0.9, -0.1)}), (-2.0, 1.5))
         fusion.save(tmp_path / "fusion.json")
         assert load_fusion(tmp_path / "fusion.json") == fusion
 
@@ -113,11 +121,13 @@ class TestFusion:
         [
             ("{", "cannot read"),
             ("[]", "expected an object"),
-            ('{"share": 1, "alone": {}, "beside": {}}', "share: expected a number between 0 and 1"),
-            ('{"share": 0.5, "alone": {}, "beside": {"base": [1, 0]}}', "alone: expected coefficients"),
-            ('{"share": 0.5, "alone": {"base": [1, 0], "adapter": [1, 0]}, "beside": {}}', "alone: expected"),
-            ('{"share": 0.5, "alone": {"base": [1]}, "beside": {}}', "alone.base: expected two finite numbers"),
-            ('{"share": 0.5, "alone": {"base": [1, NaN]}, "beside": {}}', "alone.base: expected two finite"),
+            ('{"share": 0.5, "alone": {}, "beside": {}}', "share: expected two finite numbers"),
+            ('{"share": [1, true], "alone": {}, "beside": {}}', "share: expected two finite numbers"),
+            ('{"share": [0, 1], "alone": {}, "beside": {"adapter": [1, 0]}}', "alone: expected coefficients"),
+            ('{"share": [0, 1], "alone": {"base": [1, 0]}, "beside": {"base": [1, 0]}}', "beside: expected"),
+            ('{"share": [0, 1], "alone": {"base": [1, 0], "adapter": [1, 0]}, "beside": {}}', "alone: expected"),
+            ('{"share": [0, 1], "alone": {"base": [1]}, "beside": {}}', "alone.base: expected two finite numbers"),
+            ('{"share": [0, 1], "alone": {"base": [1, NaN]}, "beside": {}}', "alone.base: expected two finite"),
         ],
     )
     def test_a_file_that_does_not_fit_is_named_with_the_field(self, tmp_path: Path, text: str, words: str) -> None:
@@ -178,3 +188,17 @@ def test_the_median_minimises_the_expected_absolute_error(raw: list[float]) -> N
     costs = np.abs(ratings[:, None] - ratings[None, :]) @ probabilities
     picked = int(pick("rating", ("1", "2", "3", "4", "5"), probabilities))
     assert costs[picked - 1] == pytest.approx(costs.min())
+
+
+def test_the_share_of_a_mixture_is_found_by_length() -> None:
+    chance = np.random.default_rng(6)
+    truths, events = [], []
+    for k in range(6000):
+        both = np.stack([spoken(2 * k), spoken(2 * k + 1)])
+        events.append(int(chance.integers(1000)))
+        share = 0.2 if events[-1] < 500 else 0.6
+        truths.append(both[:, chance.choice(4, p=np.exp(both[int(chance.random() < share)]))])
+    found = Fusion(DEFAULT.alone, DEFAULT.beside, mixture_share(np.array(truths), events))
+    assert float(found.weights(100)[1]) < 0.25
+    assert float(found.weights(900)[1]) > 0.4
+    assert mixture_share(np.array(truths[:1]), events[:1]) == pytest.approx(DEFAULT.share, abs=0.5)
