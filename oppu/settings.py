@@ -122,7 +122,9 @@ class ModelSettings(_Section):
     base: str = Field("offline", description="Hugging Face id or path of a causal LM; 'offline' = MiniLM warm start.")
     embedder: str = Field("offline", description="sentence-transformers id or path; 'offline' = packaged MiniLM.")
     device: str = Field("cpu", description="Torch device: cpu, cuda, cuda:1 …")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the base; adapters stay float32.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Of the base; adapters stay float32. auto: bfloat16 where the hardware multiplies it."
+    )
     threads: int | None = Field(None, ge=1, description="Torch threads; none = all cores.")
     max_tokens: int = Field(256, ge=32, description="Prompt length; evidence is cut first, the query never.")
     lora_rank: int = Field(8, ge=1, le=256, description="Rank of new adapters.")
@@ -143,7 +145,7 @@ class UpdaterSettings(_Section):
     min_pending: int = Field(16, ge=1, description="New events that make a user due.")
     max_pending: int = Field(512, ge=1, description="New events taken by one update, the newest first.")
     users_per_tick: int = Field(8, ge=1, description="Users trained together.")
-    replay: int = Field(16, ge=0, description="Older events mixed in.")
+    replay: int = Field(16, ge=0, description="Older events mixed in for every min_pending new ones.")
     passes: int = Field(2, ge=1, description="Passes over an update's examples.")
     batch: int = Field(16, ge=1, description="Rows of one user in an optimizer step.")
     learning_rate: float = Field(2e-3, gt=0, description="AdamW's, after warm-up.")
@@ -163,6 +165,10 @@ class InferenceSettings(_Section):
     )
     batch: int = Field(64, ge=1, description="Rows of one forward pass.")
     resident_adapters: int = Field(256, ge=1, description="Slots of the adapter bank.")
+    host_adapters: int = Field(1024, ge=1, description="Adapters kept in host memory beside the bank.")
+    adapter_wait_seconds: float = Field(
+        0.25, ge=0, description="Longest wait of a batch for adapters that are still being read."
+    )
     default_deadline_seconds: float = Field(30.0, ge=0, description="0 = none.")
     history_wait_seconds: float = Field(0.5, ge=0, description="Longest wait for a request's after.")
 

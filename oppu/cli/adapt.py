@@ -70,7 +70,7 @@ def adapt_base(
                 click.echo(f"adapting the base: step {done} of {total}, loss {loss:.3f}", err=True)
 
         report = run(
-            load_base(settings.model),
+            load_base(settings.model, adapting=True),
             compose.tasks(settings),
             examples,
             out,

@@ -20,7 +20,7 @@ import torch
 
 from oppu.errors import ConfigError
 from oppu.lm.bank import find_targets
-from oppu.lm.base import LoadedBase, fingerprint_of, quiet_and_local
+from oppu.lm.base import LoadedBase, fast_bfloat16, fingerprint_of, quiet_and_local
 from oppu.lm.encoding import Encoder, Reading, Target
 from oppu.lm.forward import Runner
 from oppu.lm.port import Example
@@ -208,8 +208,7 @@ def _schedule(steps: int) -> Callable[[int], float]:
 
 def _autocast(base: LoadedBase) -> AbstractContextManager[Any]:
     """Compute in bfloat16 where the processor multiplies it in hardware; weights and moments stay float32."""
-    fast = base.device.type == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001
-    if base.dtype != torch.float32 or not fast:
+    if base.dtype != torch.float32 or not fast_bfloat16(base.device):
         return nullcontext()
     return torch.autocast(base.device.type, dtype=torch.bfloat16)
 

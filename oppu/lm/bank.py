@@ -1,13 +1,16 @@
 """The adapter bank: many users' LoRA weights stacked, so that one forward carries rows of different users.
 
-Each target layer has A ``[slots, r, in]`` and B ``[slots, out, r]`` (float32, or the base's wider type); a hook
-adds ``scale · B[slot] A[slot] x`` to every row by its slot. Slot 0 is the zero adapter and never written.
-Names and layout are PEFT's. ``SlotBank`` holds tensors; ``AdapterBank`` decides which version lies in which slot.
+Each target layer has one tensor, a slot a row, that holds A ``[r, in]`` and the transpose of B ``[out, r]``: what a
+batch needs of it is gathered in one copy, into memory that stays in the cache. A hook adds ``scale · B A x`` of its
+slot to every row. Slot 0 is the zero adapter and never written. Names and shapes outside are PEFT's. ``SlotBank``
+holds tensors; ``AdapterBank`` decides which version lies in which slot.
 """
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, groupby
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,8 @@ _AUTOMATIC = (("q_proj", "v_proj"), ("query", "value"), ("c_attn",), ("query_key
 """Query and value, by the names that model families give them; the first that is found is taken."""
 _PREFIX = "base_model.model."
 _PINNED_RETRY_SECONDS = 0.1
+_LOOP_ROWS = 4
+"""With so many rows a run of equal slots, a product a run costs less than a copy of its adapter a row."""
 
 
 def find_targets(model: nn.Module, endings: Sequence[str] | None) -> dict[str, nn.Module]:
@@ -66,6 +71,19 @@ def adapter_config(
     return {name: _plain(value) for name, value in sorted(config.to_dict().items())}
 
 
+@dataclass(frozen=True, slots=True)
+class _Mix:
+    """The rows of a batch by adapter: ``plain`` rows of slot 0 first, then runs of equal slots.
+
+    ``slots`` ``[k]`` holds a slot a run; ``ends`` are the runs' last rows plus one where they differ in length
+    (empty: all have ``n / k`` rows).
+    """
+
+    plain: int
+    slots: torch.Tensor
+    ends: tuple[int, ...]
+
+
 class SlotBank:
     """Stacked adapters on a base's target layers, attached by hooks until ``close``."""
 
@@ -79,28 +97,38 @@ class SlotBank:
             slots: Adapters beside the zero adapter.
             rank: Rows of A; smaller adapters are padded with zeros, which changes nothing.
             alpha: Every delta is scaled by alpha / rank.
-            trainable: Whether the stacks take gradients.
+            trainable: Whether the weights take gradients; then they are at least float32, whatever the base's type.
         """
         self.slots, self.rank, self.alpha = slots, rank, alpha
         self.scale = alpha / rank
         self._names = tuple(targets)
-        self._active: torch.Tensor | None = None
-        self.a: list[torch.Tensor] = []
-        self.b: list[torch.Tensor] = []
-        for module in targets.values():
-            weight, (wide, out) = module.weight, _shape(module)
-            kind = {
-                "dtype": torch.promote_types(torch.float32, weight.dtype),  # type: ignore[arg-type]
-                "device": weight.device,
-            }
-            self.a.append(torch.zeros(slots + 1, rank, wide, **kind, requires_grad=trainable))  # type: ignore[call-overload]
-            self.b.append(torch.zeros(slots + 1, out, rank, **kind, requires_grad=trainable))  # type: ignore[call-overload]
+        self._mix: _Mix | None = None
+        self._shapes = [_shape(module) for module in targets.values()]
+        self.weights: list[torch.Tensor] = []
+        for module, (wide, out) in zip(targets.values(), self._shapes, strict=True):
+            weight: Any = module.weight
+            # a CPU multiplies few rows faster in float32, and training keeps its weights in it
+            wider = trainable or weight.device.type == "cpu"
+            dtype = torch.promote_types(torch.float32, weight.dtype) if wider else weight.dtype
+            size = slots + 1, rank * (wide + out)
+            self.weights.append(torch.zeros(size, dtype=dtype, device=weight.device, requires_grad=trainable))
+        self._buffers: dict[int, torch.Tensor] = {}
         self._hooks = [module.register_forward_hook(self._hook(at)) for at, module in enumerate(targets.values())]
 
     @property
+    def a(self) -> list[torch.Tensor]:
+        """Every layer's A ``[slots + 1, r, in]``, views."""
+        return [self._factors(weights, at)[0] for at, weights in enumerate(self.weights)]
+
+    @property
+    def b(self) -> list[torch.Tensor]:
+        """Every layer's B ``[slots + 1, out, r]``, views."""
+        return [self._factors(weights, at)[1].transpose(1, 2) for at, weights in enumerate(self.weights)]
+
+    @property
     def bytes(self) -> int:
-        """Memory of the stacks."""
-        return sum(stack.numel() * stack.element_size() for stack in (*self.a, *self.b))
+        """Memory of the weights."""
+        return sum(weights.numel() * weights.element_size() for weights in self.weights)
 
     def close(self) -> None:
         """Take the hooks off the base."""
@@ -112,13 +140,14 @@ class SlotBank:
         """Give the rows of the next forwards their slots.
 
         Args:
-            slots: One a row; all 0 means the base as it is.
+            slots: One a row; all 0 means the base as it is. Rows of one slot cost least side by side, those of
+                slot 0 at the front.
         """
-        self._active = torch.tensor(slots, device=self.a[0].device) if any(slots) else None
+        self._mix = self._mixed(slots) if any(slots) else None
         try:
             yield
         finally:
-            self._active = None
+            self._mix = None
 
     def load(self, slot: int, tensors: Tensors) -> None:
         """Write an adapter into a slot.
@@ -132,8 +161,9 @@ class SlotBank:
         """
         rank = self._check(tensors)
         with torch.no_grad():
-            for at, name in enumerate(self._names):
-                a, b = self.a[at][slot].zero_(), self.b[at][slot].zero_()
+            for weights in self.weights:
+                weights[slot].zero_()
+            for name, a, b in zip(self._names, *self._of(slot), strict=True):
                 a[:rank] = torch.from_numpy(np.array(tensors[_key(name, "A")]))
                 b[:, :rank] = torch.from_numpy(np.array(tensors[_key(name, "B")]))
                 if rank != self.rank:
@@ -143,29 +173,81 @@ class SlotBank:
         """Start a slot as PEFT does: A uniform in ±1/√in from a generator of its own, B zero."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for a, b in zip(self.a, self.b, strict=True):
+            for a, b in zip(*self._of(slot), strict=True):
                 bound = a.shape[-1] ** -0.5
-                a[slot] = torch.empty(a.shape[1:]).uniform_(-bound, bound, generator=generator)
-                b[slot].zero_()
+                a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
+                b.zero_()
 
     def read(self, slot: int) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
         """Return a slot's weights in PEFT's naming, as float32 copies."""
         found: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
-        for at, name in enumerate(self._names):
-            for kind, stack in (("A", self.a[at]), ("B", self.b[at])):
-                found[_key(name, kind)] = stack[slot].detach().to("cpu", torch.float32, copy=True).numpy()
+        for name, a, b in zip(self._names, *self._of(slot), strict=True):
+            for kind, factor in (("A", a), ("B", b)):
+                found[_key(name, kind)] = factor.detach().to("cpu", torch.float32, copy=True).numpy()
         return found
 
     def _hook(self, at: int) -> Callable[[nn.Module, Any, torch.Tensor], torch.Tensor | None]:
         def add(_module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
-            if self._active is None:
+            if self._mix is None:
                 return None
-            x = args[0]
-            a = self.a[at].index_select(0, self._active).to(x.dtype)
-            b = self.b[at].index_select(0, self._active).to(x.dtype)
-            return output + torch.bmm(torch.bmm(x, a.transpose(1, 2)), b.transpose(1, 2)) * self.scale
+            return self._added(self._mix, at, args[0], output)
 
         return add
+
+    def _added(self, mix: _Mix, at: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Add the adapters' part to a layer's output ``y`` ``[n, t, out]`` of ``x`` ``[n, t, in]``."""
+        learns = torch.is_grad_enabled() and self.weights[at].requires_grad
+        a, b = self._factors(self._gathered(at, mix.slots, learns=learns), at)
+        if learns:
+            own = self._delta(mix, x[mix.plain :], a.to(x.dtype), b.to(x.dtype))
+            return y + torch.cat([torch.zeros_like(y[: mix.plain]), own]) if mix.plain else y + own
+        own, x = y[mix.plain :], x[mix.plain :].to(a.dtype)
+        if mix.ends or a.dtype != y.dtype:
+            own += self._delta(mix, x, a, b)
+        else:  # y is the layer's own and fresh: adding in place saves two copies
+            own.view(len(a), -1, y.shape[-1]).baddbmm_(_inner(x, a), b, alpha=self.scale)
+        return y
+
+    def _delta(self, mix: _Mix, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return ``[n, t, out]`` under each run's ``a`` ``[k, r, in]`` and ``b`` ``[k, r, out]``."""
+        n, t, _ = x.shape
+        if not mix.ends:
+            return torch.bmm(_inner(x, a) * self.scale, b).view(n, t, -1)
+        runs = enumerate(zip((0, *mix.ends), mix.ends, strict=False))
+        parts = [((x[first:end].flatten(0, 1) @ a[run].T) * self.scale) @ b[run] for run, (first, end) in runs]
+        return torch.cat(parts).view(n, t, -1)
+
+    def _mixed(self, slots: Sequence[int]) -> _Mix:
+        plain = next(row for row, slot in enumerate(slots) if slot)
+        runs = [(slot, len(list(rows))) for slot, rows in groupby(slots[plain:])]
+        adapted = len(slots) - plain
+        lengths = {length for _, length in runs}
+        if len(lengths) > 1 and adapted < _LOOP_ROWS * len(runs):
+            runs, lengths = [(slot, 1) for slot in slots[plain:]], {1}
+        chosen = torch.tensor([slot for slot, _ in runs], device=self.weights[0].device)
+        ends = tuple(accumulate(length for _, length in runs)) if len(lengths) > 1 else ()
+        return _Mix(plain, chosen, ends)
+
+    def _gathered(self, at: int, chosen: torch.Tensor, *, learns: bool) -> torch.Tensor:
+        """Return a layer's weights ``[k, size]``; to serve, in memory that every layer of its size uses again."""
+        weights = self.weights[at]
+        if learns:
+            return weights.index_select(0, chosen)
+        buffer = self._buffers.get(weights.shape[1])
+        if buffer is None or len(buffer) < len(chosen):
+            buffer = self._buffers[weights.shape[1]] = weights.new_empty(len(chosen), weights.shape[1])
+        return torch.index_select(weights.detach(), 0, chosen, out=buffer[: len(chosen)])
+
+    def _factors(self, weights: torch.Tensor, at: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A ``[k, r, in]`` and B's transpose ``[k, r, out]`` of a layer's ``weights`` ``[k, size]``."""
+        wide, out = self._shapes[at]
+        k, middle = len(weights), self.rank * wide
+        return weights[:, :middle].view(k, self.rank, wide), weights[:, middle:].view(k, self.rank, out)
+
+    def _of(self, slot: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return one slot's A ``[r, in]`` and B ``[out, r]`` of every layer, views."""
+        factors = [self._factors(weights[slot : slot + 1], at) for at, weights in enumerate(self.weights)]
+        return [a[0] for a, _ in factors], [b[0].T for _, b in factors]
 
     def _check(self, tensors: Tensors) -> int:
         expected = {_key(name, kind) for name in self._names for kind in "AB"}
@@ -175,8 +257,8 @@ class SlotBank:
         rank = int(tensors[_key(self._names[0], "A")].shape[0])
         if not 1 <= rank <= self.rank:
             raise AdapterUnreadable(f"adapter of rank {rank}, expected 1 to {self.rank}")
-        for at, name in enumerate(self._names):
-            shapes = {"A": (rank, self.a[at].shape[2]), "B": (self.b[at].shape[1], rank)}
+        for name, (wide, out) in zip(self._names, self._shapes, strict=True):
+            shapes = {"A": (rank, wide), "B": (out, rank)}
             for kind, shape in shapes.items():
                 tensor = tensors[_key(name, kind)]
                 if tensor.shape != shape:
@@ -264,6 +346,12 @@ class AdapterBank:
             if self._pins[ref] <= 0:
                 return ref
         raise Backpressure(_PINNED_RETRY_SECONDS)
+
+
+def _inner(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """Return ``[k, n / k · t, r]``; this order of the product is the CPU's faster one for few rows."""
+    rows = x.reshape(len(a), -1, x.shape[-1])
+    return torch.bmm(a, rows.transpose(1, 2)).transpose(1, 2)
 
 
 def _ends(name: str, endings: Sequence[str]) -> bool:

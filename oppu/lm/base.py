@@ -62,11 +62,12 @@ class LoadedBase:
         return prompts_of(self.tokenizer)
 
 
-def load_base(settings: ModelSettings) -> LoadedBase:
+def load_base(settings: ModelSettings, *, adapting: bool = False) -> LoadedBase:
     """Load the base that ``settings.base`` names, onto ``settings.device`` in ``settings.dtype``.
 
     Args:
         settings: The settings.
+        adapting: Whether its own weights will be trained; then ``auto`` is float32.
 
     Returns:
         The base, ready to run.
@@ -77,7 +78,8 @@ def load_base(settings: ModelSettings) -> LoadedBase:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     device = _device(settings.device)
-    dtype = _DTYPES[settings.dtype]
+    automatic = "bfloat16" if fast_bfloat16(device) and not adapting else "float32"
+    dtype = _DTYPES[automatic if settings.dtype == "auto" else settings.dtype]
     folder = _folder(settings.base)
     try:
         with quiet_and_local():
@@ -89,6 +91,13 @@ def load_base(settings: ModelSettings) -> LoadedBase:
     base = ready(settings.base, model, tokenizer, fingerprint, device=device, dtype=dtype)
     logger.info("base %s loaded, fingerprint %s, on %s", settings.base, fingerprint, device)
     return base
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Say whether the hardware multiplies bfloat16 itself."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001 - torch has no public question for it
 
 
 def ready(

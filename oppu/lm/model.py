@@ -265,7 +265,8 @@ class TorchModel:
         longest = self._base.max_positions
         limits = [min(row.max_new_tokens, longest - len(ids)) for row, ids in zip(rows, prompts, strict=True)]
         texts: dict[int, str] = {}
-        for group in buckets([len(ids) + limit for ids, limit in zip(prompts, limits, strict=True)]):
+        for bucket in buckets([len(ids) + limit for ids, limit in zip(prompts, limits, strict=True)]):
+            group = sorted(bucket, key=lambda at: slots[at])
             readings = [Reading(prompts[at], (), slots[at]) for at in group]
             most = [limits[at] for at in group]
             new = greedy(self._runner, self._bank, readings, most, self._encoder.stops)
@@ -282,7 +283,8 @@ class TorchModel:
                 readings.append(Reading(prompt + line.path, positions, slot))
                 owners.append([(at, node) for node in line.nodes])
         found: list[list[_Scores]] = [[_NONE] * len(trie.nodes) for _, trie, _ in work]
-        for group in buckets([len(reading.ids) for reading in readings], self._runner.tokens):
+        for bucket in buckets([len(reading.ids) for reading in readings], self._runner.tokens):
+            group = sorted(bucket, key=lambda index: readings[index].slot)
             with bank.use([readings[index].slot for index in group]):
                 logits = self._runner.logits([readings[index] for index in group])
             places = [place for index in group for place in owners[index]]

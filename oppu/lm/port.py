@@ -108,6 +108,7 @@ class AdapterSource(Protocol):
 
         Raises:
             AdapterUnreadable: Missing, truncated, tampered with, or made for another base.
+            AdapterNotReady: Still being read ahead.
         """
         ...
 

@@ -72,18 +72,16 @@ class SlotAdamW:
         rate = self._learning_rate * (count / rises).clamp(max=1.0)
         clip = (CLIP_NORM / (norms + _CLIP_EPSILON)).clamp(max=1.0)
         for at, grad in enumerate(grads):
-            self._update(at, rows, grad[keep] * clip.to(grad.dtype)[:, None, None], count, rate)
+            self._update(at, rows, grad[keep] * _beside(clip, grad), count, rate)
         for stack in self._stacks:
             stack.grad = None
 
     def _update(self, at: int, rows: torch.Tensor, grad: torch.Tensor, count: torch.Tensor, rate: torch.Tensor) -> None:
-        kind = grad.dtype
         first = self._first[at][rows].lerp(grad, 1 - _BETA1)
         second = self._second[at][rows] * _BETA2 + (1 - _BETA2) * grad * grad
         self._first[at][rows], self._second[at][rows] = first, second
-        weights = self._stacks[at][rows] * (1 - rate * self._weight_decay).to(kind)[:, None, None]
-        root = (1 - _BETA2**count).sqrt().to(kind)[:, None, None]
-        size = (rate / (1 - _BETA1**count)).to(kind)[:, None, None]
+        weights = self._stacks[at][rows] * _beside(1 - rate * self._weight_decay, grad)
+        root, size = _beside((1 - _BETA2**count).sqrt(), grad), _beside(rate / (1 - _BETA1**count), grad)
         self._stacks[at].index_copy_(0, rows, weights - size * first / (second.sqrt() / root + _EPSILON))
 
 
@@ -124,7 +122,7 @@ def train_slots(
         One result a slot.
     """
     courses = [_course(slot, rows, config) for slot, rows in enumerate(targets, start=1)]
-    optimizer = SlotAdamW([*bank.a, *bank.b], learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = SlotAdamW(bank.weights, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     sums = [0.0] * len(courses)
     for step in range(max((course.steps for course in courses), default=0)):
         active = [c for c in courses if step < c.steps and bool(optimizer.finite[c.slot])]
@@ -154,7 +152,7 @@ def _backward(
     heartbeat()
     for group in buckets([len(target.ids) for _, target in live], runner.tokens):
         heartbeat()
-        members = [live[index] for index in group]
+        members = sorted((live[index] for index in group), key=lambda member: member[0])  # a slot's rows side by side
         slots = [active[at].slot for at, _ in members]
         with bank.use(slots):
             losses = target_losses(runner, [target for _, target in members], slots)
@@ -167,7 +165,7 @@ def _backward(
 
 
 def _result(course: _Course, bank: SlotBank, optimizer: SlotAdamW, total: float) -> SlotResult:
-    weights_finite = all(bool(stack[course.slot].isfinite().all()) for stack in (*bank.a, *bank.b))
+    weights_finite = all(bool(weights[course.slot].isfinite().all()) for weights in bank.weights)
     finite = bool(optimizer.finite[course.slot]) and weights_finite
     rows = sum(len(course.batch(step)) for step in range(course.steps))
     mean = total / rows if rows else 0.0
@@ -178,3 +176,8 @@ def _taken(grad: torch.Tensor | None, stack: torch.Tensor, rows: torch.Tensor) -
     if grad is None:
         return torch.zeros_like(stack[rows])
     return grad.index_select(0, rows)
+
+
+def _beside(numbers: torch.Tensor, stack: torch.Tensor) -> torch.Tensor:
+    """Shape one number a slot ``[k]`` so that it multiplies a stack ``[k, …]`` of the same type."""
+    return numbers.to(stack.dtype).view(-1, *(1,) * (stack.dim() - 1))

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from oppu.errors import AdapterUnreadable, Backpressure, ConfigError
 from oppu.lm.bank import AdapterBank, SlotBank, adapter_config, find_targets
@@ -64,6 +66,59 @@ def test_a_smaller_rank_keeps_its_own_scale(make_base: Make, make_adapter: Make,
     bank.load(1, small)
     with bank.use([1]), torch.no_grad():
         assert torch.allclose(run(base, ids(1)), peft(input_ids=ids(1)).logits, rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(slots=st.lists(st.integers(0, 3), min_size=1, max_size=12), ordered=st.booleans(), training=st.booleans())
+def test_any_mix_gives_each_row_what_it_has_alone(
+    slots: list[int], ordered: bool, training: bool, make_base: Make, make_adapter: Make
+) -> None:
+    base = make_base("llama", torch.float64)
+    bank = SlotBank(find_targets(base.model, None), slots=3, rank=4, alpha=8.0, trainable=training)
+    for slot, rank in ((1, 4), (2, 2), (3, 1)):
+        bank.load(slot, make_adapter(base.model, slot, rank=rank))
+    slots = sorted(slots) if ordered else slots
+    rows = ids(len(slots))
+    alone = []
+    for row, slot in enumerate(slots):
+        with bank.use([slot]):
+            alone.append(run(base, rows[row : row + 1])[0])
+    with bank.use(slots), torch.set_grad_enabled(training):
+        mixed = base.model(input_ids=rows, use_cache=False).logits
+    assert mixed.requires_grad == (training and any(slots))
+    assert torch.allclose(mixed, torch.stack(alone), rtol=1e-9, atol=1e-9)
+    bank.close()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_runs_of_unequal_length_take_a_product_a_run_and_are_equal(
+    training: bool, make_base: Make, make_adapter: Make
+) -> None:
+    base = make_base("gpt2", torch.float64)
+    bank = SlotBank(find_targets(base.model, None), slots=2, rank=4, alpha=8.0, trainable=training)
+    for slot in (1, 2):
+        bank.load(slot, make_adapter(base.model, slot))
+    slots = [0, 0, *[1] * 9, *[2] * 4]
+    rows = ids(len(slots))
+    with bank.use(slots), torch.set_grad_enabled(training):
+        mixed = base.model(input_ids=rows, use_cache=False).logits
+    for slot in (0, 1, 2):
+        own = [row for row, other in enumerate(slots) if other == slot]
+        with bank.use([slot] * len(own)):
+            assert torch.allclose(mixed[own], run(base, rows[own]), rtol=1e-9, atol=1e-9)
+
+
+def test_a_bfloat16_base_on_a_cpu_keeps_its_adapters_in_float32(make_base: Make, make_adapter: Make) -> None:
+    base = make_base("llama", torch.bfloat16)
+    tensors = make_adapter(base.model, 1)
+    bank = new_bank(base)
+    bank.load(1, tensors)
+    assert all(np.array_equal(bank.read(1)[name], tensors[name]) for name in tensors)
+    with bank.use([1, 0]):
+        mixed = run(base, ids(2))
+    assert mixed.dtype == torch.bfloat16
+    assert not torch.equal(mixed[0], run(base, ids(2))[0])
+    assert torch.equal(mixed[1], run(base, ids(2))[1])
 
 
 def test_read_gives_back_what_was_loaded(make_base: Make, make_adapter: Make) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from oppu.errors import ConfigError
+from oppu.lm import base as base_module
 from oppu.lm.base import fingerprint_of, load_base, prompts_of
 from oppu.settings import ModelSettings
 
@@ -27,13 +28,24 @@ def saved(make_base: Make, tmp_path: Path) -> Path:
 
 
 def test_a_folder_loads_frozen_and_computes_the_same(saved: Path, make_base: Make) -> None:
-    base = load_base(ModelSettings(base=str(saved), threads=1))
+    base = load_base(ModelSettings(base=str(saved), threads=1, dtype="float32"))
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         assert torch.equal(base.model(ids).logits, make_base("llama").model(ids).logits)
     assert not base.model.training
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
     assert base.max_positions == 256 and base.dtype == torch.float32
+
+
+def test_the_type_is_bfloat16_where_the_hardware_multiplies_it_and_nothing_is_adapted(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for fast in (True, False):
+        monkeypatch.setattr(base_module, "fast_bfloat16", lambda _device, fast=fast: fast)
+        settings = ModelSettings(base=str(saved), threads=1)
+        assert load_base(settings).dtype == (torch.bfloat16 if fast else torch.float32)
+        assert load_base(settings, adapting=True).dtype == torch.float32
+        assert load_base(settings.model_copy(update={"dtype": "bfloat16"})).dtype == torch.bfloat16
 
 
 def test_fingerprint_follows_content_not_path(saved: Path, tmp_path: Path) -> None:
