@@ -95,6 +95,8 @@ class Engine:
         watch = _Stopwatch(self._clock, self._metrics)
         with watch.stage("history"):
             states = self._parts.store.users(_users(asks), self._parts.model.base)
+        wanted = dict.fromkeys(ask.user_id for ask in asks if ask.request.options.adapter)
+        self._parts.shelf.expect(states[user] for user in wanted if user in states)
         answers: list[Answer] = []
         size = self._settings.inference.batch
         # evidence is gathered piece by piece: what the step's time does not reach has not been searched for in vain

@@ -75,7 +75,10 @@ class InferenceWorker:
         self._metrics, self._clock, self._cluster_id = metrics, clock, cluster_id
         self._topics = Topics(settings.kafka.topic_prefix)
         self._writer = AnswerWriter(settings)
-        parts = Parts(store, retriever, model, AdapterShelf(adapters, model, store, metrics, clock))
+        shelf = AdapterShelf(
+            adapters, model, store, metrics, clock, wait_seconds=settings.inference.adapter_wait_seconds
+        )
+        parts = Parts(store, retriever, model, shelf)
         self._engine = Engine(parts, self._writer, settings, metrics, clock, fusion=fusion)
         self._gate = HistoryGate(settings.inference.history_wait_seconds)
         self._consumer: Consumer | None = None

@@ -94,6 +94,10 @@ class AdapterUnreadable(OppuError):
     """An adapter version's files are missing, truncated, tampered with, or made for another base."""
 
 
+class AdapterNotReady(OppuError):
+    """An adapter version is being read and has not arrived yet."""
+
+
 class FatalError(OppuError):
     """The worker must stop without committing and exit 1."""
 

@@ -73,7 +73,11 @@ class Metrics:
         )
         self.bank_resident = g("oppu_inference_bank_adapters", "Adapters in the bank.")
         self.bank_bytes = g("oppu_inference_bank_bytes", "Memory of the bank.")
-        self.bank_events = c("oppu_inference_bank_events_total", "Bank hits, misses, loads, evictions.", "event")
+        self.bank_events = c(
+            "oppu_inference_bank_events_total",
+            "Bank hits, misses, loads, evictions, finds in host memory, late loads.",
+            "event",
+        )
         self.adapter_faults = c("oppu_inference_adapter_faults_total", "Adapter versions that could not be read.")
         # --- retriever
         self.index_bytes = g("oppu_retriever_index_bytes", "Memory of all loaded users' views.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from oppu.tasks import Tasks
     from retriever.service import Retriever
     from updater.worker import Updater
+
+
+ADAPTER_READERS = 4
+"""Threads that read adapters ahead: reading is waiting, hashing and copying, which let each other run."""
 
 
 def topics(settings: Settings) -> Topics:
@@ -158,6 +163,7 @@ def ingest_worker(settings: Settings, metrics: Metrics) -> IngestWorker:
 
 def inference_worker(settings: Settings, metrics: Metrics) -> InferenceWorker:
     """Build the inference worker, its base model loaded."""
+    from inference.host_cache import HostCache
     from inference.worker import InferenceWorker
     from oppu.clock import SystemClock
 
@@ -170,7 +176,12 @@ def inference_worker(settings: Settings, metrics: Metrics) -> InferenceWorker:
         history,
         retriever(settings, history, embedder(settings), metrics),
         language_model,
-        registry(settings, language_model.base),
+        HostCache(
+            registry(settings, language_model.base),
+            capacity=settings.inference.host_adapters,
+            readers=ThreadPoolExecutor(ADAPTER_READERS, thread_name_prefix="adapters"),
+            on_hit=metrics.bank_events.labels("host_hit").inc,
+        ),
         tasks(settings),
         settings,
         metrics,

@@ -89,5 +89,5 @@ def _inference(tasks: Sequence[str], metrics: Metrics) -> Iterator[Child]:
         yield metrics.degraded, (part, Degradation.HISTORY_BEHIND)
     for fallback in Fallback:
         yield metrics.degraded, ("adapter", fallback)
-    for event in ("hit", "miss", "load", "evict"):
+    for event in ("hit", "miss", "load", "evict", "host_hit", "late"):
         yield metrics.bank_events, (event,)

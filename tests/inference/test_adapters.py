@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
-from inference.adapters import AdapterShelf
+from inference.adapters import AdapterShelf, Fallback, Placed
+from inference.host_cache import HostCache
 from oppu.errors import FatalError, TransientError
 from oppu.lm.fake import TENSOR, FakeModel
-from oppu.lm.port import AdapterRef
+from oppu.lm.port import AdapterRef, AdapterSource, Tensors
 from oppu.settings import InferenceSettings, Settings
 from oppu.values import Head, OutRecord, UserId, UserState
 from oppu.wire import Prediction, Provenance
 
 if TYPE_CHECKING:
     from tests.inference.conftest import World
+
+
+class SlowSource(AdapterSource):
+    """Reads when it is told to go."""
+
+    def __init__(self, source: AdapterSource) -> None:
+        self.source, self.go = source, threading.Event()
+
+    def load(self, ref: AdapterRef) -> Tensors:
+        assert self.go.wait(30)
+        return self.source.load(ref)
+
 
 ALONE = {"retrieve": 0, "profile": False}
 FAULTS = "oppu_inference_adapter_faults_total"
@@ -224,6 +239,33 @@ def test_more_users_than_the_bank_has_places_is_a_fault_of_ours(world: World) ->
     states = world.store.users([UserId(f"user{number}") for number in range(5)], world.model.base)
     with pytest.raises(FatalError):
         shelf.place(states.values())
+
+
+def test_what_is_not_read_in_time_is_served_without_and_said_and_serves_later(world: World) -> None:
+    world.remember("anna", [("words", "law")])
+    ref = world.publish("anna", "art")
+    slow = SlowSource(world.adapters)
+    cache = HostCache(slow, capacity=4, readers=ThreadPoolExecutor(1))
+    shelf = AdapterShelf(cache, world.model, world.store, world.metrics, world.clock, wait_seconds=0.01)
+    state = world.store.users([UserId("anna")], world.model.base)[UserId("anna")]
+    assert shelf.place([state])[state.user_id] == Placed(None, Fallback.LATE)
+    assert world.sample("oppu_inference_bank_events_total", event="late") == 1
+    slow.go.set()
+    shelf.expect([state], wait_seconds=30)
+    assert shelf.place([state])[state.user_id] == Placed(ref)
+
+
+def test_a_parent_in_the_bank_serves_until_its_successor_is_read(world: World) -> None:
+    world.remember("anna", [("words", "law")])
+    parent = world.publish("anna", "art")
+    _served(world, "r0")
+    world.publish("anna", "war")
+    slow = SlowSource(world.adapters)
+    cache = HostCache(slow, capacity=4, readers=ThreadPoolExecutor(1))
+    shelf = AdapterShelf(cache, world.model, world.store, world.metrics, world.clock, wait_seconds=0.01)
+    state = world.store.users([UserId("anna")], world.model.base)[UserId("anna")]
+    assert shelf.place([state])[state.user_id] == Placed(parent, Fallback.LATE)
+    slow.go.set()
 
 
 def test_a_head_of_another_epoch_is_no_head(world: World) -> None:
