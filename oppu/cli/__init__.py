@@ -38,6 +38,7 @@ _COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "adapt": ("oppu.cli.adapt", "adapt", "Adapt the base model to the tasks on other users' events."),
     "calibrate": ("oppu.cli.calibrate", "calibrate", "Fit how base, evidence and adapter are weighed."),
     "evaluate": ("oppu.cli.evaluate", "evaluate", "The paper's experiment on a file of events, by the protocol."),
+    "bench": ("oppu.cli.bench", "bench", "Speed and memory, as ratios against baselines of the same run."),
     "contracts": (
         "oppu.cli.contracts",
         "contracts",

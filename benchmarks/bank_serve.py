@@ -1,0 +1,153 @@
+"""Serving: a batch of rows of many users through the bank, against the base alone and against PEFT's two ways.
+
+First checks that all of them compute the same logits. ``sweep_users`` keeps the rows and varies how many users they
+belong to; there the ratio is to one user.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from benchmarks.subjects import Banked, Decoder, Peft, banked, bare, random_adapter
+from benchmarks.timing import Cell, Timing, interleaved, rounded
+from oppu.errors import FatalError
+from oppu.lm.base import LoadedBase
+
+_Case = Callable[[], torch.Tensor]
+CACHED = 32
+"""Tokens before the one that is decoded where ``tokens`` is 1; every other length is a prompt read at once."""
+TOKENS, RANKS = (1, 8, 32, 96), (8, 16)
+ROWS, WIDE_ROWS = 64, 1024
+USERS, WIDE_TOKENS = (1, 4, 16, 64, 256, 1024), (1, 32)
+AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+"""Largest difference of logits to PEFT's, over the largest logit; both sum in their own order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What is swept."""
+
+    tokens: Sequence[int] = TOKENS
+    ranks: Sequence[int] = RANKS
+    users: Sequence[int] = USERS
+    wide_tokens: Sequence[int] = WIDE_TOKENS
+    repeats: int = 7
+
+
+def against_others(base: LoadedBase, scope: Scope) -> Iterator[dict[str, Cell]]:
+    """Measure 64 rows of 64 users.
+
+    Args:
+        base: The base.
+        scope: What is swept.
+
+    Yields:
+        One row a rank and length.
+
+    Raises:
+        FatalError: Bank and PEFT disagree.
+    """
+    for rank in scope.ranks:
+        subject = banked(base, slots=ROWS, rank=rank, alpha=2 * rank)
+        adapters = [random_adapter(subject.bank, seed) for seed in range(ROWS)]
+        peft = Peft(base, adapters, rank=rank, alpha=2 * rank)
+        for tokens in scope.tokens:
+            yield _compared(base, subject, peft, tokens, scope.repeats)
+        subject.close()
+
+
+def sweep_users(base: LoadedBase, scope: Scope, *, rank: int = 8) -> Iterator[dict[str, Cell]]:
+    """Measure 1,024 rows (or as many as there are users) of 1 to so many users; yields one row each."""
+    rows = max(WIDE_ROWS, *scope.users)
+    subject = banked(base, slots=max(scope.users), rank=rank, alpha=2 * rank, distinct=ROWS)
+    for tokens in scope.wide_tokens:
+        ids = _ids(rows, tokens)
+        tensor = torch.tensor(ids, device=base.device)
+
+        def run(count: int, ids: list[tuple[int, ...]] = ids) -> object:
+            return subject.run(ids, [1 + row % count for row in range(rows)])
+
+        cases = {str(count): (lambda count=count, run=run: run(count)) for count in scope.users}
+        times = interleaved(
+            {"base": lambda tensor=tensor: bare(base, tensor), **cases},  # type: ignore[misc]
+            repeats=scope.repeats,
+        )
+        for count in scope.users:
+            yield {
+                "rows": rows,
+                "tokens": tokens,
+                "distinct_users": count,
+                "rank": rank,
+                "ratio_to_base": _ratio(times["base"], times[str(count)]),
+                "ratio_to_one_user": _ratio(times[str(scope.users[0])], times[str(count)]),
+                "spread": rounded(times[str(count)].spread),
+            }
+    subject.close()
+
+
+def bytes_moved(base: LoadedBase, rows: int, rank: int) -> int:
+    """Return the adapter bytes that a batch of so many users has to read once."""
+    subject = banked(base, slots=1, rank=rank, alpha=2 * rank)
+    size = subject.bank.bytes // 2 * rows  # half of it is the zero adapter
+    subject.close()
+    return size
+
+
+def _compared(base: LoadedBase, subject: Banked, peft: Peft, tokens: int, repeats: int) -> dict[str, Cell]:
+    own, cases = _decoding(base, subject, peft) if tokens == 1 else _reading(base, subject, peft, tokens)
+    for name in ("names", "set"):
+        _agree(own(), cases[name](), name)
+    times = interleaved({"bank": own, **cases}, repeats=repeats)
+    return {
+        "rows": ROWS,
+        "tokens": tokens,
+        "distinct_users": ROWS,
+        "rank": subject.bank.rank,
+        "ratio_to_base": _ratio(times["base"], times["bank"]),
+        "ratio_to_peft_set_adapter": _ratio(times["set"], times["bank"]),
+        "ratio_to_peft_adapter_names": _ratio(times["names"], times["bank"]),
+        "milliseconds": rounded(1000 * times["bank"].median),
+        "spread": rounded(times["bank"].spread),
+        "spread_base": rounded(times["base"].spread),
+    }
+
+
+def _reading(base: LoadedBase, subject: Banked, peft: Peft, tokens: int) -> tuple[_Case, dict[str, _Case]]:
+    """Read prompts: scoring, and the start of a generation."""
+    ids, users = _ids(ROWS, tokens), list(range(ROWS))
+    tensor = torch.tensor(ids, device=base.device)
+    return lambda: subject.run(ids, [1 + user for user in users]), {
+        "base": lambda: bare(base, tensor),
+        "names": lambda: peft.by_adapter_names(tensor, users),
+        "set": lambda: peft.by_set_adapter(tensor, users),
+    }
+
+
+def _decoding(base: LoadedBase, subject: Banked, peft: Peft) -> tuple[_Case, dict[str, _Case]]:
+    """Decode one token after a cached prompt."""
+    ids = _ids(ROWS, CACHED + 1)
+    tensor = torch.tensor(ids, device=base.device)
+    return subject.decoder(ids, [1 + row for row in range(ROWS)]).step, {
+        "base": Decoder(base.model, tensor, nullcontext).step,
+        "names": peft.decode_by_adapter_names(tensor),
+        "set": peft.decode_by_set_adapter(tensor),
+    }
+
+
+def _agree(own: torch.Tensor, other: torch.Tensor, name: str) -> None:
+    difference = float((own.float() - other.float()).abs().max() / other.float().abs().max())
+    allowed = AGREEMENT[other.dtype]
+    if difference > allowed:
+        raise FatalError(f"bank and PEFT's {name} differ by {difference:.2g} of the largest logit, over {allowed:g}")
+
+
+def _ids(rows: int, tokens: int) -> list[tuple[int, ...]]:
+    drawn = np.random.default_rng(tokens).integers(1000, 20_000, size=(rows, tokens))
+    return [tuple(int(token) for token in row) for row in drawn]
+
+
+def _ratio(baseline: Timing, own: Timing) -> float:
+    return rounded(baseline.median / own.median)

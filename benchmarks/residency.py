@@ -1,0 +1,232 @@
+"""Residency: far more adapters on disk than slots in the bank, drawn as users come.
+
+Batches run through the inference worker's own shelf, host cache, registry and bank; the next batches' adapters are
+expected while one is computed, as the worker does with the rest of a poll. Baseline: the same batches drawn from users
+who all fit into the slots.
+"""
+
+import itertools
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from benchmarks.subjects import Banked, banked, random_adapter
+from benchmarks.timing import Cell, rounded
+from inference.adapters import AdapterShelf
+from inference.host_cache import HostCache
+from oppu.cli.compose import ADAPTER_READERS
+from oppu.clock import SystemClock
+from oppu.lm.bank import AdapterBank
+from oppu.lm.base import LoadedBase
+from oppu.lm.port import AdapterRef, Tensors
+from oppu.metrics import fresh
+from oppu.privacy import UserHash
+from oppu.registry import AdapterRegistry
+from oppu.values import Head, UserId, UserState
+
+ROWS, RANK, ALPHA = 64, 8, 16
+AHEAD = 7
+"""Batches whose adapters are expected beside the one that runs: a poll has up to 500 requests."""
+KEY = b"benchmark-benchmark-benchmark-32"
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How users come: by Zipf's law with exponent ``s``, uniformly where that is 0."""
+
+    s: float
+
+    @property
+    def name(self) -> str:
+        """For the table."""
+        return f"zipf {self.s:g}" if self.s else "uniform"
+
+    def batches(self, users: int, count: int, seed: int) -> list[list[int]]:
+        """Return ``count`` batches of user numbers."""
+        weights = np.arange(1, users + 1, dtype=np.float64) ** -self.s
+        chosen = np.random.default_rng(seed).choice(users, size=(count, ROWS), p=weights / weights.sum())
+        return [[int(user) for user in row] for row in chosen]
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What is swept."""
+
+    slots: int = 256
+    adapters: int = 25_600
+    sets: Sequence[int] = (1, 4, 16, 100)
+    tokens: Sequence[int] = (1, 96)
+    draws: Sequence[Draw] = (Draw(1.0), Draw(0.8), Draw(0.0))
+    batches: int = 24
+    repeats: int = 3
+
+
+def measure(base: LoadedBase, scope: Scope, say: Callable[[str], None]) -> Iterator[dict[str, Cell]]:
+    """Fill a registry on disk and run every combination; yields one row each."""
+    with tempfile.TemporaryDirectory(prefix="oppu-residency-") as folder:
+        subject = banked(base, slots=scope.slots, rank=RANK, alpha=ALPHA, distinct=1)
+        registry = _registry(base, folder)
+        began = time.monotonic()
+        _fill(registry, subject, scope.adapters)
+        say(f"{scope.adapters} adapters written in {time.monotonic() - began:.0f} s")
+        for tokens in scope.tokens:
+            ids = _ids(tokens)
+            for draw, times in itertools.product(scope.draws, scope.sets):
+                yield _row(subject, registry, scope, ids, draw, times)
+        subject.close()
+
+
+def growth(base: LoadedBase, counts: Sequence[int], say: Callable[[str], None]) -> Iterator[dict[str, Cell]]:
+    """Register more and more small adapters; yields what opening, a look-up and memory cost at each count."""
+    with tempfile.TemporaryDirectory(prefix="oppu-registered-") as folder:
+        small = {"weight": np.ones((1, 8), dtype=np.float32)}
+        writer, done = _registry(base, folder), 0
+        for count in sorted(counts):
+            for number in range(done, count):
+                writer.write(_ref(number), small, parent=None, trained_through=1, metrics={}, token=1)
+            done = count
+            say(f"{count} adapters registered")
+            before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+            reader = _registry(base, folder)
+            opened = time.perf_counter() - began
+            chosen = np.random.default_rng(0).integers(0, count, size=200)
+            began = time.perf_counter()
+            for number in chosen:
+                reader.load(_ref(int(number)))
+            yield {
+                "registered": count,
+                "open_milliseconds": rounded(1000 * opened),
+                "load_milliseconds": rounded(1000 * (time.perf_counter() - began) / len(chosen)),
+                "grown_mib": rounded((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024),
+            }
+
+
+@dataclass(slots=True)
+class _Model:
+    """As much of a language model as the shelf asks for."""
+
+    subject: Banked
+    slots: AdapterBank = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.slots = AdapterBank(self.subject.bank)
+
+    def resident(self, ref: AdapterRef) -> bool:
+        return ref in self.slots
+
+    def install(self, ref: AdapterRef, tensors: Tensors) -> None:
+        self.slots.install(ref, tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    seconds: float
+    slowest: float
+    hits: float
+    host_hits: float
+    late: float
+
+
+def _row(
+    subject: Banked, registry: AdapterRegistry, scope: Scope, ids: Sequence[tuple[int, ...]], draw: Draw, times: int
+) -> dict[str, Cell]:
+    users = min(scope.slots * times, scope.adapters)
+    own, resident = [], []
+    for seed in range(scope.repeats):
+        own.append(_run(subject, registry, ids, draw.batches(users, scope.batches, seed)))
+        resident.append(_run(subject, registry, ids, draw.batches(scope.slots, scope.batches, seed)))
+    middle = sorted(own, key=lambda run: run.seconds)[len(own) // 2]
+    baseline = sorted(run.seconds for run in resident)[len(resident) // 2]
+    return {
+        "tokens": len(ids[0]),
+        "draw": draw.name,
+        "working_set": times,
+        "users": users,
+        "throughput_ratio_to_resident": rounded(baseline / middle.seconds),
+        "bank_hit_rate": rounded(middle.hits),
+        "host_hit_rate_of_misses": rounded(middle.host_hits),
+        "late_share": rounded(middle.late),
+        "slowest_batch_to_mean": rounded(middle.slowest * scope.batches / middle.seconds),
+    }
+
+
+def _run(
+    subject: Banked, registry: AdapterRegistry, ids: Sequence[tuple[int, ...]], batches: Sequence[Sequence[int]]
+) -> _Run:
+    """Run batches with everything warm that a long-running worker has warm: two thirds of a run before it counts."""
+    metrics, clock, model = fresh(), SystemClock(), _Model(subject)
+    cache = HostCache(
+        registry,
+        capacity=1024,
+        readers=ThreadPoolExecutor(ADAPTER_READERS),
+        on_hit=metrics.bank_events.labels("host_hit").inc,
+    )
+    shelf = AdapterShelf(cache, cast(Any, model), cast(Any, None), metrics, clock, wait_seconds=0.25)
+    warm = len(batches) // 3
+    seconds: list[float] = []
+    before: dict[str, float] = {}
+    for number, batch in enumerate(batches):
+        if number == warm:
+            before = _counts(metrics)
+        began = time.perf_counter()
+        if number % (AHEAD + 1) == 0:  # a poll has come
+            shelf.expect(_state(user) for part in batches[number : number + AHEAD + 1] for user in part)
+        placed = shelf.place([_state(user) for user in dict.fromkeys(batch)])
+        _forward(subject, model, ids, [placed[_user(user)].ref for user in batch])
+        seconds.append(time.perf_counter() - began)
+    cache.close()
+    counted = {event: value - before[event] for event, value in _counts(metrics).items()}
+    asked = counted["hit"] + counted["miss"]
+    return _Run(
+        seconds=sum(seconds[warm:]),
+        slowest=max(seconds[warm:]) * (len(batches) - warm) / len(batches),
+        hits=counted["hit"] / asked,
+        host_hits=counted["host_hit"] / max(counted["miss"], 1),
+        late=counted["late"] / asked,
+    )
+
+
+def _forward(subject: Banked, model: _Model, ids: Sequence[tuple[int, ...]], refs: Sequence[AdapterRef | None]) -> None:
+    with model.slots.pinned(ref for ref in refs if ref is not None) as held:
+        subject.run(ids, sorted(0 if ref is None else held[ref] for ref in refs))
+
+
+def _counts(metrics: Any) -> dict[str, float]:
+    names = ("hit", "miss", "load", "evict", "host_hit", "late")
+    return {name: float(metrics.bank_events.labels(name)._value.get()) for name in names}  # noqa: SLF001
+
+
+def _fill(registry: AdapterRegistry, subject: Banked, count: int) -> None:
+    kinds = [random_adapter(subject.bank, seed) for seed in range(8)]
+    for number in range(count):
+        tensors = kinds[number % len(kinds)]
+        registry.write(_ref(number), tensors, parent=None, trained_through=1, metrics={}, token=1)
+
+
+def _registry(base: LoadedBase, folder: str) -> AdapterRegistry:
+    url = str(Path(folder) / "adapters")
+    return AdapterRegistry(url, base=base.fingerprint, user_hash=UserHash(KEY), adapter_config={"r": RANK})
+
+
+def _ids(tokens: int) -> list[tuple[int, ...]]:
+    drawn = np.random.default_rng(tokens).integers(1000, 20_000, size=(ROWS, tokens))
+    return [tuple(int(token) for token in row) for row in drawn]
+
+
+def _user(number: int) -> UserId:
+    return UserId(f"user-{number}")
+
+
+def _ref(number: int) -> AdapterRef:
+    return AdapterRef(_user(number), 0, 1)
+
+
+def _state(number: int) -> UserState:
+    return UserState(_user(number), 0, 1, Head(1, None, 1, 0))
