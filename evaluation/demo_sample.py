@@ -1,9 +1,9 @@
 """Draw the demo's sample from the news events: some authors to follow, and other authors to adapt the base on.
 
 Run as ``python -m evaluation.demo_sample SOURCE.jsonl.gz TARGET.jsonl.gz``. The draw depends on hashes of user ids,
-on counts and on one cut in time, never on labels. Everything before the cut is population (adapts the base) or
-stream (followed authors); what followed authors did after it is test. Population shares no article with followed
-authors, so the base has seen nothing that it is asked about.
+on counts and on one cut in time, never on labels. Before the cut lies what other authors wrote (``population``, adapts
+the base) and what the followed ones did (``history``); after it, what these did next (``live``). Population shares no
+article with followed authors and is older than all that is asked about.
 """
 
 import gzip
@@ -15,14 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-CUT = "2020-06-01"
+CUT = "2019-01-01"
 FOLLOWED = 24
-MIN_BEFORE, MAX_BEFORE = 40, 80
-"""A followed author has at least so many events before the cut; the newest so many are streamed."""
-MIN_AFTER, MAX_AFTER = 10, 30
-"""And at least so many after it; the first so many are asked about."""
-MAX_POPULATION_AUTHOR = 49
-"""Authors with more events are never in the population: they are the targets of the full experiment."""
+MIN_BEFORE, MAX_BEFORE = 24, 160
+"""A followed author has at least so many events before the cut; the newest so many are taken."""
+MIN_AFTER, MAX_AFTER = 20, 80
+"""And at least so many after it; the first so many are taken."""
 
 Row = dict[str, Any]
 
@@ -34,23 +32,21 @@ def draw(rows: list[Row]) -> list[Row]:
         rows: All events, oldest first.
 
     Returns:
-        The chosen ones, oldest first, each with a ``role``: ``population``, ``stream`` or ``test``.
+        The chosen ones, oldest first, each with a ``role``: ``population``, ``history`` or ``live``.
     """
     counts = Counter(row["user_id"] for row in rows)
     before, after = _by_user(rows, lambda day: day < CUT), _by_user(rows, lambda day: day >= CUT)
     able = [u for u in counts if len(before[u]) >= MIN_BEFORE and len(after[u]) >= MIN_AFTER]
     users = sorted(able, key=_draw_key)[:FOLLOWED]
-    stream = [row for user in users for row in before[user][-MAX_BEFORE:]]
-    test = [row for user in users for row in after[user][:MAX_AFTER]]
-    followed_articles = {_normal(row["input"]) for row in stream + test}
+    history = [row for user in users for row in before[user][-MAX_BEFORE:]]
+    live = [row for user in users for row in after[user][:MAX_AFTER]]
+    followed_articles = {_normal(row["input"]) for row in history + live}
     population = [
         row
         for row in rows
-        if counts[row["user_id"]] <= MAX_POPULATION_AUTHOR
-        and row["occurred_at"] < CUT
-        and _normal(row["input"]) not in followed_articles
+        if row["user_id"] not in users and row["occurred_at"] < CUT and _normal(row["input"]) not in followed_articles
     ]
-    roles = {"population": population, "stream": stream, "test": test}
+    roles = {"population": population, "history": history, "live": live}
     chosen = [{**row, "role": role} for role, own in roles.items() for row in own]
     return sorted(chosen, key=lambda row: (row["occurred_at"], row["event_id"]))
 

@@ -94,7 +94,7 @@ def split(events: Sequence[Event], at: Cursors, settings: UpdaterSettings, *, se
     older = [e for e in events if e.seq < fresh[0].seq and (e.task, e.input) not in hidden]
     return Split(
         pending=tuple(pending),
-        train=_mix(new, older, settings.replay, seed) if new else (),
+        train=_mix(new, older, settings, seed) if new else (),
         new=len(new),
         holdout=tuple(holdout),
         trained_through=holdout[0].seq - 1,
@@ -119,9 +119,17 @@ def seed_for(user_id: UserId, version: int) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def _mix(new: list[Event], older: list[Event], replay: int, seed: int) -> tuple[Event, ...]:
+def _mix(new: list[Event], older: list[Event], settings: UpdaterSettings, seed: int) -> tuple[Event, ...]:
+    """Mix in older events by the new ones' number; where there are too few, new ones come again.
+
+    So a backlog that is learnt at once is seen as often as if it had come in small updates.
+    """
     chance = random.Random(seed)  # noqa: S311 - a reproducible sample, not a secret
-    replayed = chance.sample(older[-REPLAY_WINDOW * replay :] if replay else [], min(replay, len(older)))
+    count = round(settings.replay * max(1.0, len(new) / settings.min_pending))
+    window = older[-REPLAY_WINDOW * settings.replay :] if count else []
+    replayed = chance.sample(window, min(count, len(window)))
+    again = min(count - len(replayed), max(len(new) - settings.min_pending, 0))
+    replayed += chance.sample(new, again)
     mixed = [*new, *replayed]
     # shuffled, so that no optimizer step sees new events only and forgets the older ones
     chance.shuffle(mixed)

@@ -1,8 +1,8 @@
 """``oppu demo``: the main job on real events, through the real broker and the real workers, and what it gained.
 
 Authors' articles are streamed in time order; the scheduler trains; requests are sent with each part switched on and
-off. What is asked about was never trained on by anybody: live requests come before their event is sent, and the
-final ones are about articles after the cut, with nothing of them in the store.
+off. What is asked about was never trained on by anybody: a request comes before its event is sent, as it would in an
+application (predict, then learn).
 """
 
 import gzip
@@ -12,9 +12,8 @@ import shutil
 import time
 import urllib.error
 import urllib.request
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
@@ -22,12 +21,9 @@ from typing import Any
 
 import click
 
-from evaluation.corpus import of_events, prepared
-from inference.fusion import FILE
 from oppu.cli import Session, compose
 from oppu.cli.adapt import adapt_base
-from oppu.cli.calibrate import calibrate_base
-from oppu.cli.demo_arms import ARMS, Asked, ask_arms, wrong_user_outputs
+from oppu.cli.demo_arms import ARMS, Asked, WrongUser, ask_arms
 from oppu.cli.demo_report import Report, draw_picture, print_report
 from oppu.cli.up import Stack, stack
 from oppu.client import Client
@@ -44,12 +40,9 @@ base = {base}
 [updater]
 interval_seconds = 1.0
 """
-CALIBRATE_EVENTS = 17
-SILENT_SHARE = 0.4
-"""Share of the stream that is sent before the first live request: somebody must have a history first."""
-WAVES = 6
-ASKED_EVERY = 3
-"""One in so many live events is asked about; all of the final ones are."""
+WAVES = 8
+ASKED_EVERY = 2
+"""One in so many live events is asked about."""
 READY_SECONDS, SETTLE_SECONDS, INGEST_SECONDS = 120.0, 180.0, 60.0
 
 
@@ -58,8 +51,8 @@ class Sample:
     """The packaged events by role, oldest first."""
 
     population: list[BehaviorEvent]
-    stream: list[BehaviorEvent]
-    test: list[BehaviorEvent]
+    history: list[BehaviorEvent]
+    live: list[BehaviorEvent]
 
 
 @click.command()
@@ -95,56 +88,45 @@ def read_sample() -> Sample:
     def role(name: str) -> list[BehaviorEvent]:
         return [BehaviorEvent.model_validate(row) for row in rows if row["role"] == name]
 
-    return Sample(role("population"), role("stream"), role("test"))
+    return Sample(role("population"), role("history"), role("live"))
 
 
 def _run(running: Stack, client: Client, sample: Sample, started: float) -> Report:
     store = compose.store(running.settings)
-    silent = int(len(sample.stream) * SILENT_SHARE)
-    client.send_events(sample.stream[:silent])
-    _await_events(store, silent)
-    _say(started, f"{silent} events stored and retrievable")
+    client.send_events(sample.history)
+    _await_events(store, len(sample.history))
+    _say(started, f"{len(sample.history)} events stored and retrievable")
     _settle(store, running.settings)
     _say(started, f"{_heads(store)} users have an adapter")
-    live = list(_live(running, client, store, sample.stream[silent:], started))
-    _say(started, f"{_heads(store)} users have an adapter; asking about later articles")
-    final = ask_arms(client, sample.test, ARMS, prefix="final")
-    _say(
-        started,
-        f"{len(final)} requests in {len(ARMS)} arms answered; computing the wrong-user control beside the service",
-    )
-    wrong = wrong_user_outputs(running.settings, store, sample.test)
-    replies = [_reply(event, "final") for event in sample.test]
-    client.send_events(replies)
-    _await_events(store, len(sample.stream) + len(replies))
-    picture = draw_picture(live, final, running.folder / "accuracy.png")
+    waves = list(_waves(running, client, store, sample.live, started))
+    sent, stored = len(sample.history) + len(sample.live), store.counts()["events"]
     return Report(
         seconds=time.monotonic() - started,
-        final=final,
-        wrong=wrong,
-        live=live,
-        expected=len(ARMS) * (len(final) + sum(len(wave) for wave in live)),
+        waves=waves,
+        expected=len(ARMS) * sum(len(wave) for wave in waves),
         answered=len(client.answers.first),
-        duplicated=client.answers.duplicated + max(0, store.counts()["events"] - len(sample.stream) - len(replies)),
-        events_lost=max(0, len(sample.stream) + len(replies) - store.counts()["events"]),
+        duplicated=client.answers.duplicated + max(0, stored - sent),
+        events_lost=max(0, sent - stored),
         adapters=_heads(store),
         quality=store.quality(),
         lift=store.lift(store.bases()[0]),
-        picture=picture,
+        picture=draw_picture(waves, running.folder / "accuracy.png"),
     )
 
 
-def _live(
+def _waves(
     running: Stack, client: Client, store: HistoryStore, events: Sequence[BehaviorEvent], started: float
 ) -> Iterator[list[Asked]]:
     """Ask about each wave in every arm before it is sent, then send it: predict, then learn."""
+    wrong = WrongUser(running.settings, store)
     size, sent, settings = -(-len(events) // WAVES), store.counts()["events"], running.settings
     for number in range(WAVES):
         wave = events[number * size : (number + 1) * size]
         asked = wave[::ASKED_EVERY]
         answers = ask_arms(client, asked, ARMS, prefix="live")
+        answers = [replace(a, wrong=own) for a, own in zip(answers, wrong.outputs(asked), strict=True)]
         named = {event.event_id for event in asked}
-        client.send_events([_reply(e, "live") if e.event_id in named else e for e in wave])
+        client.send_events([_reply(e) if e.event_id in named else e for e in wave])
         sent += len(wave)
         _await_events(store, sent)
         _settle(store, settings)  # the stream's months pass in seconds here: give the scheduler its months
@@ -153,8 +135,8 @@ def _live(
         yield answers
 
 
-def _reply(event: BehaviorEvent, prefix: str) -> BehaviorEvent:
-    return event.model_copy(update={"in_reply_to": f"{prefix}-all-{event.event_id}"})
+def _reply(event: BehaviorEvent) -> BehaviorEvent:
+    return event.model_copy(update={"in_reply_to": f"live-all-{event.event_id}"})
 
 
 def _prepare(folder: Path) -> None:
@@ -170,31 +152,18 @@ def _prepare(folder: Path) -> None:
 
 
 def _adapted_base(settings: Settings, sample: Sample, folder: Path) -> Path:
-    """Adapt the base on some of the other authors and calibrate it on the rest, once."""
+    """Adapt the base on the other authors, once."""
     content = json.dumps([e.event_id for e in sample.population]) + json.dumps(RECIPE) + settings.model_dump_json()
     base = folder.resolve() / f"base-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
-    if (base / FILE).exists():
-        click.echo(f"base model: made by an earlier run, in {base.name}")
+    if (base / "oppu.json").exists():
+        click.echo(f"base model: adapted by an earlier run, in {base.name}")
         return base
     if base.exists():
-        shutil.rmtree(base)  # it was interrupted
-    adapt, judge = _divided(sample.population)
-    click.echo(f"base model: adapting MiniLM on {len(adapt)} articles of other authors (once)")
-    done = adapt_base(settings, adapt, base, RECIPE)
+        shutil.rmtree(base)  # an interrupted adaption
+    click.echo(f"base model: adapting MiniLM on {len(sample.population)} articles of other authors (once)")
+    done = adapt_base(settings, sample.population, base, RECIPE)
     click.echo(f"base model: {done}")
-    task = judge[0].task
-    items = prepared(of_events(judge, task), task, compose.tasks(settings))
-    own = settings.model_copy(update={"model": settings.model.model_copy(update={"base": str(base)})})
-    click.echo(f"base model: calibrated, {calibrate_base(own, items)}")
     return base
-
-
-def _divided(population: Sequence[BehaviorEvent]) -> tuple[list[BehaviorEvent], list[BehaviorEvent]]:
-    """Part the other authors: every second of those with enough events for an adapter calibrates."""
-    counts = Counter(event.user_id for event in population)
-    able = sorted(user for user, count in counts.items() if count >= CALIBRATE_EVENTS)
-    chosen = set(able[::2])
-    return [e for e in population if e.user_id not in chosen], [e for e in population if e.user_id in chosen]
 
 
 def _wait_until_ready(running: Stack) -> dict[str, str]:

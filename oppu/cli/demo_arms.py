@@ -32,14 +32,17 @@ ARMS: Mapping[str, RequestOptions] = {
 STRANGERS = 3
 """Other users whose adapters stand in for the user's own, each in turn."""
 ANSWER_SECONDS = 300.0
+MOST_USERS = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One event that was asked about, and each arm's answer (``None``: no answer came, or an error)."""
+    """One event that was asked about, each arm's answer (``None``: no answer came, or an error), and the answer with
+    each stranger's adapter."""
 
     event: BehaviorEvent = field(repr=False)
     outputs: Mapping[str, str | None] = field(repr=False)
+    wrong: Sequence[str] = field(default=(), repr=False)
 
     def right(self, arm: str) -> bool:
         """Say whether the arm foresaw what the user did."""
@@ -94,44 +97,66 @@ class _Strangers(AdapterSource):
         return self._source.load(self._stranger[ref.user_id])
 
 
-def wrong_user_outputs(settings: Settings, store: HistoryStore, events: Sequence[BehaviorEvent]) -> list[list[str]]:
-    """Answer every event with all three parts, the adapter being another user's.
+class WrongUser:
+    """Answers as the service would if users had each other's adapters."""
 
-    Args:
-        settings: The running service's.
-        store: Its store, as the final requests saw it.
-        events: What was asked about.
+    def __init__(self, settings: Settings, store: HistoryStore) -> None:
+        """Load the base.
 
-    Returns:
-        For each event, one output a stranger.
-    """
-    from inference.adapters import AdapterShelf
-    from inference.answers import AnswerWriter
-    from inference.engine import Engine, Parts
-    from oppu.clock import SystemClock
+        Args:
+            settings: The running service's.
+            store: Its store.
+        """
+        from oppu.lm.base import load_base
 
-    metrics, clock, writer = fresh(), SystemClock(), AnswerWriter(settings)
-    retriever = compose.retriever(settings, store, compose.embedder(settings), metrics)
-    users = len({event.user_id for event in events})
-    asks = [_ask(settings, event) for event in events]
-    answers: list[list[str]] = [[] for _ in events]
-    for shift in range(1, STRANGERS + 1):
-        model = compose.model(settings, slots=users)  # a fresh bank: a version keeps its name and has other weights
-        registry, heads = compose.registry(settings, model.base), _heads(store, model.base, events)
-        shelf = AdapterShelf(_Strangers(registry, heads, shift), model, store, metrics, clock)
-        parts = Parts(store, retriever, model, shelf)
-        engine = Engine(parts, writer, settings, metrics, clock, fusion=compose.fusion(settings))
-        done = 0
-        while done < len(asks):
-            for answer in engine.answer(asks[done:], clock.now()):
-                answers[done].append(Prediction.model_validate_json(answer.out.value or b"").output or "")
-                done += 1
-    return answers
+        self._settings, self._store, self._metrics = settings, store, fresh()
+        self._base = load_base(settings.model)
+        self._retriever = compose.retriever(settings, store, compose.embedder(settings), self._metrics)
+
+    def outputs(self, events: Sequence[BehaviorEvent]) -> list[list[str]]:
+        """Answer every event with all three parts, the adapter being another user's, from the store as it is now.
+
+        Args:
+            events: What was asked about.
+
+        Returns:
+            For each event, one output a stranger.
+        """
+        asks = [_ask(self._settings, event) for event in events]
+        answers: list[list[str]] = [[] for _ in events]
+        for shift in range(1, STRANGERS + 1):
+            for own, output in zip(answers, self._with_adapters_moved(asks, shift), strict=True):
+                own.append(output)
+        return answers
+
+    def _with_adapters_moved(self, asks: "Sequence[Ask]", shift: int) -> list[str]:
+        from inference.adapters import AdapterShelf
+        from inference.answers import AnswerWriter
+        from inference.engine import Engine, Parts
+        from oppu.clock import SystemClock
+        from oppu.lm.model import TorchModel
+
+        settings, clock = self._settings, SystemClock()
+        slots = len({ask.user_id for ask in asks})
+        # a fresh bank: a version keeps its name and has other weights
+        model = TorchModel(self._base, compose.tasks(settings), settings=settings.model, slots=slots)
+        heads = _heads(self._store, model.base)
+        source = _Strangers(compose.registry(settings, model.base), heads, shift)
+        shelf = AdapterShelf(source, model, self._store, self._metrics, clock)
+        parts, writer = Parts(self._store, self._retriever, model, shelf), AnswerWriter(settings)
+        engine = Engine(parts, writer, settings, self._metrics, clock, fusion=compose.fusion(settings))
+        outputs: list[str] = []
+        while len(outputs) < len(asks):
+            for answer in engine.answer(asks[len(outputs) :], clock.now()):
+                outputs.append(Prediction.model_validate_json(answer.out.value or b"").output or "")
+        model.close()
+        return outputs
 
 
-def _heads(store: HistoryStore, base: BaseId, events: Sequence[BehaviorEvent]) -> dict[UserId, AdapterRef]:
-    states = store.users(sorted({UserId(event.user_id) for event in events}), base)
-    return {user: AdapterRef(user, s.head.epoch, s.head.version) for user, s in states.items() if s.head is not None}
+def _heads(store: HistoryStore, base: BaseId) -> dict[UserId, AdapterRef]:
+    statuses = store.adapters(base, limit=MOST_USERS)
+    states = store.users([status.user_id for status in statuses], base)
+    return {user: AdapterRef(user, s.epoch, s.head.version) for user, s in states.items() if s.head is not None}
 
 
 def _ask(settings: Settings, event: BehaviorEvent) -> "Ask":

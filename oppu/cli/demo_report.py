@@ -25,12 +25,10 @@ SHOWN = 4
 
 @dataclass
 class Report:
-    """All that a run measured. ``wrong`` holds, for each final event, the answer with each stranger's adapter."""
+    """All that a run measured."""
 
     seconds: float
-    final: Sequence[Asked]
-    wrong: Sequence[Sequence[str]]
-    live: Sequence[Sequence[Asked]]
+    waves: Sequence[Sequence[Asked]]
     expected: int
     answered: int
     duplicated: int
@@ -42,31 +40,36 @@ class Report:
     urls: dict[str, str] = field(default_factory=dict)
 
     @property
+    def asked(self) -> list[Asked]:
+        """All waves, one after the other."""
+        return [asked for wave in self.waves for asked in wave]
+
+    @property
     def lost(self) -> int:
         """Requests without an answer, and events that are not in the store."""
         return self.expected - self.answered + self.events_lost
 
     def accuracies(self) -> dict[str, float]:
-        """Return each arm's accuracy over the final events."""
-        shares = {arm: _share([asked.right(arm) for asked in self.final]) for arm in ARMS}
-        rights = [o == asked.event.output for asked, own in zip(self.final, self.wrong, strict=True) for o in own]
+        """Return each arm's accuracy over all that was asked."""
+        shares = {arm: _share([asked.right(arm) for asked in self.asked]) for arm in ARMS}
+        rights = [output == asked.event.output for asked in self.asked for output in asked.wrong]
         return {**shares, "wrong_user": _share(rights)}
 
     def user_means(self) -> dict[str, float]:
         """Return each arm's accuracy as the mean over users."""
         by_user: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
-        for asked, own in zip(self.final, self.wrong, strict=True):
+        for asked in self.asked:
             rights = by_user[asked.event.user_id]
             for arm in ARMS:
                 rights[arm].append(asked.right(arm))
-            rights["wrong_user"] += [output == asked.event.output for output in own]
+            rights["wrong_user"] += [output == asked.event.output for output in asked.wrong]
         return {arm: _share_of([_share(rights[arm]) for rights in by_user.values()]) for arm in (*ARMS, "wrong_user")}
 
     def fields(self) -> dict[str, object]:
         """Return what ``report.json`` holds."""
         return {
-            "requests": len(self.final),
-            "users": len({asked.event.user_id for asked in self.final}),
+            "requests": len(self.asked),
+            "users": len({asked.event.user_id for asked in self.asked}),
             "seconds": round(self.seconds, 1),
             "arms": {arm: round(value, 4) for arm, value in self.accuracies().items()},
             "arms_user_mean": {arm: round(value, 4) for arm, value in self.user_means().items()},
@@ -82,7 +85,9 @@ def print_report(report: Report, folder: Path) -> None:
     """Print the table, the examples and where everything is."""
     console = Console(width=110)
     fields = report.fields()
-    table = Table(title=f"{fields['requests']} later articles of {fields['users']} authors: which category?")
+    table = Table(
+        title=f"{fields['requests']} articles of {fields['users']} authors, asked before they came: which category?"
+    )
     table.add_column("arm")
     table.add_column("accuracy", justify="right")
     table.add_column("mean over authors", justify="right")
@@ -90,9 +95,9 @@ def print_report(report: Report, folder: Path) -> None:
     for arm, value in report.accuracies().items():
         table.add_row(TITLES[arm], f"{value:.3f}", f"{means[arm]:.3f}")
     console.print(table)
-    for title, chosen in (("mended by personalization", _changed(report.final, better=True)),
-                          ("spoilt by personalization", _changed(report.final, better=False))):  # fmt: skip
-        console.print(_examples(f"{title}: {len(chosen)} of {len(report.final)}", chosen[:SHOWN]))
+    for title, chosen in (("mended by personalization", _changed(report.asked, better=True)),
+                          ("spoilt by personalization", _changed(report.asked, better=False))):  # fmt: skip
+        console.print(_examples(f"{title}: {len(chosen)} of {len(report.asked)}", chosen[:SHOWN]))
     _print_live(console, report)
     console.print(f"lost {report.lost}, duplicated {report.duplicated}, {report.seconds:.0f} s")
     for worker, url in report.urls.items():
@@ -104,12 +109,11 @@ def print_report(report: Report, folder: Path) -> None:
         console.print(f"live accuracy by arm: {folder / report.picture.name}", soft_wrap=True)
 
 
-def draw_picture(live: Sequence[Sequence[Asked]], final: Sequence[Asked], path: Path) -> Path | None:
+def draw_picture(waves: Sequence[Sequence[Asked]], path: Path) -> Path | None:
     """Draw accuracy over the stream by arm.
 
     Args:
-        live: Each wave's answers, in stream order.
-        final: The answers after the cut.
+        waves: Each wave's answers, in stream order.
         path: PNG to write.
 
     Returns:
@@ -122,16 +126,15 @@ def draw_picture(live: Sequence[Sequence[Asked]], final: Sequence[Asked], path: 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    groups = [*live, final]
-    labels = [f"{group[-1].event.occurred_at:%Y-%m}" for group in live] + ["later\narticles"]
+    labels = [f"{wave[-1].event.occurred_at:%Y-%m}" for wave in waves]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for arm in ARMS:
-        shares = [_share([asked.right(arm) for asked in group]) for group in groups]
-        axes.plot(range(len(groups)), shares, marker="o", label=TITLES[arm], linewidth=2.5 if arm == "all" else 1.2)
-    axes.set_xticks(range(len(groups)), labels)
+        shares = [_share([asked.right(arm) for asked in group]) for group in waves]
+        axes.plot(range(len(waves)), shares, marker="o", label=TITLES[arm], linewidth=2.5 if arm == "all" else 1.2)
+    axes.set_xticks(range(len(waves)), labels)
     axes.set_xlabel("stream time (end of wave)")
     axes.set_ylabel("accuracy, asked before the event was sent")
-    axes.set_title(f"{sum(map(len, live))} live and {len(final)} later requests")
+    axes.set_title(f"{sum(map(len, waves))} requests, predict, then learn")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
@@ -155,8 +158,8 @@ def _print_live(console: Console, report: Report) -> None:
             )
 
 
-def _changed(final: Sequence[Asked], *, better: bool) -> list[Asked]:
-    return [a for a in final if a.right("all") == better and a.right("none") != better]
+def _changed(asked: Sequence[Asked], *, better: bool) -> list[Asked]:
+    return [a for a in asked if a.right("all") == better and a.right("none") != better]
 
 
 def _examples(title: str, chosen: Sequence[Asked]) -> Table:

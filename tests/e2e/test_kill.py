@@ -44,7 +44,7 @@ default_deadline_seconds = 0
 def real_events(count: int) -> list[BehaviorEvent]:
     """The packaged events, repeated under other names where they do not suffice, in time order."""
     sample = read_sample()
-    every = sorted(sample.population + sample.stream + sample.test, key=lambda event: event.occurred_at)
+    every = sorted(sample.population + sample.history + sample.live, key=lambda event: event.occurred_at)
     copies = [
         event.model_copy(update={"event_id": f"{event.event_id}-{n}", "user_id": f"{event.user_id}-{n}"})
         for n in range(-(-count // len(every)))

@@ -248,7 +248,7 @@ def lift_events(store: HistoryStore) -> int:
 def chosen_events() -> tuple[list[BehaviorEvent], list[BehaviorEvent]]:
     """Return the first and the later events of a few users, each in time order."""
     by_user: dict[str, list[BehaviorEvent]] = defaultdict(list)
-    for event in read_sample().stream:
+    for event in read_sample().history:
         by_user[event.user_id].append(event)
     users = [events for events in by_user.values() if len(events) >= FIRST + SECOND][:USERS]
     assert len(users) == USERS

@@ -61,7 +61,7 @@ def _alive(name: str, folder: Path) -> list[str]:
 
 def test_killed_and_started_again(tmp_path: Path, kafka_classpath: list[Path]) -> None:
     folder, file = tmp_path / "stack", tmp_path / "events.jsonl"
-    events = read_sample().stream[:80]
+    events = read_sample().history[:80]
     file.write_text("".join(event.model_dump_json() + "\n" for event in events), encoding="utf-8")
     user = events[0].user_id
     with up(folder, tmp_path / "first.log") as process:
@@ -128,7 +128,7 @@ def test_a_second_inference_worker_of_the_same_settings_shares_the_work(
 
 def test_what_dies_is_started_again_and_drains_all_the_same(tmp_path: Path, kafka_classpath: list[Path]) -> None:
     folder, file = tmp_path / "stack", tmp_path / "events.jsonl"
-    events = read_sample().stream[:20]
+    events = read_sample().history[:20]
     file.write_text("".join(event.model_dump_json() + "\n" for event in events), encoding="utf-8")
     with up(folder, tmp_path / "up.log") as process:
         assert folder.stat().st_mode & 0o077 == 0  # it holds users' texts

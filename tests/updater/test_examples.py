@@ -96,13 +96,24 @@ def test_holdout_and_training_never_meet(texts: list[int], trained: int, more: i
     assert parts == split(events, at, settings, seed=seed)
     assert bool(parts.holdout) == bool(parts.pending) == (len(events) > at.considered)
     assert not {e.input for e in parts.train} & {e.input for e in parts.holdout}
-    assert len(set(seqs(parts.train))) == len(parts.train) <= settings.max_pending + settings.replay
+    assert len(parts.train) <= parts.new + settings.replay * max(1, parts.new / settings.min_pending) + 1
+    assert len(set(seqs(parts.train))) == len(parts.train) or parts.new > settings.min_pending
     assert parts.pending[len(parts.pending) - len(parts.holdout) :] == parts.holdout
     assert at.trained <= parts.trained_through
     if parts.train:
         assert max(seqs(parts.train)) <= parts.trained_through
         oldest_new = max(trained, len(events) - settings.max_pending)
         assert parts.new == sum(e.seq > oldest_new for e in parts.train) > 0
+
+
+def test_a_backlog_learnt_at_once_is_seen_as_often_as_in_small_updates() -> None:
+    settings = UpdaterSettings(min_pending=16, replay=16, holdout_share=0.01)
+    backlog = split([event(n) for n in range(1, 66)], Cursors(0, 0), settings, seed=1)
+    assert backlog.new == 64
+    assert len(backlog.train) == 64 + 48  # one small update's worth would have had nothing older
+    assert set(seqs(backlog.train)) == set(range(1, 65))
+    steady = split([event(n) for n in range(1, 82)], Cursors(64, 64), settings, seed=1)
+    assert (steady.new, len(steady.train)) == (16, 32)
 
 
 def test_replay_depends_on_user_and_version_alone() -> None:
