@@ -1,9 +1,10 @@
 """The adapter bank: many users' LoRA weights stacked, so that one forward carries rows of different users.
 
-Each target layer has one tensor, a slot a row, that holds A ``[r, in]`` and the transpose of B ``[out, r]``: what a
-batch needs of it is gathered in one copy, into memory that stays in the cache. A hook adds ``scale · B A x`` of its
-slot to every row. Slot 0 is the zero adapter and never written. Names and shapes outside are PEFT's. ``SlotBank``
-holds tensors; ``AdapterBank`` decides which version lies in which slot.
+Target layers that read the same input (query and value of one block) share one tensor, a slot a row, that holds their
+A ``[r, in]`` and the transposes of their B ``[out, r]``: what a batch needs of it is gathered in one copy, into memory
+that stays in the cache, and all A meet the input in one product. A hook adds ``scale · B A x`` of its slot to every
+row. Slot 0 is the zero adapter and never written. Names and shapes outside are PEFT's. ``SlotBank`` holds tensors;
+``AdapterBank`` decides which version lies in which slot.
 """
 
 from collections import Counter, OrderedDict
@@ -25,6 +26,8 @@ _AUTOMATIC = (("q_proj", "v_proj"), ("query", "value"), ("c_attn",), ("query_key
 """Query and value, by the names that model families give them; the first that is found is taken."""
 _PREFIX = "base_model.model."
 _PINNED_RETRY_SECONDS = 0.1
+_NARROW_TOKENS = 16
+"""From so many tokens a row a CPU multiplies faster in the base's narrower type; below, converting costs more."""
 _LOOP_ROWS = 4
 """With so many rows a run of equal slots, a product a run costs less than a copy of its adapter a row."""
 
@@ -84,6 +87,30 @@ class _Mix:
     ends: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a target layer's factors lie: A at ``a`` and B's transpose at ``b`` in a row of ``weights[group]``;
+    ``first`` is its place among the layers of the group."""
+
+    group: int
+    first: int
+    a: int
+    b: int
+    wide: int
+    out: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Inner:
+    """What the layers of a group have in common for one input ``x``: the gathered weights and ``A x`` of all of them,
+    ``[k, n / k · t, r · layers]``, or ``[n · t, r · layers]`` where runs differ in length."""
+
+    group: int
+    x: torch.Tensor
+    weights: torch.Tensor
+    inner: torch.Tensor
+
+
 class SlotBank:
     """Stacked adapters on a base's target layers, attached by hooks until ``close``."""
 
@@ -103,14 +130,16 @@ class SlotBank:
         self.scale = alpha / rank
         self._names = tuple(targets)
         self._mix: _Mix | None = None
-        self._shapes = [_shape(module) for module in targets.values()]
+        self._inner: _Inner | None = None
+        self._places, self._layers = _placed(targets, rank)
         self.weights: list[torch.Tensor] = []
-        for module, (wide, out) in zip(targets.values(), self._shapes, strict=True):
-            weight: Any = module.weight
+        for group in range(len(self._layers)):
+            own = [at for at, place in enumerate(self._places) if place.group == group]
+            weight: Any = targets[self._names[own[0]]].weight
             # a CPU multiplies few rows faster in float32, and training keeps its weights in it
             wider = trainable or weight.device.type == "cpu"
             dtype = torch.promote_types(torch.float32, weight.dtype) if wider else weight.dtype
-            size = slots + 1, rank * (wide + out)
+            size = slots + 1, sum(rank * (self._places[at].wide + self._places[at].out) for at in own)
             self.weights.append(torch.zeros(size, dtype=dtype, device=weight.device, requires_grad=trainable))
         self._buffers: dict[int, torch.Tensor] = {}
         self._hooks = [module.register_forward_hook(self._hook(at)) for at, module in enumerate(targets.values())]
@@ -118,12 +147,12 @@ class SlotBank:
     @property
     def a(self) -> list[torch.Tensor]:
         """Every layer's A ``[slots + 1, r, in]``, views."""
-        return [self._factors(weights, at)[0] for at, weights in enumerate(self.weights)]
+        return [_factors(self.weights[place.group], place, self.rank)[0] for place in self._places]
 
     @property
     def b(self) -> list[torch.Tensor]:
         """Every layer's B ``[slots + 1, out, r]``, views."""
-        return [self._factors(weights, at)[1].transpose(1, 2) for at, weights in enumerate(self.weights)]
+        return [_factors(self.weights[p.group], p, self.rank)[1].transpose(1, 2) for p in self._places]
 
     @property
     def bytes(self) -> int:
@@ -147,7 +176,7 @@ class SlotBank:
         try:
             yield
         finally:
-            self._mix = None
+            self._mix = self._inner = None
 
     def load(self, slot: int, tensors: Tensors) -> None:
         """Write an adapter into a slot.
@@ -196,26 +225,45 @@ class SlotBank:
 
     def _added(self, mix: _Mix, at: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Add the adapters' part to a layer's output ``y`` ``[n, t, out]`` of ``x`` ``[n, t, in]``."""
-        learns = torch.is_grad_enabled() and self.weights[at].requires_grad
-        a, b = self._factors(self._gathered(at, mix.slots, learns=learns), at)
-        if learns:
-            own = self._delta(mix, x[mix.plain :], a.to(x.dtype), b.to(x.dtype))
+        place = self._places[at]
+        shared = self._inner
+        if shared is None or shared.group != place.group or shared.x is not x:
+            shared = self._inner = self._shared(mix, place, x)
+        inner = shared.inner.narrow(-1, place.first * self.rank, self.rank)
+        b = shared.weights.narrow(1, place.b, self.rank * place.out).view(-1, self.rank, place.out)
+        if torch.is_grad_enabled() and b.requires_grad:
+            own = self._outer(mix, inner, b).view(len(y) - mix.plain, *y.shape[1:])
             return y + torch.cat([torch.zeros_like(y[: mix.plain]), own]) if mix.plain else y + own
-        own, x = y[mix.plain :], x[mix.plain :].to(a.dtype)
-        if mix.ends or a.dtype != y.dtype:
-            own += self._delta(mix, x, a, b)
+        rest = y[mix.plain :]
+        if mix.ends or b.dtype != y.dtype:
+            rest += self._outer(mix, inner, b).view(rest.shape)
         else:  # y is the layer's own and fresh: adding in place saves two copies
-            own.view(len(a), -1, y.shape[-1]).baddbmm_(_inner(x, a), b, alpha=self.scale)
+            rest.view(len(b), -1, place.out).baddbmm_(inner, b, alpha=self.scale)
         return y
 
-    def _delta(self, mix: _Mix, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Return ``[n, t, out]`` under each run's ``a`` ``[k, r, in]`` and ``b`` ``[k, r, out]``."""
-        n, t, _ = x.shape
+    def _shared(self, mix: _Mix, place: _Place, x: torch.Tensor) -> _Inner:
+        """Gather a group's weights and multiply the input by all its A."""
+        weights = self._gathered(place.group, mix.slots)
+        learns = torch.is_grad_enabled() and weights.requires_grad
+        own = x[mix.plain :]
+        if learns or x.shape[1] >= _NARROW_TOKENS:
+            weights = weights.to(x.dtype)
+        own = own.to(weights.dtype)
+        a = weights[:, : self.rank * place.wide * self._layers[place.group]].view(len(weights), -1, place.wide)
+        if mix.ends:
+            runs = enumerate(zip((0, *mix.ends), mix.ends, strict=False))
+            inner = torch.cat([own[first:end].flatten(0, 1) @ a[run].T for run, (first, end) in runs])
+        else:  # this order of the product is the CPU's faster one for few rows
+            inner = torch.bmm(a, own.reshape(len(a), -1, place.wide).transpose(1, 2)).transpose(1, 2)
+        return _Inner(place.group, x, weights, inner)
+
+    def _outer(self, mix: _Mix, inner: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return ``scale · B A x`` under each run's ``b`` ``[k, r, out]``, all rows and positions in order."""
         if not mix.ends:
-            return torch.bmm(_inner(x, a) * self.scale, b).view(n, t, -1)
+            return torch.bmm(inner * self.scale, b)
+        each = len(inner) // mix.ends[-1]
         runs = enumerate(zip((0, *mix.ends), mix.ends, strict=False))
-        parts = [((x[first:end].flatten(0, 1) @ a[run].T) * self.scale) @ b[run] for run, (first, end) in runs]
-        return torch.cat(parts).view(n, t, -1)
+        return torch.cat([(inner[first * each : end * each] * self.scale) @ b[run] for run, (first, end) in runs])
 
     def _mixed(self, slots: Sequence[int]) -> _Mix:
         plain = next(row for row, slot in enumerate(slots) if slot)
@@ -228,25 +276,19 @@ class SlotBank:
         ends = tuple(accumulate(length for _, length in runs)) if len(lengths) > 1 else ()
         return _Mix(plain, chosen, ends)
 
-    def _gathered(self, at: int, chosen: torch.Tensor, *, learns: bool) -> torch.Tensor:
-        """Return a layer's weights ``[k, size]``; to serve, in memory that every layer of its size uses again."""
-        weights = self.weights[at]
-        if learns:
+    def _gathered(self, group: int, chosen: torch.Tensor) -> torch.Tensor:
+        """Return a group's weights ``[k, size]``; to serve, in memory that every group of its size uses again."""
+        weights = self.weights[group]
+        if torch.is_grad_enabled() and weights.requires_grad:
             return weights.index_select(0, chosen)
         buffer = self._buffers.get(weights.shape[1])
         if buffer is None or len(buffer) < len(chosen):
             buffer = self._buffers[weights.shape[1]] = weights.new_empty(len(chosen), weights.shape[1])
         return torch.index_select(weights.detach(), 0, chosen, out=buffer[: len(chosen)])
 
-    def _factors(self, weights: torch.Tensor, at: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return A ``[k, r, in]`` and B's transpose ``[k, r, out]`` of a layer's ``weights`` ``[k, size]``."""
-        wide, out = self._shapes[at]
-        k, middle = len(weights), self.rank * wide
-        return weights[:, :middle].view(k, self.rank, wide), weights[:, middle:].view(k, self.rank, out)
-
     def _of(self, slot: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return one slot's A ``[r, in]`` and B ``[out, r]`` of every layer, views."""
-        factors = [self._factors(weights[slot : slot + 1], at) for at, weights in enumerate(self.weights)]
+        factors = [_factors(self.weights[p.group][slot : slot + 1], p, self.rank) for p in self._places]
         return [a[0] for a, _ in factors], [b[0].T for _, b in factors]
 
     def _check(self, tensors: Tensors) -> int:
@@ -257,8 +299,8 @@ class SlotBank:
         rank = int(tensors[_key(self._names[0], "A")].shape[0])
         if not 1 <= rank <= self.rank:
             raise AdapterUnreadable(f"adapter of rank {rank}, expected 1 to {self.rank}")
-        for name, (wide, out) in zip(self._names, self._shapes, strict=True):
-            shapes = {"A": (rank, wide), "B": (out, rank)}
+        for name, place in zip(self._names, self._places, strict=True):
+            shapes = {"A": (rank, place.wide), "B": (place.out, rank)}
             for kind, shape in shapes.items():
                 tensor = tensors[_key(name, kind)]
                 if tensor.shape != shape:
@@ -348,10 +390,29 @@ class AdapterBank:
         raise Backpressure(_PINNED_RETRY_SECONDS)
 
 
-def _inner(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """Return ``[k, n / k · t, r]``; this order of the product is the CPU's faster one for few rows."""
-    rows = x.reshape(len(a), -1, x.shape[-1])
-    return torch.bmm(a, rows.transpose(1, 2)).transpose(1, 2)
+def _placed(targets: Mapping[str, nn.Module], rank: int) -> tuple[list[_Place], list[int]]:
+    """Group the layers of one parent with inputs of one size; return each one's place and each group's size.
+
+    Whether they do read the same input is seen at run time: this only lets them share memory.
+    """
+    keys = [(name.rpartition(".")[0], *_shape(module)) for name, module in targets.items()]
+    groups = {key: at for at, key in enumerate(dict.fromkeys((parent, wide) for parent, wide, _ in keys))}
+    sizes = Counter(groups[parent, wide] for parent, wide, _ in keys)
+    members: Counter[int] = Counter()
+    ends = {groups[parent, wide]: rank * wide * sizes[groups[parent, wide]] for parent, wide, _ in keys}
+    places = []
+    for parent, wide, out in keys:
+        group = groups[parent, wide]
+        places.append(_Place(group, members[group], members[group] * rank * wide, ends[group], wide, out))
+        members[group] += 1
+        ends[group] += rank * out
+    return places, [sizes[group] for group in range(len(groups))]
+
+
+def _factors(weights: torch.Tensor, place: _Place, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A ``[k, r, in]`` and B's transpose ``[k, r, out]`` of one layer in ``weights`` ``[k, size]``."""
+    a, b = (weights.narrow(1, at, rank * wide) for at, wide in ((place.a, place.wide), (place.b, place.out)))
+    return a.view(len(weights), rank, place.wide), b.view(len(weights), rank, place.out)
 
 
 def _ends(name: str, endings: Sequence[str]) -> bool:

@@ -108,6 +108,25 @@ def test_runs_of_unequal_length_take_a_product_a_run_and_are_equal(
             assert torch.allclose(mixed[own], run(base, rows[own]), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_layers_of_one_parent_may_read_different_inputs(training: bool) -> None:
+    torch.manual_seed(0)
+    pair = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(6, 4), "v_proj": torch.nn.Linear(6, 4)}).double()
+    bank = SlotBank(find_targets(pair, None), slots=1, rank=2, alpha=2.0, trainable=training)
+    chance = np.random.default_rng(0)
+    tensors = {name: chance.standard_normal(x.shape).astype(np.float32) for name, x in bank.read(0).items()}
+    bank.load(1, tensors)
+    one, two = torch.randn(3, 5, 6, dtype=torch.float64), torch.randn(3, 5, 6, dtype=torch.float64)
+    with bank.use([1, 0, 1]), torch.set_grad_enabled(training):
+        for x in (one, two, one):
+            for name in ("q_proj", "v_proj"):
+                layer: Any = pair[name]
+                a, b = (torch.from_numpy(tensors[f"base_model.model.{name}.lora_{k}.weight"]).double() for k in "AB")
+                plain = x @ layer.weight.T + layer.bias
+                expected = plain + x @ a.T @ b.T * torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)[:, None, None]
+                assert torch.allclose(layer(x), expected, rtol=1e-9, atol=1e-9)
+
+
 def test_a_bfloat16_base_on_a_cpu_keeps_its_adapters_in_float32(make_base: Make, make_adapter: Make) -> None:
     base = make_base("llama", torch.bfloat16)
     tensors = make_adapter(base.model, 1)
