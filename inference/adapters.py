@@ -89,6 +89,8 @@ class AdapterShelf:
             TransientError: Registry or store is unavailable.
         """
         users = {state.user_id: state for state in states}
+        # who is here already must not be given up for those of the same batch who are not
+        self._model.touch(_ref(s, s.head.version) for s in users.values() if s.head is not None)
         self.expect(users.values(), wait_seconds=self._wait_seconds)
         placed = {user: self._choose(state) for user, state in users.items()}
         for _ in range(_PASSES):

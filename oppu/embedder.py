@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oppu.errors import ConfigError
+from oppu.lm.hardware import fast_bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -80,12 +81,22 @@ class HashEmbedder:
 class SentenceEmbedder:
     """A sentence-transformers model; loading it takes seconds and imports torch."""
 
-    def __init__(self, name: str, *, device: str = "cpu", threads: int | None = None, batch: int = _BATCH) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        threads: int | None = None,
+        batch: int = _BATCH,
+    ) -> None:
         """Load a model.
 
         Args:
             name: A sentence-transformers id or folder; ``offline`` = the packaged MiniLM.
             device: Where it runs.
+            dtype: ``float32``, ``bfloat16``, or ``auto``: the latter where the hardware multiplies it. That is rounding
+                (similarities move by some thousandths), so vectors of both are compared.
             threads: Torch threads; none = as they are.
             batch: Texts of one forward.
 
@@ -106,7 +117,8 @@ class SentenceEmbedder:
             digest = _fingerprint(folder)
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
             raise ConfigError(f"model.embedder: cannot load {name!r}: {error}") from error
-        self._model: Any = model.eval()
+        half = dtype == "bfloat16" or (dtype == "auto" and fast_bfloat16(device))
+        self._model: Any = model.eval().to(torch.bfloat16 if half else torch.float32)
         self._batch = batch
         self._dim = int(model.get_embedding_dimension())
         self._fingerprint = hashlib.sha256(digest + f"/{model.max_seq_length}".encode()).hexdigest()[:32]

@@ -109,6 +109,7 @@ def embedder(settings: Settings) -> Embedder:
     return SentenceEmbedder(
         settings.model.embedder,
         device=settings.model.device,
+        dtype=settings.model.dtype,
         threads=settings.model.threads,
         batch=settings.ingest.embed_batch,
     )

@@ -334,6 +334,12 @@ class AdapterBank:
         self._on_event("hit" if known else "miss")
         return known
 
+    def touch(self, refs: Iterable[AdapterRef]) -> None:
+        """Count versions as used just now; those that are not in the bank are passed over."""
+        for ref in refs:
+            if ref in self._slots:
+                self._slots.move_to_end(ref)
+
     def install(self, ref: AdapterRef, tensors: Tensors) -> None:
         """Write a version into a slot; one that is there already is the same and stays.
 

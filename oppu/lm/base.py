@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from oppu.errors import ConfigError
+from oppu.lm.hardware import fast_bfloat16
 from oppu.lm.prompts import PROMPT_FORMAT, Prompts
 from oppu.settings import ModelSettings
 from oppu.values import BaseId
@@ -91,13 +92,6 @@ def load_base(settings: ModelSettings, *, adapting: bool = False) -> LoadedBase:
     base = ready(settings.base, model, tokenizer, fingerprint, device=device, dtype=dtype)
     logger.info("base %s loaded, fingerprint %s, on %s", settings.base, fingerprint, device)
     return base
-
-
-def fast_bfloat16(device: torch.device) -> bool:
-    """Say whether the hardware multiplies bfloat16 itself."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001 - torch has no public question for it
 
 
 def ready(

@@ -7,7 +7,7 @@ what is counted. So personalization shows, versions differ, and everything follo
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +59,12 @@ class FakeModel:
         """Say whether the version is held."""
         self._on_event("hit" if ref in self._bank else "miss")
         return ref in self._bank
+
+    def touch(self, refs: Iterable[AdapterRef]) -> None:
+        """Count versions as used just now; those that are not in the bank are passed over."""
+        for ref in refs:
+            if ref in self._bank:
+                self._bank.move_to_end(ref)
 
     def install(self, ref: AdapterRef, tensors: Tensors) -> None:
         """Hold a version, evicting the least recently used.

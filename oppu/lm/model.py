@@ -7,7 +7,7 @@ never changes a slot while an answer reads it.
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -96,6 +96,11 @@ class TorchModel:
         """Say whether the version is in the bank."""
         with self._lock:
             return ref in self._adapters
+
+    def touch(self, refs: Iterable[AdapterRef]) -> None:
+        """Count versions as used just now; those that are not in the bank are passed over."""
+        with self._lock:
+            self._adapters.touch(refs)
 
     def install(self, ref: AdapterRef, tensors: Tensors) -> None:
         """Put a version into the bank, evicting the least recently used one.

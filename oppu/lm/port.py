@@ -4,7 +4,7 @@ Letters: n rows, c choices of a row. Scores are natural-log probabilities, norma
 Invariant: a row's answer depends on that row and its adapter only, never on its batch-mates.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -123,6 +123,10 @@ class LanguageModel(Protocol):
 
     def resident(self, ref: AdapterRef) -> bool:
         """Say whether the version is in the bank."""
+        ...
+
+    def touch(self, refs: Iterable[AdapterRef]) -> None:
+        """Count versions as used just now; those that are not in the bank are passed over."""
         ...
 
     def install(self, ref: AdapterRef, tensors: Tensors) -> None:

@@ -231,6 +231,23 @@ def test_one_placed_early_is_placed_again_when_a_later_one_evicts_it(world: Worl
     assert {user: place.ref for user, place in placed.items()} == {user: refs[user] for user in users}
 
 
+def test_users_in_the_bank_stay_when_their_batch_mates_are_loaded(world: World) -> None:
+    """With many more users than places, every batch has some of each: none may push out the other again and again."""
+    refs = {}
+    for user in ("user0", "user1", "user2", "new0", "new1"):
+        world.remember(user, [("words", "law")])
+        refs[user] = world.publish(user, "art")
+    for user in ("user0", "user1", "user2"):
+        _served(world, f"warm-{user}", user=user)
+    loads = world.sample("oppu_inference_bank_events_total", event="load")
+    shelf = AdapterShelf(world.adapters, world.model, world.store, world.metrics, world.clock)
+    states = world.store.users([UserId(user) for user in ("new0", "new1", "user0")], world.model.base)
+    placed = shelf.place(states.values())
+    assert all(world.model.resident(refs[user]) for user in ("user0", "new0", "new1"))
+    assert len(placed) == 3
+    assert world.sample("oppu_inference_bank_events_total", event="load") == loads + 2
+
+
 def test_more_users_than_the_bank_has_places_is_a_fault_of_ours(world: World) -> None:
     for number in range(5):
         world.remember(f"user{number}", [("words", "law")])

@@ -57,3 +57,12 @@ def test_hash_embedder_is_deterministic() -> None:
     assert np.array_equal(first.embed(["a b", ""]), second.embed(["a b", ""]))
     assert np.allclose(np.linalg.norm(first.embed(["a b", "", "c"]), axis=1), 1)
     assert first.fingerprint != HashEmbedder(9).fingerprint
+
+
+def test_bfloat16_is_rounding(offline: SentenceEmbedder) -> None:
+    texts = ["Rain over Spain", "The senate voted on Tuesday", "A new phone", "Rain in the plain"]
+    full, half = offline.embed(texts), SentenceEmbedder("offline", dtype="bfloat16", threads=1).embed(texts)
+    assert half.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(half, axis=1), 1.0, atol=1e-5)
+    np.testing.assert_allclose(half @ half.T, full @ full.T, atol=0.01)
+    assert SentenceEmbedder("offline", dtype="bfloat16").fingerprint == offline.fingerprint

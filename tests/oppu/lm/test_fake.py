@@ -70,6 +70,9 @@ def test_bank() -> None:
     assert (model.bank_resident, model.bank_bytes) == (2, 2 * 4 * BUCKETS)
     with pytest.raises(KeyError):
         model.answer([Row("t", "x", choices=CHOICES, adapter=ref(2))])
+    model.touch([ref(1), ref(9)])
+    model.install(ref(4), tensors)
+    assert [model.resident(ref(version)) for version in (1, 3, 4)] == [True, False, True]
     for bad in ({}, {TENSOR: np.zeros((2, 2), np.float32)}, {TENSOR: np.full((1, BUCKETS), np.nan, np.float32)}):
         with pytest.raises(AdapterUnreadable):
             model.install(ref(9), bad)

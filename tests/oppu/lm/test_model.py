@@ -190,10 +190,13 @@ def test_residence(make_model: Make, make_adapter: Make) -> None:
     assert model.bank_resident == model.slots == 2
     assert model.bank_bytes == sum(4 * x.numel() for x in (*model._bank.a, *model._bank.b))
     assert events == ["load", "load", "evict", "load", "miss", "hit", "hit"]
+    model.touch([ref("b"), ref("gone")])
+    install(model, make_adapter, "d")
+    assert [model.resident(ref(name)) for name in "bcd"] == [True, False, True]
     with pytest.raises(KeyError):
         model.answer([row("a", "gone")])
     with pytest.raises(AdapterUnreadable):
-        model.install(ref("d"), {})
+        model.install(ref("e"), {})
     with pytest.raises(InvalidRecord):
         model.answer([Row("no such task", "x", choices=CHOICES)])
 
