@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from oppu.lm import training
 from oppu.lm.bank import SlotBank, adapter_config, find_targets
 from oppu.lm.base import LoadedBase
 from oppu.lm.encoding import Encoder, Target
-from oppu.lm.forward import Runner
+from oppu.lm.forward import Runner, target_losses
 from oppu.lm.port import Example, TrainConfig
 from oppu.lm.training import SlotAdamW, SlotResult, train_slots
 from oppu.tasks import Tasks
@@ -107,6 +108,86 @@ def test_equals_training_each_user_alone_with_peft(
             assert (mine - theirs).abs().max() <= 1e-9 * theirs.abs().max()
 
 
+def _apart(base: LoadedBase, users: Sequence[list[Target]], adapters: Sequence[dict[str, Any]], as_peft: Make) -> float:
+    """Train in the bank and alone; return the largest relative difference of any user's weights."""
+    config = adapter_config(find_targets(base.model, None), None, base="x", rank=4, alpha=8.0)
+    models = [as_peft(base, tensors, config, trainable=True) for tensors in adapters]
+    alone = [train_alone(model, user, CONFIG) for model, user in zip(models, users, strict=True)]
+    bank = new_bank(base, adapters)
+    train(base, bank, users)
+    pairs = [pair for slot, own in enumerate(alone, start=1) for pair in zip(weights(bank, slot), own, strict=True)]
+    return max(float((mine - theirs).abs().max() / theirs.abs().max()) for mine, theirs in pairs)
+
+
+class _ClipsAllTogether(SlotAdamW):
+    def step(self, slots: Sequence[int], warm_up: Sequence[int]) -> None:
+        total = torch.stack([s.grad.norm() for s in self._stacks if s.grad is not None]).norm()
+        for stack in self._stacks:
+            if stack.grad is not None:
+                stack.grad /= max(float(total), 1.0)
+        super().step(slots, warm_up)
+
+
+class _CountsStepsTogether(SlotAdamW):
+    def step(self, slots: Sequence[int], warm_up: Sequence[int]) -> None:
+        super().step(slots, warm_up)
+        self._count[:] = self._count.max()
+
+
+class _DecaysIdleSlots(SlotAdamW):
+    def step(self, slots: Sequence[int], warm_up: Sequence[int]) -> None:
+        super().step(slots, warm_up)
+        with torch.no_grad():
+            for stack in self._stacks:
+                idle = [slot for slot in range(1, len(stack)) if slot not in slots]
+                stack[idle] *= 1 - self._learning_rate * self._weight_decay
+
+
+@pytest.mark.parametrize("bug", [None, _ClipsAllTogether, _DecaysIdleSlots, "token mean"])
+def test_what_would_mix_users_is_noticed(
+    bug: Any, make_base: Make, make_adapter: Make, as_peft: Make, tasks: Tasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_base("llama", torch.float64)
+    adapters = [make_adapter(base.model, seed) for seed in range(3)]
+    users = [targets_of(base, tasks, examples(seed, count)) for seed, count in ((1, 9), (2, 14), (3, 3))]
+    if bug == "token mean":
+        right = target_losses
+
+        def by_tokens(runner: Runner, targets: Sequence[Target], slots: Sequence[int]) -> torch.Tensor:
+            return right(runner, targets, slots) * torch.tensor([float(len(t.positions)) for t in targets])
+
+        monkeypatch.setattr(training, "target_losses", by_tokens)
+    elif bug is not None:
+        monkeypatch.setattr(training, "SlotAdamW", bug)
+    apart = _apart(base, users, adapters, as_peft)
+    assert apart <= 1e-9 if bug is None else apart > 1e-4
+
+
+def test_float32_answers_are_the_same_after_fifty_steps(
+    make_base: Make, make_adapter: Make, as_peft: Make, tasks: Tasks
+) -> None:
+    """Adam divides by the root of the second moment, so float32 weights drift apart; what they answer must not."""
+    base, config = make_base("llama"), TrainConfig(learning_rate=1e-3, weight_decay=0.01, passes=10, batch=4)
+    adapters = [make_adapter(base.model, seed) for seed in range(2)]
+    users = [targets_of(base, tasks, examples(seed, 20)) for seed in (1, 2)]
+    bank = new_bank(base, adapters)
+    assert [result.steps for result in train(base, bank, users, config)] == [50, 50]
+    peft_config = adapter_config(find_targets(base.model, None), None, base="x", rank=4, alpha=8.0)
+    probe = torch.randint(2, 258, (64, 16), generator=torch.Generator().manual_seed(5))
+    for slot, (tensors, user) in enumerate(zip(adapters, users, strict=True), start=1):
+        alone = as_peft(base, tensors, peft_config, trainable=True)
+        train_alone(alone, user, config)
+        trained = SlotBank(find_targets(base.model, None), slots=1, rank=4, alpha=8.0)
+        trained.load(1, bank.read(slot))
+        with torch.no_grad(), trained.use([1] * len(probe)):
+            mine = base.model(input_ids=probe).logits
+        trained.close()
+        with torch.no_grad():
+            theirs = alone(input_ids=probe).logits
+        assert (mine - theirs).abs().max() <= 1e-3 * theirs.abs().max()
+        assert (mine.argmax(-1) == theirs.argmax(-1)).double().mean() >= 0.999
+
+
 def test_batch_mates_and_their_order_do_not_matter(make_base: Make, make_adapter: Make, tasks: Tasks) -> None:
     base = make_base("llama", torch.float64)
     adapters = [make_adapter(base.model, seed) for seed in range(3)]
@@ -175,8 +256,8 @@ class TestSlotAdamW:
 
     TURNS = ((0, 2), (1,), (0, 1, 2), (2,), (0,), (0, 1), (2, 0))
 
-    def run(self, stacks: list[torch.Tensor]) -> None:
-        optimizer = SlotAdamW(stacks, learning_rate=0.1, weight_decay=0.2)
+    def run(self, stacks: list[torch.Tensor], kind: type[SlotAdamW] = SlotAdamW) -> None:
+        optimizer = kind(stacks, learning_rate=0.1, weight_decay=0.2)
         for turn, slots in enumerate(self.TURNS):
             for at, stack in enumerate(stacks):
                 stack.grad = torch.zeros_like(stack)
@@ -210,6 +291,13 @@ class TestSlotAdamW:
                 optimizer.step()
             for stack, parameter in zip(stacks, parameters, strict=True):
                 assert torch.allclose(stack[slot], parameter, rtol=1e-10, atol=1e-12)
+
+    @pytest.mark.parametrize("bug", [_ClipsAllTogether, _CountsStepsTogether, _DecaysIdleSlots])
+    def test_a_step_that_mixes_slots_is_noticed(self, bug: type[SlotAdamW]) -> None:
+        right, wrong = self.stacks(), self.stacks()
+        self.run(right)
+        self.run(wrong, bug)
+        assert not torch.allclose(right[0][:2], wrong[0][:2], rtol=1e-4)
 
     def test_a_dropped_slot_is_never_touched_again(self) -> None:
         stacks = self.stacks()
