@@ -87,8 +87,9 @@ class _Stopping:
 
 
 def _run_consumer(settings: Settings, name: str, build: Callable[[Settings, Metrics], Worker]) -> None:
-    with _process(settings, name) as (metrics, health, stopping):
-        guard = CrashGuard.claim(compose.state_dir(settings), name)
+    guard = CrashGuard.claim(compose.state_dir(settings), name)
+    process = name if guard.slot == 0 else f"{name}.{guard.slot}"  # a further one has an address of its own
+    with _process(settings, process) as (metrics, health, stopping):
         own = settings if name == "ingest" else _own_slot(settings, guard.slot)
         worker = _wait_for(lambda: build(own, metrics), settings, health, stopping)
         if worker is None:
@@ -112,7 +113,8 @@ def _process(settings: Settings, name: str) -> Iterator[tuple[Metrics, Health, _
     die_with_parent()
     configure_logging(settings.service)
     folder = compose.state_dir(settings)
-    stopping, metrics = _Stopping(), metrics_of(name.partition("-")[0], list(compose.tasks(settings)))
+    stage = name.partition(".")[0].partition("-")[0]
+    stopping, metrics = _Stopping(), metrics_of(stage, list(compose.tasks(settings)))
     health = Health(SystemClock(), live_within_seconds=settings.service.live_within_seconds)
     server = serve(settings.service.metrics_host, settings.service.metrics_port, metrics.registry, health)
     address = _announce(folder, name, settings, server)
