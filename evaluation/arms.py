@@ -15,8 +15,8 @@ from evaluation.corpus import Item
 from evaluation.history import Past
 from evaluation.splits import Person
 from evaluation.stacking import Seen, fit, mixture_share
-from inference.fusion import Fusion, Trust, log_softmax, mix
 from oppu.errors import ConfigError
+from oppu.fusion import Fusion, earn, log_softmax
 from oppu.tasks import Kind
 
 Array = NDArray[np.float64]
@@ -51,8 +51,8 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Arms:
-    """Each arm's ``[q, c]`` log probabilities by user; ``stream``: evidence, fused and trusted on all items
-    ``[n, c]``; ``trust``: each user's last share of the adapter in ``trusted``."""
+    """Each arm's ``[q, c]`` log probabilities by user; ``stream``: evidence, fused and unweighed on all items
+    ``[n, c]``; ``trust``: each user's last share of the adapter in ``fused``."""
 
     held: dict[str, list[Array]] = field(repr=False)
     stream: dict[str, list[Array]] = field(repr=False)
@@ -86,7 +86,7 @@ def choice_arms(tables: Sequence[Table], fusion: Fusion) -> Arms:
         All arms.
     """
     held: dict[str, list[Array]] = {}
-    stream: dict[str, list[Array]] = {"evidence": [], "fused": [], "trusted": []}
+    stream: dict[str, list[Array]] = {"evidence": [], "fused": [], "unweighed": []}
     trust = []
     for table in tables:
         cut = table.person.cut
@@ -133,27 +133,23 @@ def macro_f1(items: Sequence[Item], scores: Array) -> float:
 
 
 def _stream(table: Table, fusion: Fusion) -> tuple[dict[str, Array], float]:
-    """Answer all of a user's items in order, as the service would; trust moves at the end of each day, by that
-    day's outcomes."""
-    trust, weights = Trust(), fusion.weights(0)
-    found = {name: np.empty_like(table.base) for name in ("evidence", "fused", "trusted")}
-    waiting: list[Array] = []
+    """Answer all of a user's items in order, as the service would; what the adapter has earned moves at the end of
+    each day, by that day's outcomes."""
+    earned, waiting = 0.0, list[float]()
+    found = {name: np.empty_like(table.base) for name in ("evidence", "fused", "unweighed")}
     items = table.person.items
     for at, item in enumerate(items):
         if at and item.day != items[at - 1].day:
-            for losses in waiting:
-                weights = trust.after(weights, losses, fusion.weights(table.pasts[at].count))
+            for gain in waiting:
+                earned = earn(earned, gain)
             waiting.clear()
         sources, count = table.sources(at), table.pasts[at].count
         found["evidence"][at] = fusion.alone.scores({**sources, "adapter": None}, count)
-        found["fused"][at] = fusion.scores(sources, count)
-        found["trusted"][at] = found["evidence"][at]
-        if sources["adapter"] is not None:
-            experts = [found["evidence"][at], fusion.beside.scores(sources, count)]
-            found["trusted"][at] = mix(weights, experts)
-            truth = item.choices.index(item.output)
-            waiting.append(np.array([-expert[truth] for expert in experts]))
-    return found, float(weights[1])
+        found["fused"][at] = fusion.scores(sources, count, earned)
+        found["unweighed"][at] = fusion.scores(sources, count)
+        if sources["adapter"] is not None and count:
+            waiting.append(fusion.gain(sources, count, item.choices.index(item.output)))
+    return found, float(fusion.weights(len(items), earned)[1])
 
 
 def _logs(table: Table, cut: int, source: str) -> Array:

@@ -14,9 +14,9 @@ from evaluation.corpus import Item, by_user
 from evaluation.history import pasts
 from evaluation.splits import Fold, Person
 from evaluation.training import Bench, Recipe, Say, base_scores, chunks_of, follow
-from inference.fusion import Fusion
 from oppu.embedder import Embedder
 from oppu.errors import ConfigError
+from oppu.fusion import Fusion
 from oppu.lm.base import load_base
 from oppu.lm.model import TorchModel
 from oppu.settings import Settings

@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.corpus import Item
-from inference.fusion import recency_prior
 from oppu.embedder import Embedder
 from oppu.errors import ConfigError
+from oppu.fusion import recency_prior
 from oppu.metrics import fresh
 from oppu.settings import RetrieverSettings
 from oppu.store.port import HistoryStore
 from oppu.values import Event, EventId, UserId, UserState, Vector
-from retriever.port import Hit, Query, knn_distribution
+from retriever.port import Query, knn_distribution
 from retriever.service import Retriever
 
 Array = NDArray[np.float64]
@@ -86,7 +86,7 @@ def pasts(
     return [
         Past(
             count=seq - 1,
-            knn=_vote(item, result.neighbours),
+            knn=knn_distribution(result.neighbours, item.choices),
             prior=recency_prior(profile.prior, item.choices) if item.choices else None,
             pairs=tuple((hit.event.input, hit.event.output) for hit in result.hits),
             line=profile.line,
@@ -114,12 +114,6 @@ def check_pasts(items: Sequence[Item], found: Sequence[Past]) -> None:
             raise ConfigError(f"history: item {item.item_id} retrieves itself or an item that is not earlier")
         if past.count != sum(other.day < item.day for other in items):
             raise ConfigError(f"history: item {item.item_id} counts items that are not earlier")
-
-
-def _vote(item: Item, neighbours: tuple[Hit, ...]) -> Array | None:
-    allowed = set(item.choices)
-    hits = tuple(hit for hit in neighbours if hit.event.output in allowed)
-    return knn_distribution(neighbours, item.choices) if hits else None
 
 
 def _before(items: Sequence[Item]) -> list[int]:

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import logsigmoid
 
-from inference.fusion import DEFAULT, FLOOR, Stack, length
+from oppu.fusion import DEFAULT, FLOOR, Stack, length
 
 Array = NDArray[np.float64]
 _RIDGE = 1e-3

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from evaluation.corpus import Item
 from evaluation.history import Past
 from evaluation.splits import Fold, Person
-from inference.fusion import log_softmax
+from oppu.fusion import log_softmax
 from oppu.lm.adaption import AdaptConfig, adapt
 from oppu.lm.base import load_base
 from oppu.lm.model import TorchModel

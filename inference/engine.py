@@ -17,9 +17,9 @@ from inference.adapters import AdapterShelf, Placed
 from inference.admission import Ask
 from inference.answers import EMPTY_GENERATION, Answer, AnswerWriter
 from inference.evidence import HistoryRetriever, Personal, gather
-from inference.fusion import DEFAULT, Fusion, Sources, pick, recency_prior
 from oppu.clock import Clock
 from oppu.errors import OppuError, Reason
+from oppu.fusion import DEFAULT, Fusion, Sources, pick, sources_of
 from oppu.lm.port import LanguageModel, Row, Scored
 from oppu.metrics import Metrics
 from oppu.settings import Settings
@@ -174,7 +174,8 @@ class Engine:
             if not text:
                 return self._writer.error(ask, EMPTY_GENERATION, "the model wrote no text", timings)
             return self._writer.ok(ask, text, None, provenance, timings)
-        log_p = self._fusion.scores(_sources(prepared, placed, result), prepared.personal.sequence)
+        personal = prepared.personal
+        log_p = self._fusion.scores(_sources(prepared, placed, result), personal.sequence, personal.earned)
         if np.isnan(log_p).any():
             return self._writer.error(ask, Reason.INTERNAL_ERROR, "the model's scores are not numbers", timings)
         probabilities = np.exp(log_p)
@@ -226,14 +227,13 @@ def _placed(prepared: Prepared, shelf: Mapping[UserId, Placed]) -> Placed:
 
 def _sources(prepared: Prepared, placed: Placed, result: Scored) -> Sources:
     profile, choices = prepared.personal.profiled, prepared.ask.choices
-    knn = prepared.personal.knn(choices)
-    prior = recency_prior(profile.prior, choices) if profile is not None else None
-    return {
-        "base": result.base_scores,
-        "adapter": result.scores if placed.ref is not None else None,
-        "knn": None if knn is None else np.log(knn),
-        "prior": None if prior is None else np.log(prior),
-    }
+    return sources_of(
+        result.base_scores,
+        result.scores if placed.ref is not None else None,
+        prepared.personal.knn(choices),
+        profile.prior if profile is not None else {},
+        choices,
+    )
 
 
 def _chunks(prepared: Sequence[Prepared], rows: int, adapters: int) -> Iterator[list[Prepared]]:

@@ -46,6 +46,11 @@ class Personal:
         return self.state.last_seq if self.state is not None else 0
 
     @property
+    def earned(self) -> float:
+        """What the user's adapter has earned, log odds."""
+        return self.state.head.earned if self.state is not None and self.state.head is not None else 0.0
+
+    @property
     def profiled(self) -> Profile | None:
         """The profile where it says anything."""
         return self.profile if self.profile is not None and (self.profile.prior or self.profile.line) else None
@@ -68,9 +73,6 @@ class Personal:
 
     def knn(self, choices: tuple[str, ...]) -> NDArray[np.float64] | None:
         """Return the neighbours' vote ``[c]``, or ``None`` where none of them gave any of the choices."""
-        allowed = set(choices)
-        if not any(hit.event.output in allowed for hit in self.neighbours):
-            return None
         return knn_distribution(self.neighbours, choices)
 
     def degraded(self, *, behind: bool) -> list[Degraded]:

@@ -17,10 +17,10 @@ from inference.admission import Ask, HistoryGate, Refusal, Verdict, admit, refus
 from inference.answers import Answer, AnswerWriter
 from inference.engine import Engine, Parts, late_answer, waited_seconds
 from inference.evidence import HistoryRetriever
-from inference.fusion import DEFAULT, Fusion
 from oppu.clock import Clock
 from oppu.effects import Effect, Steps
 from oppu.errors import FatalError, OffsetOutOfRange, ProducerFenced, Reason, TransientError
+from oppu.fusion import DEFAULT, Fusion
 from oppu.kafka.port import Broker, Consumer, GroupMetadata, TransactionalProducer
 from oppu.lm.port import AdapterSource, LanguageModel
 from oppu.metrics import Metrics

@@ -73,12 +73,13 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The adapter version that is served for a user on one base."""
+    """The adapter version that is served for a user on one base, and what its line has earned (log odds)."""
 
     version: int
     parent: int | None
     trained_through: int
     epoch: int
+    earned: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,11 +75,14 @@ class Profile:
 
 def knn_distribution(
     neighbours: tuple[Hit, ...], choices: tuple[str, ...], *, temperature: float = 0.1
-) -> NDArray[np.float64]:
+) -> NDArray[np.float64] | None:
     """Return the similarity-weighted vote of the neighbours' outputs over ``choices``: ``[c] float64``, smoothed.
 
-    kNN-LM's form (Khandelwal et al., arXiv 1911.00172): weight exp(similarity / temperature).
+    kNN-LM's form (Khandelwal et al., arXiv 1911.00172): weight exp(similarity / temperature). ``None`` where no
+    neighbour gave any of the choices.
     """
+    if not any(hit.event.output in choices for hit in neighbours):
+        return None
     weights = {choice: 0.0 for choice in choices}
     top = max((hit.similarity for hit in neighbours), default=0.0)
     for hit in neighbours:

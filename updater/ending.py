@@ -95,6 +95,7 @@ class Endings:
                 retry_at=retry,
                 quarantine=quarantine,
                 metrics=judged.metrics if judged else None,
+                earned=job.earned,
             )
 
         concluded: bool = yield Effect("store.conclude", conclude, f"{job.label} {how}")

@@ -88,6 +88,8 @@ class Job:
     material: Material | None = field(default=None, repr=False)
     scores: Scores | None = field(default=None, repr=False)
     trained: Trained | None = field(default=None, repr=False)
+    earned: float | None = None
+    """By the live adapter, through the pending events; ``None`` where that was not judged."""
 
     @property
     def user_id(self) -> UserId:
@@ -130,6 +132,13 @@ class Job:
     def label(self) -> str:
         """User and version, for traces."""
         return f"{self.user} version {self.ref.version}"
+
+    def earned_by_line(self) -> float:
+        """Return what a version trained from the live one begins with; one trained afresh begins with nothing."""
+        head = self.claim.head
+        if head is None or self.work().parent is None:
+            return 0.0
+        return head.earned if self.earned is None else self.earned
 
     def considered(self) -> int:
         """Return how far this attempt has looked: nowhere, where it failed or was given back."""

@@ -18,15 +18,17 @@ CHUNK = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Assessment:
-    """``losses`` ``[n] float64`` nats; ``correct`` ``[n] bool``, false for free text."""
+    """``losses`` ``[n] float64`` nats; ``correct`` ``[n] bool``, false for free text; ``scores``: each choice
+    example's log probabilities ``[c] float64``, of length 0 for free text."""
 
     losses: NDArray[np.float64]
     correct: NDArray[np.bool_]
+    scores: tuple[NDArray[np.float64], ...] = ()
 
     def last(self, n: int) -> "Assessment":
         """Return the part of the last ``n`` examples."""
         start = len(self.losses) - n
-        return Assessment(self.losses[start:], self.correct[start:])
+        return Assessment(self.losses[start:], self.correct[start:], self.scores[start:])
 
     @property
     def mean(self) -> float:
@@ -55,32 +57,26 @@ def assess(
         beat: Called between chunks.
 
     Returns:
-        Losses and hits, in order.
+        Losses, hits and scores, in order; one forward gives a choice example's: its loss is its output's negative log
+        probability.
     """
     losses = np.zeros(len(examples), dtype=np.float64)
     correct = np.zeros(len(examples), dtype=np.bool_)
+    scores: list[NDArray[np.float64]] = [np.zeros(0)] * len(examples)
     for choice in (True, False):
         rows = [i for i, e in enumerate(examples) if bool(e.choices) is choice]
         for start in range(0, len(rows), CHUNK):
             part = rows[start : start + CHUNK]
             chunk = [examples[i] for i in part]
             if choice:
-                losses[part], correct[part] = _choices(model, chunk, tensors)
+                for at, example, said in zip(part, chunk, model.scores(chunk, tensors), strict=True):
+                    right = example.choices.index(example.output)
+                    scores[at] = np.asarray(said, dtype=np.float64)
+                    losses[at], correct[at] = -scores[at][right], int(np.argmax(said)) == right
             else:
                 losses[part] = model.losses(chunk, tensors)
             beat()
-    return Assessment(losses, correct)
-
-
-def _choices(
-    model: LanguageModel, examples: Sequence[Example], tensors: Tensors | None
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """One forward gives both: a choice example's loss is its output's negative log probability."""
-    scores = model.scores(examples, tensors)
-    answers = [e.choices.index(e.output) for e in examples]
-    losses = [-float(s[a]) for s, a in zip(scores, answers, strict=True)]
-    hits = [int(np.argmax(s)) == a for s, a in zip(scores, answers, strict=True)]
-    return np.array(losses, dtype=np.float64), np.array(hits, dtype=np.bool_)
+    return Assessment(losses, correct, tuple(scores))
 
 
 def verdict(candidate: Assessment, parent: Assessment | None, none: Assessment) -> Verdict:

@@ -27,6 +27,7 @@ from oppu.tasks import Tasks
 from oppu.values import UserId
 from oppu.wire import AdapterUpdate, Topics, record_for
 from updater import plan as planning
+from updater.earning import Judge
 from updater.ending import Endings, Tick
 from updater.job import Ended, Job, Scores, TickOutcome, newest
 from updater.lease import Drained, Leases
@@ -71,6 +72,7 @@ class Updater:
         collection: Which old versions are kept.
         evidence: Puts ``evidence_k`` earlier items and a profile beside each training example; ``None``: plain prompts.
         evidence_k: See there.
+        judge: Says what each live adapter has earned; ``None``: nothing moves.
         alive: Called between pieces of work, for ``/healthz``.
     """
 
@@ -88,6 +90,7 @@ class Updater:
     collection: RegistrySettings = field(default_factory=RegistrySettings)
     evidence: EvidenceSource | None = None
     evidence_k: int = 4
+    judge: Judge | None = None
     alive: Callable[[], None] = _nothing
     _draining: bool = field(default=False, init=False)
 
@@ -184,6 +187,7 @@ class Updater:
         none = assess(self.model, pending, None, tick.leases.beat)
         live = assess(self.model, pending, parent, tick.leases.beat) if parent is not None else None
         job.scores = Scores(live, none)
+        job.earned = self.judge.earned(job) if self.judge is not None else None
 
     def _record_lift(self, job: Job) -> Steps[None]:
         lift = job.scored().lift()
@@ -280,6 +284,7 @@ class Updater:
             path=written.path,
             digest=written.digest,
             metrics=judged.metrics,
+            earned=job.earned_by_line(),
         )
         now = self.clock.now()
         update = AdapterUpdate(

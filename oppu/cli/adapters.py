@@ -148,6 +148,7 @@ def _status(status: AdapterStatus) -> dict[str, object]:
         "version": head.version if head else None,
         "parent": head.parent if head else None,
         "trained_through": head.trained_through if head else 0,
+        "earned": head.earned if head else 0.0,
         "considered_through": status.considered_through,
         "events": status.last_seq,
         "state": status.state,

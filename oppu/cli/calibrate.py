@@ -48,7 +48,7 @@ def calibrate_base(settings: Settings, items: "Sequence[Item]", out: Path | None
         ConfigError: Items that do not fit, or too few.
     """
     from evaluation.calibration import calibrate as fit
-    from inference.fusion import FILE
+    from oppu.fusion import FILE
 
     def say(text: str) -> None:
         click.echo(f"calibrating: {text}", err=True)

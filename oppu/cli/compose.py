@@ -17,10 +17,10 @@ from oppu.settings import Settings
 from oppu.wire import Topics
 
 if TYPE_CHECKING:
-    from inference.fusion import Fusion
     from inference.worker import InferenceWorker
     from ingest.step import IngestWorker
     from oppu.embedder import Embedder
+    from oppu.fusion import Fusion
     from oppu.kafka.client import KafkaBroker
     from oppu.lm.model import TorchModel
     from oppu.metrics import Metrics
@@ -204,7 +204,7 @@ def fusion(settings: Settings) -> Fusion:
     Raises:
         ConfigError: A file that cannot be used.
     """
-    from inference.fusion import DEFAULT, FILE, load_fusion
+    from oppu.fusion import DEFAULT, FILE, load_fusion
 
     beside = Path(settings.model.base) / FILE
     if settings.model.fusion is not None:
@@ -214,10 +214,11 @@ def fusion(settings: Settings) -> Fusion:
 
 def updater(settings: Settings, metrics: Metrics) -> Updater:
     """Build the updater, its base model loaded."""
+    from updater.earning import Judge
     from updater.worker import Updater
 
     history, language_model = store(settings), model(settings, slots=1)
-    evidence = retriever(settings, history, embedder(settings), metrics) if settings.updater.evidence else None
+    evidence = retriever(settings, history, embedder(settings), metrics)
     return Updater(
         history,
         registry(settings, language_model.base, language_model.adapter_config()),
@@ -229,8 +230,9 @@ def updater(settings: Settings, metrics: Metrics) -> Updater:
         metrics=metrics,
         user_hash=user_hash(settings),
         collection=settings.registry,
-        evidence=evidence,
+        evidence=evidence if settings.updater.evidence else None,
         evidence_k=settings.retriever.k,
+        judge=Judge(evidence, fusion(settings), settings.retriever.k, settings.retriever.neighbours),
     )
 
 

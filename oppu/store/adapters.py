@@ -89,6 +89,7 @@ def roll_back(
         "head_parent": target.parent if target else None,
         "trained_through": target.trained_through if target else 0,
         "held_through": row.considered_through + row.pending,
+        "earned": 0.0,  # by versions that are no longer served
         "token": row.token + 1,  # whoever trains this user now may not publish over the rollback
     }
     change_adapter(connection, base, user_id, {**columns, **NO_CLAIM})

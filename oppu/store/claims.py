@@ -157,6 +157,7 @@ def publish(connection: Connection, user_hash: UserHash, held: Claim, candidate:
         "failures": 0,
         "retry_at": None,
         "held_through": None,
+        "earned": candidate.earned,
     }
     columns |= _considered(row, candidate.considered_through)
     change_adapter(connection, held.base, held.user_id, {**columns, **NO_CLAIM})
@@ -207,6 +208,7 @@ class Ending:
     retry_at: datetime | None
     quarantine: bool
     metrics: Mapping[str, float]
+    earned: float | None = None
 
 
 def conclude(connection: Connection, user_hash: UserHash, held: Claim, ending: Ending) -> bool:
@@ -219,6 +221,8 @@ def conclude(connection: Connection, user_hash: UserHash, held: Claim, ending: E
         "retry_at": ending.retry_at,
         "quarantined": int(ending.quarantine),
     }
+    if ending.earned is not None and ending.considered_through > row.considered_through:
+        columns["earned"] = ending.earned  # with the watermark, so that no event counts twice
     columns |= _considered(row, ending.considered_through)
     change_adapter(connection, held.base, held.user_id, {**columns, **NO_CLAIM})
     entry = AdapterLogEntry(

@@ -11,6 +11,7 @@ import numpy as np
 from sqlalchemy import (
     BigInteger,
     Connection,
+    Double,
     Select,
     case,
     cast,
@@ -45,7 +46,7 @@ def head_of(row: Any) -> Head | None:
     """Return the head in a row that has the head's columns and ``epoch``."""
     if row.head_version is None:
         return None
-    return Head(row.head_version, row.head_parent, row.trained_through, row.epoch)
+    return Head(row.head_version, row.head_parent, row.trained_through, row.epoch, row.earned)
 
 
 def read_events(
@@ -99,6 +100,7 @@ def _present(user_ids: Sequence[UserId], base: BaseId) -> Select[Any]:
             adapters.c.head_version,
             adapters.c.head_parent,
             adapters.c.trained_through,
+            adapters.c.earned,
         )
         .join_from(users, adapters, of_base, isouter=True)
         .where(users.c.user_id.in_(user_ids))
@@ -115,6 +117,7 @@ def _erased(hashes: Sequence[str]) -> Select[Any]:
         none.label("head_version"),
         none.label("head_parent"),
         none.label("trained_through"),
+        cast(null(), Double).label("earned"),
     ).where(erasures.c.user_hash.in_(hashes))
 
 

@@ -168,7 +168,7 @@ class Lift:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A version whose files are written and checked, ready to become the head."""
+    """A version whose files are written and checked, ready to become the head; ``earned`` by the versions before it."""
 
     version: int
     parent: int | None
@@ -177,6 +177,7 @@ class Candidate:
     path: str
     digest: str
     metrics: Mapping[str, float]
+    earned: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,8 +323,12 @@ class HistoryStore(Protocol):
         retry_at: datetime | None = None,
         quarantine: bool = False,
         metrics: Mapping[str, float] | None = None,
+        earned: float | None = None,
     ) -> bool:
-        """End an attempt that published nothing and release the claim; false where the token has moved."""
+        """End an attempt that published nothing and release the claim; false where the token has moved.
+
+        ``earned`` is what the live adapter has earned through ``considered_through``; ``None``: as before.
+        """
         ...
 
     def record_lift(self, claim: Claim, lift: Lift, *, through: int, now: datetime) -> None:

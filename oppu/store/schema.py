@@ -179,6 +179,7 @@ adapters = Table(
     Column("holder", Text8),
     Column("expires_at", Micros),
     Column("attempts", Integer, nullable=False, server_default="0"),
+    Column("earned", Double, nullable=False, server_default="0"),
 )
 NOT_QUARANTINED = text("adapters.quarantined = 0")
 """Word for word what the due index says, or SQLite would not use that index."""

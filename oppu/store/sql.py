@@ -163,11 +163,12 @@ class SqlStore(HistoryStore):
         retry_at: datetime | None = None,
         quarantine: bool = False,
         metrics: Mapping[str, float] | None = None,
+        earned: float | None = None,
     ) -> bool:
         """End an attempt that published nothing."""
         if outcome not in (Outcome.REJECTED, Outcome.FAILED, Outcome.SKIPPED):
             raise ValueError(f"an attempt cannot be concluded as {outcome}")
-        ending = claims.Ending(outcome, considered_through, reason, now, retry_at, quarantine, metrics or {})
+        ending = claims.Ending(outcome, considered_through, reason, now, retry_at, quarantine, metrics or {}, earned)
         with self.database.write() as connection:
             return claims.conclude(connection, self._hash, claim, ending)
 

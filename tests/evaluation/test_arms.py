@@ -9,7 +9,7 @@ from evaluation import controls
 from evaluation.arms import Table, choice_arms, log_loss, macro_f1, right
 from evaluation.history import Past
 from evaluation.splits import Person
-from inference.fusion import Fusion, Stack, log_softmax
+from oppu.fusion import MOST_SHARE, Fusion, Stack, log_softmax
 from tests.evaluation.world import LABELS, item
 
 
@@ -49,13 +49,14 @@ def test_every_arm_answers_every_query_of_every_user() -> None:
     )
 
 
-def test_trust_goes_to_an_adapter_that_foresees_the_user_and_leaves_one_that_does_not() -> None:
+def test_an_adapter_that_foresees_the_user_keeps_its_share_and_one_that_does_not_loses_it() -> None:
     good = choice_arms([table(person(count=40, cut=30), "a", "truth")], FUSION)
-    assert good.trust[0] > 0.95
-    assert right(person(count=40, cut=30).test, good.held["trusted"][0], "choice").mean() == 1.0
-    bad = choice_arms([table(person(count=40, cut=30, outputs="a"), "a", "b")], FUSION)
-    assert bad.trust[0] < 0.05
-    assert right(person(count=40, cut=30, outputs="a").test, bad.held["trusted"][0], "choice").mean() == 1.0
+    assert good.trust[0] == MOST_SHARE
+    own = person(count=40, cut=30, outputs="a")
+    bad = choice_arms([table(own, "a", "b")], FUSION)
+    assert bad.trust[0] < 0.01
+    losses = {arm: log_loss(own.test, bad.held[arm][0]).mean() for arm in ("evidence", "fused", "unweighed")}
+    assert losses["fused"] < losses["evidence"] + 0.01 < losses["unweighed"]
 
 
 def test_outcomes_of_a_day_count_from_the_next_day_on() -> None:
@@ -135,6 +136,6 @@ class TestControls:
 
 def test_a_choice_is_normalised_after_a_source_is_added() -> None:
     arms = choice_arms([table(person(), "a", "b")], FUSION)
-    for name in ("prior", "knn", "oppu+prior", "evidence", "fused", "trusted"):
+    for name in ("prior", "knn", "oppu+prior", "evidence", "fused", "unweighed"):
         for row in arms.held[name][0]:
             np.testing.assert_allclose(row, log_softmax(row), atol=1e-9)

@@ -15,9 +15,9 @@ from evaluation.experiment import Outcome, Plan, run
 from evaluation.report import summarise, write
 from evaluation.splits import Bounds
 from evaluation.training import Recipe
-from inference.fusion import DEFAULT, FILE
 from oppu.cli import cli, compose
 from oppu.errors import ConfigError
+from oppu.fusion import DEFAULT, FILE
 from oppu.settings import Settings, UpdaterSettings
 from oppu.tasks import Task, Tasks
 from tests.evaluation.world import EMBEDDER, LABELS, people

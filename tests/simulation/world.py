@@ -22,6 +22,7 @@ from oppu.crash_guard import NullGuard
 from oppu.effects import Effect, Steps
 from oppu.embedder import HashEmbedder
 from oppu.errors import OffsetConflict, TransientError
+from oppu.fusion import DEFAULT
 from oppu.health import Health
 from oppu.kafka.memory import MemoryBroker
 from oppu.kafka.memory_cluster import Timeouts
@@ -41,6 +42,7 @@ from oppu.values import BaseId, Event, OutRecord, Partition, UserId, UserState
 from oppu.wire import Topics
 from retriever.port import Query, Retrieved
 from retriever.service import Retriever
+from updater.earning import Judge
 from updater.worker import Updater
 
 T = TypeVar("T")
@@ -376,6 +378,9 @@ class UpdaterProcess(Process):
             metrics=fresh(),
             user_hash=UserHash(KEY),
             clock=self.world.clock,
+            judge=Judge(
+                SpyRetriever(self.world.store, HashEmbedder(), self.world.settings.retriever, fresh()), DEFAULT, 4, 8
+            ),
         )
 
     def _turn(self) -> None:

@@ -215,6 +215,41 @@ def test_an_attempt_is_concluded_as_an_attempt(store: SqlStore, writer: Writer) 
         store.conclude(take(store, ADA), Outcome.PUBLISHED, considered_through=1, reason="", now=NOW)
 
 
+def test_what_an_adapter_has_earned_moves_with_the_watermark(store: SqlStore, writer: Writer) -> None:
+    def earned() -> float:
+        head = store.users([ADA], BASE)[ADA].head
+        assert head is not None
+        return head.earned
+
+    def conclude(outcome: Outcome, through: int, value: float | None) -> None:
+        claim = take(store, ADA)
+        assert store.conclude(claim, outcome, considered_through=through, reason="", now=NOW, earned=value)
+
+    writer.write(some("ada", 3))
+    publish(store, ADA)
+    writer.write(some("ada", 3, start=4))
+    conclude(Outcome.REJECTED, 6, -1.25)
+    assert earned() == -1.25 == take_head(store).earned
+    writer.write(some("ada", 3, start=7))
+    conclude(Outcome.FAILED, 6, 9.0)  # considered nothing: its events will be judged again
+    assert earned() == -1.25
+    conclude(Outcome.REJECTED, 9, None)
+    assert earned() == -1.25
+    writer.write(some("ada", 1, start=10))
+    claim = take(store, ADA)
+    assert store.publish(claim, replace(candidate_of(claim), earned=0.5), now=NOW, announce=announce("ada"))
+    assert earned() == 0.5
+    store.roll_back(BASE, ADA, to=1, reason="odd", now=NOW, announce=announce("ada", b"back"))
+    assert earned() == 0.0
+
+
+def take_head(store: SqlStore) -> Head:
+    claim = take(store, ADA)
+    assert claim.head is not None
+    assert store.conclude(claim, Outcome.SKIPPED, considered_through=claim.considered_through, reason="", now=NOW)
+    return claim.head
+
+
 def test_rollback_holds_until_there_is_new_evidence(store: SqlStore, writer: Writer) -> None:
     for start in (1, 4):
         writer.write(some("ada", 3, start=start))

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import inspect, text
@@ -11,10 +12,11 @@ from sqlalchemy import inspect, text
 from oppu.errors import ConfigError, TransientError
 from oppu.settings import StoreSettings
 from oppu.store.database import Database
-from oppu.store.migrations import expected_version, migrate, schema_version
+from oppu.store.migrations import _config, expected_version, migrate, schema_version
 from oppu.store.schema import metadata
+from oppu.values import Head
 from tests.oppu.store.conftest import Opener
-from tests.oppu.store.support import Writer, some
+from tests.oppu.store.support import ADA, BASE, Writer, publish, some
 
 
 def test_an_empty_store_is_refused_then_migrated(empty: StoreSettings, opener: Opener) -> None:
@@ -31,6 +33,19 @@ def test_migrating_again_changes_nothing(settings: StoreSettings, opener: Opener
     Writer(store).write(some("ada", 2))
     assert migrate(settings) == expected_version()
     assert store.counts()["events"] == 2
+
+
+def test_a_store_of_the_version_before_is_brought_up_with_all_it_holds(settings: StoreSettings, opener: Opener) -> None:
+    store = opener(settings)
+    store.register_base(BASE)
+    Writer(store).write(some("ada", 3))
+    assert publish(store, ADA) == 1
+    with store.database.write() as connection:
+        command.downgrade(_config(connection), "0001")
+    with pytest.raises(ConfigError, match="found 0001: run `oppu store migrate`"):
+        opener(settings).ping()
+    assert migrate(settings) == expected_version()
+    assert store.users([ADA], BASE)[ADA].head == Head(1, None, 3, 1, earned=0.0)
 
 
 @pytest.mark.parametrize("version", ["0000", "9999"])

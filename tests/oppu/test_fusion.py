@@ -1,4 +1,4 @@
-"""Stacks and trust: normalised, safe, and fitted to what is true."""
+"""Stacks and shares: normalised, safe, and fitted to what is true."""
 
 from pathlib import Path
 
@@ -9,8 +9,22 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from evaluation.stacking import Seen, fit, mixture_share
-from inference.fusion import DEFAULT, Fusion, Stack, Trust, load_fusion, log_softmax, mix, pick, recency_prior
 from oppu.errors import ConfigError
+from oppu.fusion import (
+    DEFAULT,
+    KEPT,
+    MOST_GAIN,
+    MOST_SHARE,
+    PACE,
+    Fusion,
+    Stack,
+    earn,
+    load_fusion,
+    log_softmax,
+    mix,
+    pick,
+    recency_prior,
+)
 
 Array = NDArray[np.float64]
 
@@ -46,35 +60,33 @@ class TestStack:
         np.testing.assert_allclose(stack.scores(moved, events), stack.scores(plain, events)[order])
 
 
-class TestTrust:
+class TestEarned:
     def test_an_even_loss_moves_nothing(self) -> None:
-        start = np.array([0.5, 0.5])
-        np.testing.assert_allclose(Trust().after(start, np.array([2.0, 2.0]), start), start)
+        assert earn(0.0, 0.0) == 0.0
 
-    def test_it_follows_who_was_right_and_comes_back(self) -> None:
-        start = weights = np.array([0.5, 0.5])
+    def test_an_adapter_that_hurts_its_user_has_next_to_no_weight_and_can_come_back(self) -> None:
+        earned = 0.0
         for _ in range(30):
-            weights = Trust().after(weights, np.array([2.0, 0.5]), start)
-        assert weights[1] > 0.95
+            earned = earn(earned, -1.5)
+        assert float(DEFAULT.weights(10**6, earned)[1]) < 0.03
         for _ in range(30):
-            weights = Trust().after(weights, np.array([0.5, 2.0]), start)
-        assert weights[1] < 0.05
+            earned = earn(earned, 1.5)
+        assert float(DEFAULT.weights(10**6, earned)[1]) == MOST_SHARE
 
-    @settings(max_examples=50, deadline=None)
-    @given(st.integers(0, 10**6), st.integers(1, 200), st.floats(0.001, 0.2))
-    def test_the_mixture_never_costs_more_than_its_bound(self, seed: int, events: int, share: float) -> None:
-        chance = np.random.default_rng(seed)
-        start = np.array([0.5, 0.5])
-        trust, weights = Trust(share), start
-        mixed, alone = 0.0, np.zeros(2)
-        for _ in range(events):
-            experts = [log_softmax(chance.normal(size=3) * 4) for _ in range(2)]
-            truth = int(chance.integers(3))
-            mixed -= mix(weights, experts)[truth]
-            losses = np.array([-expert[truth] for expert in experts])
-            alone += losses
-            weights = trust.after(weights, losses, start)
-        assert mixed <= alone[0] + np.log(2) - events * np.log(1 - share) + 1e-9
+    def test_a_long_history_does_not_shield_an_adapter(self) -> None:
+        assert float(DEFAULT.weights(10**9, -1.0)[1]) == pytest.approx(1 / (1 + np.e))
+
+    @given(st.lists(st.floats(allow_nan=False), max_size=60))
+    def test_no_outcome_counts_without_end(self, gains: list[float]) -> None:
+        earned = 0.0
+        for gain in gains:
+            earned = earn(earned, gain)
+        assert abs(earned) <= PACE * MOST_GAIN / (1 - KEPT) + 1e-9
+
+    def test_gain_is_what_the_adapter_foresaw_better_than_the_evidence(self) -> None:
+        sources = {"base": spoken(1), "knn": spoken(2), "prior": spoken(3), "adapter": spoken(4)}
+        expected = spoken(4)[2] - DEFAULT.alone.scores(sources, 50)[2]
+        assert DEFAULT.gain(sources, 50, 2) == pytest.approx(expected)
 
 
 class TestFusion:
@@ -91,11 +103,11 @@ class TestFusion:
         without = {**self.said, "adapter": None}
         np.testing.assert_allclose(DEFAULT.scores(without, events=50), DEFAULT.alone.scores(without, events=50))
 
-    @given(st.integers(0, 10**6))
-    def test_an_adapter_costs_no_event_more_than_its_share_allows(self, events: int) -> None:
+    @given(st.integers(0, 10**6), st.floats(-8, 8))
+    def test_an_adapter_costs_no_event_more_than_its_share_allows(self, events: int, earned: float) -> None:
         wrong = {**self.said, "adapter": np.log([1e-9, 1 - 3e-9, 1e-9, 1e-9])}
-        lost = DEFAULT.alone.scores(wrong, events) - DEFAULT.scores(wrong, events)
-        assert lost.max() <= -np.log(DEFAULT.weights(events)[0]) + 1e-9
+        lost = DEFAULT.alone.scores(wrong, events) - DEFAULT.scores(wrong, events, earned)
+        assert lost.max() <= -np.log(DEFAULT.weights(events, earned)[0]) + 1e-9
         assert lost.max() <= np.log(2) + 1e-9
 
     def test_an_adapter_has_the_more_to_say_the_longer_the_history(self) -> None:

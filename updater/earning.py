@@ -1,0 +1,61 @@
+"""What a user's adapter earns: each pending event, asked of the service as it would have answered before learning it.
+
+Reads and computes only. The evidence beside an event is older than the event.
+"""
+
+from dataclasses import dataclass
+
+from oppu.errors import FatalError
+from oppu.fusion import Fusion, earn, sources_of
+from oppu.values import Event
+from retriever.port import Profile, Query, Retrieved, knn_distribution
+from updater.job import Job
+from updater.material import EvidenceSource
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """Compares evidence alone with the adapter beside it, by the fusion that serves them."""
+
+    evidence: EvidenceSource
+    fusion: Fusion
+    k: int
+    neighbours: int
+
+    def earned(self, job: Job) -> float:
+        """Return what the live adapter has earned once the pending events count too.
+
+        Args:
+            job: A scored job.
+
+        Returns:
+            Log odds; as before where there is no adapter. Events without choices or without evidence change nothing.
+
+        Raises:
+            TransientError: The store is away.
+            FatalError: Something of another user came back.
+        """
+        head, live = job.claim.head, job.scored().live
+        if head is None:
+            return 0.0
+        asked = [at for at, example in enumerate(job.work().pending) if example.choices]
+        if live is None or not asked:
+            return head.earned
+        events = [job.work().split.pending[at] for at in asked]
+        queries = [Query(job.state, e.task, e.input, self.k, self.neighbours, before_seq=e.seq) for e in events]
+        found = self.evidence.retrieve(queries)
+        profiles = self.evidence.profiles([(job.state, e.task, e.seq) for e in events])
+        earned = head.earned
+        for at, event, retrieved, profile in zip(asked, events, found, profiles, strict=True):
+            _own(event, retrieved, profile)
+            example = job.work().pending[at]
+            vote = knn_distribution(retrieved.neighbours, example.choices)
+            sources = sources_of(job.scored().none.scores[at], live.scores[at], vote, profile.prior, example.choices)
+            if sources["knn"] is not None or sources["prior"] is not None:
+                earned = earn(earned, self.fusion.gain(sources, event.seq - 1, example.choices.index(example.output)))
+        return earned
+
+
+def _own(event: Event, found: Retrieved, profile: Profile) -> None:
+    if {profile.user_id, *(hit.event.user_id for hit in found.neighbours)} != {event.user_id}:
+        raise FatalError("retriever: something of another user came back")
