@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from evaluation import training
+from evaluation import bases, training
 from evaluation.calibration import calibrate
 from evaluation.corpus import Item
 from evaluation.experiment import Outcome, Plan, run
 from evaluation.report import summarise, write
 from evaluation.splits import Bounds
 from evaluation.training import Recipe
+from evaluation.variants import CHOSEN_OPPU, CHOSEN_PROMPT, PROMPTED, RECENT, TRAINED
 from inference.fusion import DEFAULT, FILE
 from oppu.cli import cli, compose
 from oppu.errors import ConfigError
@@ -57,11 +58,20 @@ def test_all_arms_and_the_report(settings: Settings, tmp_path: Path) -> None:
     outcomes = run(planned(tmp_path, seeds=(0, 1)), everybody(), settings, TASKS, EMBEDDER)
     result = summarise(planned(tmp_path, seeds=(0, 1)), outcomes, "choice", "tiny", "oppu evaluate pick")
     assert (result["users"], result["queries"], result["evidence"]) == (3, 12, False)
-    wanted = {"none", "retrieval-1", "profile", "prior", "knn", "evidence", "oppu", "volume", "permuted", "union",
+    wanted = {"none", "retrieval-1", "profile", "prior", "knn", "evidence", "oppu", "oppu-1", "oppu-profile",
+              "recent-history", "chosen-oppu", "chosen-prompt", "volume", "permuted", "union",
               "stranger-0", "stranger-nearest", "follow", "frozen", "fused", "majority", "recent"}  # fmt: skip
     assert wanted <= set(result["arms"])
     assert all(0 <= arm["query_mean"] <= 1 and len(arm["seeds"]) == 2 for arm in result["arms"].values())
     assert {name[:2] for name in result["tests"] if name.startswith("P")} == {"P1", "P2", "P3"}
+    assert not {"oppu-2", "oppu-unadapted"} & set(result["arms"])
+    assert {c["seed"] for c in result["chosen"]} == {0, 1}
+    assert all(set(c["merits"]) == {*PROMPTED, RECENT, *TRAINED} for c in result["chosen"])
+    for o in outcomes:
+        _equal(o, CHOSEN_OPPU, o.chosen[0].oppu)
+        _equal(o, CHOSEN_PROMPT, o.chosen[0].prompt)
+    assert {len(losses) for losses in result["adaption"].values()} <= {1, 2} and len(result["adaption"]) == 6
+    assert result["recent_history_cut_share"] == 1.0  # 64 tokens hold no second item
     data, page = write(result, outcomes, "choice", tmp_path / "out")
     assert json.loads(data.read_text())["arms"].keys() == result["arms"].keys()
     assert "not evidence" in page.read_text()
@@ -88,7 +98,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(settings: Settings, tmp_path: Pa
         with pytest.raises(Killed):
             run(planned(tmp_path / "parts"), everybody(), settings, TASKS, EMBEDDER)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_adapt", kill)  # what was done is not done again
+        patch.setattr(bases, "adapt_once", kill)  # what was done is not done again
         again = run(planned(tmp_path / "parts"), everybody(), settings, TASKS, EMBEDDER)
     _same(whole[0], again[0])
 
@@ -142,6 +152,11 @@ def test_what_is_fitted_beside_a_base_is_what_inference_reads(settings: Settings
 def test_too_little_to_calibrate_on_is_refused(settings: Settings, items: list[Item]) -> None:
     with pytest.raises(ConfigError, match="EVENTS: expected"):
         calibrate(items, settings, TASKS, EMBEDDER, lambda _: None)
+
+
+def _equal(outcome: Outcome, one: str, other: str) -> None:
+    for a, b in zip(outcome.arms.held[one], outcome.arms.held[other], strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def _same(one: Outcome, other: Outcome) -> None:
