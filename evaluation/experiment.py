@@ -17,6 +17,7 @@ from evaluation.arms import Arms, Array, Table, choice_arms, fit_fusion
 from evaluation.bases import Study, curve, opened
 from evaluation.corpus import Item, by_user
 from evaluation.history import Past, check_pasts, pasts
+from evaluation.methods import PREFIX, MethodResult, merged, run_methods
 from evaluation.prompting import VARIANTS, example
 from evaluation.splits import Bounds, Fold, Person, check, make_folds
 from evaluation.training import Bench, Recipe, Say, base_scores, chunks_of, follow, score, stage, train_once
@@ -43,6 +44,7 @@ class Plan:
     users: int | None
     say: Say
     all_arms: bool = False
+    methods: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class Outcome:
     """One seed's arms over all folds' target users, in order of ``people``.
 
     ``chosen`` is each fold's choice for P1, ``curves`` each base's loss after each number of epochs by fold and
-    variant, ``cut_share`` the share of recent items that did not fit the prompts.
+    variant, ``cut_share`` the share of recent items that did not fit the prompts, ``methods`` each PEFT method's cost.
     """
 
     seed: int
@@ -60,6 +62,7 @@ class Outcome:
     chosen: tuple[Chosen, ...] = ()
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
     cut_share: float | None = None
+    methods: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
 
 def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, embedder: Embedder) -> list[Outcome]:
@@ -112,6 +115,7 @@ class _Part:
     chosen: Chosen
     curves: dict[str, list[float]]
     cut_share: float | None
+    methods: dict[str, MethodResult]
 
 
 def _pasts(
@@ -138,6 +142,10 @@ def _fold(plan: Plan, study: Study) -> _Part:
         _add_controls(study, bench, held)
     for p in fold.target:
         held[p.user_id]["frozen"] = followed[f"{p.user_id}/frozen"]
+    methods = run_methods(study) if plan.methods else {}
+    for name, result in methods.items():
+        for user, scores in result.scores.items():
+            held[user][PREFIX + name] = scores
     tables = {
         p.user_id: Table(
             p,
@@ -152,7 +160,7 @@ def _fold(plan: Plan, study: Study) -> _Part:
     targets = [tables[p.user_id] for p in fold.target]
     arms = _arms(targets, list(tables.values()))
     curves: dict[str, list[float]] = {variant: curve(study, variant) for variant in VARIANTS}
-    return _Part(targets, arms, variants.chosen, curves, variants.cut_share)
+    return _Part(targets, arms, variants.chosen, curves, variants.cut_share, methods)
 
 
 def _arms(targets: Sequence[Table], tables: Sequence[Table]) -> Arms:
@@ -177,6 +185,7 @@ def _outcome(seed: int, parts: Sequence[_Part]) -> Outcome:
         tuple(part.chosen for part in parts),
         {f"{part.chosen.fold}/{name}": losses for part in parts for name, losses in part.curves.items()},
         float(np.mean(shares)) if shares else None,
+        merged([part.methods for part in parts]),
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from evaluation.arms import Array, log_loss, macro_f1, right
 from evaluation.experiment import Outcome, Plan
+from evaluation.methods import PREFIX
 from evaluation.splits import clusters
 from evaluation.statistics import Contrast, contrast, holm, mean_interval
 from evaluation.training import Recipe
@@ -68,6 +69,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
         "arms": arms,
         "tests": {name: asdict(c) | {"holm_p": adjusted.get(name)} for name, c in tests.items()},
         "trust_in_adapter": _trust(outcomes),
+        "methods": {n: {**arms[PREFIX + n], **cost} for n, cost in outcomes[0].methods.items()},
         "chosen": [asdict(choice) for o in outcomes for choice in o.chosen],
         "adaption": {f"seed {o.seed}, {name}": list(losses) for o in outcomes for name, losses in o.curves.items()},
         "recent_history_cut_share": outcomes[0].cut_share,

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,7 +82,21 @@ def score(model: TorchModel, examples: Sequence[Example], tensors: Tensors | Non
     return table
 
 
-def stage(bench: Bench, name: str, compute: Callable[[], Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+class Keeper(Protocol):
+    """Has a folder of stages; a ``Bench`` or a ``Study``."""
+
+    @property
+    def folder(self) -> Path:
+        """Where stages are kept."""
+        ...
+
+    @property
+    def say(self) -> Say:
+        """Told of progress."""
+        ...
+
+
+def stage(bench: Keeper, name: str, compute: Callable[[], Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
     """Return a stage's arrays by name, from its file where there is one."""
     path = bench.folder / f"{name}.npz"
     if not path.exists():

@@ -1,6 +1,7 @@
 """The whole run on a tiny random base: every stage, the report, a kill in between, and the command."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,16 @@ def test_all_arms_and_the_report(settings: Settings, tmp_path: Path) -> None:
     assert json.loads(data.read_text())["arms"].keys() == result["arms"].keys()
     assert "not evidence" in page.read_text()
     assert (tmp_path / "final.log").read_text().count("\n") == 1
+
+
+def test_peft_methods_are_reported_with_their_cost(settings: Settings, tmp_path: Path) -> None:
+    plan = replace(planned(tmp_path), methods=True)
+    outcomes = run(plan, everybody(), settings, TASKS, EMBEDDER)
+    result = summarise(plan, outcomes, "choice", "tiny", "oppu evaluate pick")
+    assert set(result["methods"]) == {"lora", "ia3", "prompt-tuning"}
+    for name, fields in result["methods"].items():
+        assert {"query_mean", "user_mean", "ci", "parameters", "bytes", "seconds", "rates"} <= set(fields)
+        assert fields["query_mean"] == result["arms"][f"peft-{name}"]["query_mean"]
 
 
 def test_a_text_task_is_judged_by_its_loss(settings: Settings, tmp_path: Path) -> None:
