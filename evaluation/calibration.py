@@ -64,7 +64,7 @@ def calibrate(items: Sequence[Item], settings: Settings, tasks: Tasks, embedder:
     model = TorchModel(load_base(settings.model), tasks, settings=settings.model, slots=1)
     with TemporaryDirectory(prefix="oppu-calibrate-") as folder:
         bench = Bench(fold, model, Path(folder), served(settings), 0, say)
-        plain = base_scores(bench, people, "base-scores", past)
+        plain = base_scores(bench, people, "base-scores")
         followed = follow(bench, people)
     model.close()
     tables = [

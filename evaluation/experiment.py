@@ -4,47 +4,31 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evaluation import controls
 from evaluation.arms import Arms, Array, Table, choice_arms, fit_fusion
-from evaluation.corpus import Item
+from evaluation.bases import Study, curve, opened
+from evaluation.corpus import Item, by_user
 from evaluation.history import Past, check_pasts, pasts
+from evaluation.methods import PREFIX, MethodResult, merged, run_methods
+from evaluation.prompting import VARIANTS, example
 from evaluation.splits import Bounds, Fold, Person, check, make_folds
-from evaluation.training import (
-    Bench,
-    Recipe,
-    Say,
-    adapted,
-    base_scores,
-    chunks_of,
-    example,
-    follow,
-    score,
-    stage,
-    train_once,
-)
+from evaluation.training import Bench, Recipe, Say, base_scores, chunks_of, follow, score, stage, train_once
+from evaluation.variants import Chosen, compared, judges, weights_of
 from oppu.embedder import Embedder
-from oppu.lm.base import load_base
-from oppu.lm.model import TorchModel
 from oppu.lm.port import Tensors
 from oppu.settings import Settings
 from oppu.tasks import Tasks
 from oppu.values import Vector
 
-PROMPTS: Mapping[str, tuple[int, bool]] = {
-    "retrieval-1": (1, False),
-    "retrieval-2": (2, False),
-    "retrieval-4": (4, False),
-    "profile": (0, True),
-    "profile-retrieval-1": (1, True),
-}
-"""Prompt-only arms: items of the past and the profile's line in the prompt."""
-CONTROLS = ("oppu", "permuted", "volume")
+CONTROLS = ("permuted", "volume")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +43,26 @@ class Plan:
     final: bool
     users: int | None
     say: Say
+    all_arms: bool = False
+    methods: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One seed's arms over all folds' target users, in order of ``people``."""
+    """One seed's arms over all folds' target users, in order of ``people``.
+
+    ``chosen`` is each fold's choice for P1, ``curves`` each base's loss after each number of epochs by fold and
+    variant, ``cut_share`` the share of recent items that did not fit the prompts, ``methods`` each PEFT method's cost.
+    """
 
     seed: int
     people: tuple[Person, ...]
     arms: Arms
     tables: tuple[Table, ...]
+    chosen: tuple[Chosen, ...] = ()
+    curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    cut_share: float | None = None
+    methods: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
 
 def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, embedder: Embedder) -> list[Outcome]:
@@ -100,42 +94,62 @@ def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, emb
         )
     if plan.final:
         _log_opening(plan)
+    pasts_of = [_pasts(fold, vectors, embedder, settings) for fold in folds]
     outcomes = []
     for seed in plan.seeds:
-        found: list[tuple[list[Table], Arms]] = [
-            _fold(plan, fold, seed, settings, tasks, embedder, vectors) for fold in folds
-        ]
-        tables = [table for part, _ in found for table in part]
-        outcomes.append(Outcome(seed, tuple(t.person for t in tables), _joined([a for _, a in found]), tuple(tables)))
+        parts = []
+        for fold, past in zip(folds, pasts_of, strict=True):
+            folder = plan.folder / f"{fold.name}-seed-{seed}"
+            folder.mkdir(exist_ok=True)
+            parts.append(_fold(plan, Study(fold, past, settings, tasks, folder, plan.recipe, seed, plan.say)))
+        outcomes.append(_outcome(seed, parts))
     return outcomes
 
 
-def _fold(
-    plan: Plan,
-    fold: Fold,
-    seed: int,
-    settings: Settings,
-    tasks: Tasks,
-    embedder: Embedder,
-    vectors: Mapping[str, Vector],
-) -> tuple[list[Table], Arms]:
-    folder = plan.folder / f"{fold.name}-seed-{seed}"
-    folder.mkdir(exist_ok=True)
-    base = adapted(fold, settings, tasks, folder, plan.recipe, seed, plan.say)
-    own = settings.model.model_copy(update={"base": str(base)})
-    bench = Bench(fold, TorchModel(load_base(own), tasks, settings=own, slots=1), folder, plan.recipe, seed, plan.say)
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One fold's share of an outcome."""
+
+    tables: list[Table]
+    arms: Arms
+    chosen: Chosen
+    curves: dict[str, list[float]]
+    cut_share: float | None
+    methods: dict[str, MethodResult]
+
+
+def _pasts(
+    fold: Fold, vectors: Mapping[str, Vector], embedder: Embedder, settings: Settings
+) -> dict[str, Sequence[Past]]:
+    """Look up the past of every item of a fold, each user's by its own items."""
+    own: dict[str, Sequence[Item]] = {**by_user(fold.adapt)}
+    own |= {p.user_id: p.items for p in (*fold.target, *fold.calibrate)}
+    found: dict[str, Sequence[Past]] = {}
+    for user, items in own.items():
+        found[user] = pasts(items, vectors, embedder, settings.retriever)
+        check_pasts(items, found[user])
+    return found
+
+
+def _fold(plan: Plan, study: Study) -> _Part:
+    fold = study.fold
     people = (*fold.target, *fold.calibrate)
-    past = {p.user_id: pasts(p.items, vectors, embedder, settings.retriever) for p in people}
-    for p in people:
-        check_pasts(p.items, past[p.user_id])
-    plain = base_scores(bench, people, "base-scores", past)
-    followed = follow(bench, people)
-    held = _held(bench, fold, past, followed)
-    bench.model.close()
+    with opened(study, "plain") as bench:
+        plain = base_scores(bench, people, "base-scores")
+        followed = follow(bench, people)
+        variants = compared(study, bench, every=plan.all_arms)
+        held = variants.held
+        _add_controls(study, bench, held)
+    for p in fold.target:
+        held[p.user_id]["frozen"] = followed[f"{p.user_id}/frozen"]
+    methods = run_methods(study) if plan.methods else {}
+    for name, result in methods.items():
+        for user, scores in result.scores.items():
+            held[user][PREFIX + name] = scores
     tables = {
         p.user_id: Table(
             p,
-            past[p.user_id],
+            study.pasts[p.user_id],
             plain[p.user_id],
             followed[p.user_id],
             held.get(p.user_id, {}),
@@ -144,37 +158,55 @@ def _fold(
         for p in people
     }
     targets = [tables[p.user_id] for p in fold.target]
-    if not fold.target[0].items[0].choices:
-        arms = {name: [t.held[name] for t in targets] for name in targets[0].held}
-        arms |= {
-            "none": [t.base[t.person.cut :] for t in targets],
-            "follow": [t.follow[t.person.cut :] for t in targets],
-        }
-        return targets, Arms(arms, {}, [])
-    return targets, choice_arms(targets, fit_fusion([tables[p.user_id] for p in people]))
+    arms = _arms(targets, list(tables.values()))
+    curves: dict[str, list[float]] = {variant: curve(study, variant) for variant in VARIANTS}
+    return _Part(targets, arms, variants.chosen, curves, variants.cut_share, methods)
 
 
-def _held(
-    bench: Bench, fold: Fold, past: Mapping[str, Sequence[Past]], followed: Mapping[str, Array]
-) -> dict[str, dict[str, Array]]:
-    """Score the held-back items with prompts and with every offline adapter."""
-    held: dict[str, dict[str, Array]] = {p.user_id: {"frozen": followed[f"{p.user_id}/frozen"]} for p in fold.target}
-    for name, (k, profile) in PROMPTS.items():
-        for user, scores in base_scores(bench, fold.target, name, past, k=k, profile=profile).items():
-            held[user][name] = scores
-    parts: dict[str, dict[str, Sequence[Item]]] = {
-        "oppu": {p.user_id: p.train for p in fold.target},
-        "permuted": {p.user_id: controls.permuted(p, bench.seed) for p in fold.target},
-        "volume": {p.user_id: controls.volume_matched(p, fold.target, bench.seed) for p in fold.target},
-        "union": {"everybody": [i for p in fold.target for i in p.train]},
+def _arms(targets: Sequence[Table], tables: Sequence[Table]) -> Arms:
+    if targets[0].person.items[0].choices:
+        return choice_arms(targets, fit_fusion(tables))
+    arms = {name: [t.held[name] for t in targets] for name in targets[0].held}
+    arms |= {
+        "none": [t.base[t.person.cut :] for t in targets],
+        "follow": [t.follow[t.person.cut :] for t in targets],
     }
-    for name in CONTROLS if len(fold.target) > 1 else ("oppu", "permuted"):
-        _add(bench, fold, name, train_once(bench, name, parts[name]), held)
-    if len(fold.target) > 1:
-        _add_strangers(bench, fold, held)
-        everybody = train_once(bench, "union", parts["union"])["everybody"]
-        _add(bench, fold, "union", {p.user_id: everybody for p in fold.target}, held)
-    return held
+    return Arms(arms, {}, [])
+
+
+def _outcome(seed: int, parts: Sequence[_Part]) -> Outcome:
+    tables = tuple(table for part in parts for table in part.tables)
+    shares = [part.cut_share for part in parts if part.cut_share is not None]
+    return Outcome(
+        seed,
+        tuple(t.person for t in tables),
+        _joined([part.arms for part in parts]),
+        tables,
+        tuple(part.chosen for part in parts),
+        {f"{part.chosen.fold}/{name}": losses for part in parts for name, losses in part.curves.items()},
+        float(np.mean(shares)) if shares else None,
+        merged([part.methods for part in parts]),
+    )
+
+
+def _add_controls(study: Study, bench: Bench, held: Mapping[str, dict[str, Array]]) -> None:
+    """Score the held-back items with the adapters of every control, on the plain base."""
+    people = study.fold.target
+    parts: dict[str, dict[str, Sequence[Item]]] = {
+        "permuted": {p.user_id: controls.permuted(p, bench.seed) for p in people},
+        "volume": {p.user_id: controls.volume_matched(p, people, bench.seed) for p in people},
+        "union": {"everybody": [i for p in people for i in p.train]},
+    }
+    for name in CONTROLS if len(people) > 1 else CONTROLS[:1]:
+        _add(bench, study.fold, name, _trained(bench, name, parts[name]), held)
+    if len(people) > 1:
+        _add_strangers(study, bench, held)
+        everybody = _trained(bench, "union", parts["union"])["everybody"]
+        _add(bench, study.fold, "union", {p.user_id: everybody for p in people}, held)
+
+
+def _trained(bench: Bench, name: str, parts: Mapping[str, Sequence[Item]]) -> dict[str, dict[str, NDArray[Any]]]:
+    return train_once(bench, name, {user: list(map(example, items)) for user, items in parts.items()})
 
 
 def _add(
@@ -187,13 +219,14 @@ def _add(
         held[user][name] = scores
 
 
-def _add_strangers(bench: Bench, fold: Fold, held: dict[str, dict[str, Array]]) -> None:
-    weights = train_once(bench, "oppu", {p.user_id: p.train for p in fold.target})
-    names = controls.strangers(fold.target, bench.recipe.strangers, bench.seed)
+def _add_strangers(study: Study, bench: Bench, held: Mapping[str, dict[str, Array]]) -> None:
+    people = study.fold.target
+    weights = weights_of(study, bench, "oppu", [*people, *judges(study)])
+    names = controls.strangers(people, bench.recipe.strangers, bench.seed)
 
     def compute() -> dict[str, Array]:
         found = {}
-        for p in fold.target:
+        for p in people:
             tests = list(map(example, p.test))
             for number, other in enumerate(names[p.user_id]):
                 found[f"{p.user_id}|{number}"] = score(bench.model, tests, weights[other])

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from evaluation.arms import Array, log_loss, macro_f1, right
-from evaluation.experiment import PROMPTS, Outcome, Plan
+from evaluation.experiment import Outcome, Plan
+from evaluation.methods import PREFIX
 from evaluation.splits import clusters
 from evaluation.statistics import Contrast, contrast, holm, mean_interval
 from evaluation.training import Recipe
+from evaluation.variants import CHOSEN_OPPU, CHOSEN_PROMPT
 from oppu.tasks import Kind
 
 BANDS = (16, 50, 100, 200)
@@ -52,7 +54,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
         if kind != "text":
             arms[name]["log_loss"] = float(np.mean([np.concatenate(_losses(o, name)).mean() for o in outcomes]))
             arms[name]["macro_f1"] = float(np.mean([_f1(o, name) for o in outcomes]))
-    tests = _tests(merits, of, arms)
+    tests = _tests(merits, of)
     if kind != "text":
         tests |= _prequential(outcomes, kind, of)
     primary = [name for name in tests if name.startswith(("P1", "P2", "P3"))]
@@ -67,6 +69,10 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
         "arms": arms,
         "tests": {name: asdict(c) | {"holm_p": adjusted.get(name)} for name, c in tests.items()},
         "trust_in_adapter": _trust(outcomes),
+        "methods": {n: {**arms[PREFIX + n], **cost} for n, cost in outcomes[0].methods.items()},
+        "chosen": [asdict(choice) for o in outcomes for choice in o.chosen],
+        "adaption": {f"seed {o.seed}, {name}": list(losses) for o in outcomes for name, losses in o.curves.items()},
+        "recent_history_cut_share": outcomes[0].cut_share,
         "command": command,
         "seeds": list(plan.seeds),
         "base": base,
@@ -119,12 +125,10 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _tests(merits: Mapping[str, Sequence[Array]], of: Sequence[int], arms: Mapping[str, Any]) -> dict[str, Contrast]:
+def _tests(merits: Mapping[str, Sequence[Array]], of: Sequence[int]) -> dict[str, Contrast]:
     pairs: dict[str, tuple[str, str]] = {}
     if "oppu" in merits:
-        prompts = [name for name in PROMPTS if name in merits]
-        best = max(prompts, key=lambda name: arms[name]["query_mean"])
-        pairs[f"P1 oppu - {best} (best prompt-only)"] = ("oppu", best)
+        pairs["P1 oppu - best prompt-only (both chosen by calibrate users)"] = (CHOSEN_OPPU, CHOSEN_PROMPT)
         pairs |= {f"P2 oppu - {c}": ("oppu", c) for c in ("volume", "permuted") if c in merits}
         pairs["increments up to the cut - oppu"] = ("frozen", "oppu")
         others = ("none", "stranger-nearest", "union", "prior", "evidence")

@@ -1,4 +1,4 @@
-"""The costly part: bases, adapters, and every model's score on every item, each kept in a file once it is there.
+"""The costly part: adapters, and every model's score on every item, each kept in a file once it is there.
 
 A run that is killed goes on where it was: a stage is a file ``STAGE.npz``, written beside and renamed. All models
 see the same items in the same order; which weights answered is the only difference.
@@ -9,28 +9,22 @@ import json
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.corpus import Item
-from evaluation.history import Past
+from evaluation.prompting import example
 from evaluation.splits import Fold, Person
-from oppu.fusion import log_softmax
-from oppu.lm.adaption import AdaptConfig, adapt
-from oppu.lm.base import load_base
 from oppu.lm.model import TorchModel
 from oppu.lm.port import Example, Tensors, TrainConfig, TrainJob
-from oppu.settings import Settings
-from oppu.tasks import Tasks
 from oppu.values import UserId
 
 Scores = list[NDArray[np.float64]]
 Say = Callable[[str], None]
-TEMPERATURES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
 _AT_ONCE = 16
 """Users trained together: bounds the bank's memory, changes no result."""
 
@@ -40,7 +34,8 @@ class Recipe:
     """Everything that was chosen, before the test part was opened; its hash names the run.
 
     ``passes`` and ``learning_rate`` are the paper's full training; ``chunk`` new items with ``replay`` older ones,
-    ``chunk_passes`` times at ``chunk_learning_rate``, are the service's increments.
+    ``chunk_passes`` times at ``chunk_learning_rate``, are the service's increments. Calibrate users judge which
+    prompt-only arm and which OPPU arm stand in P1, each by the first ``judge_items`` of its items.
     """
 
     base_epochs: int = 4
@@ -55,6 +50,7 @@ class Recipe:
     chunk_passes: int = 2
     chunk_learning_rate: float = 2e-3
     strangers: int = 3
+    judge_items: int = 200
 
     def digest(self) -> str:
         """Return a hash of all fields."""
@@ -73,82 +69,6 @@ class Bench:
     say: Say
 
 
-def adapted(fold: Fold, settings: Settings, tasks: Tasks, folder: Path, recipe: Recipe, seed: int, say: Say) -> Path:
-    """Adapt the base on a fold's adapt users until the calibrate users' loss stops improving.
-
-    Each number of epochs is a run of its own, whose rate decays to zero; the curve is kept in ``base.json``. The
-    loss is taken at its best temperature, since fusion scales a base's scores anyhow.
-
-    Args:
-        fold: Whose adapt items are learnt; the loss of its calibrate items decides.
-        settings: Names the base to begin with.
-        tasks: The known tasks.
-        folder: Of this fold and seed.
-        recipe: Most epochs, and rates.
-        seed: Of order and sampling.
-        say: Told of progress.
-
-    Returns:
-        The folder of the best base.
-    """
-    losses: list[float] = []
-    judged = [example(i) for p in fold.calibrate for i in p.items]
-    for epochs in range(1, recipe.base_epochs + 1):
-        out = folder / f"base-{epochs}"
-        if not (out / "oppu.json").exists():
-            _adapt(fold, settings, tasks, out, replace(recipe, base_epochs=epochs), seed, say)
-        own = settings.model.model_copy(update={"base": str(out)})
-        model = TorchModel(load_base(own), tasks, settings=own, slots=1)
-        losses.append(_tempered_loss(model, judged) if judged else -float(epochs))
-        model.close()
-        say(f"base: {epochs} epochs, calibrate users' loss {losses[-1]:.4f}")
-        if losses[-1] > min(losses):
-            break
-    (folder / "base.json").write_text(json.dumps({"calibrate_loss_by_epochs": losses}) + "\n", encoding="utf-8")
-    return folder / f"base-{1 + losses.index(min(losses))}"
-
-
-def _tempered_loss(model: TorchModel, judged: Sequence[Example]) -> float:
-    """Return the mean loss; of a choice task, at the best of the temperatures."""
-    scores = score(model, judged, None)
-    if not judged[0].choices:
-        return float(-scores.mean())
-    right = [e.choices.index(e.output) for e in judged]
-    return min(
-        -float(np.mean([log_softmax(row / t)[at] for row, at in zip(scores, right, strict=True)])) for t in TEMPERATURES
-    )
-
-
-def _adapt(fold: Fold, settings: Settings, tasks: Tasks, out: Path, recipe: Recipe, seed: int, say: Say) -> None:
-    config = AdaptConfig("full", recipe.base_epochs, recipe.base_learning_rate, recipe.base_batch, seed=seed)
-
-    def progress(done: int, steps: int, loss: float) -> None:
-        if done % max(1, steps // 5) == 0:
-            say(f"base: step {done} of {steps}, loss {loss:.3f}")
-
-    adapt(
-        load_base(settings.model, adapting=True),
-        tasks,
-        [example(item) for item in fold.adapt],
-        out,
-        config=config,
-        settings=settings.model,
-        progress=progress,
-    )
-
-
-def example(item: Item, past: Past | None = None, *, k: int = 0, profile: bool = False) -> Example:
-    """Phrase an item, with ``k`` items of its past and the profile's line in the prompt."""
-    return Example(
-        item.task,
-        item.input,
-        item.output,
-        item.choices,
-        evidence=past.pairs[:k] if past is not None else (),
-        profile=past.line if past is not None and profile else "",
-    )
-
-
 def score(model: TorchModel, examples: Sequence[Example], tensors: Tensors | None) -> NDArray[np.float64]:
     """Return ``[n, c]`` log probabilities of the choices, or ``[n, 1]`` minus the loss an output token for text."""
     if not examples:
@@ -162,7 +82,21 @@ def score(model: TorchModel, examples: Sequence[Example], tensors: Tensors | Non
     return table
 
 
-def stage(bench: Bench, name: str, compute: Callable[[], Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+class Keeper(Protocol):
+    """Has a folder of stages; a ``Bench`` or a ``Study``."""
+
+    @property
+    def folder(self) -> Path:
+        """Where stages are kept."""
+        ...
+
+    @property
+    def say(self) -> Say:
+        """Told of progress."""
+        ...
+
+
+def stage(bench: Keeper, name: str, compute: Callable[[], Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
     """Return a stage's arrays by name, from its file where there is one."""
     path = bench.folder / f"{name}.npz"
     if not path.exists():
@@ -177,49 +111,29 @@ def stage(bench: Bench, name: str, compute: Callable[[], Mapping[str, NDArray[An
         return {key: kept[key] for key in kept.files}
 
 
-def base_scores(
-    bench: Bench,
-    people: Sequence[Person],
-    name: str,
-    pasts: Mapping[str, Sequence[Past]],
-    *,
-    k: int = 0,
-    profile: bool = False,
-) -> dict[str, NDArray[Any]]:
-    """Score all items of some people without an adapter.
+def base_scores(bench: Bench, people: Sequence[Person], name: str) -> dict[str, NDArray[Any]]:
+    """Score all items of some people without an adapter and with nothing of the past in the prompt.
 
     Args:
         bench: The fold's model.
         people: Whose items.
         name: Of the stage.
-        pasts: By user, for the prompt.
-        k: Past items in the prompt.
-        profile: Whether the profile's line is in it.
 
     Returns:
-        By user, ``[n, c]``; with evidence in the prompt only the held-back items.
+        By user, ``[n, c]``.
     """
-
-    def compute() -> dict[str, NDArray[Any]]:
-        found = {}
-        for person in people:
-            first = person.cut if k or profile else 0
-            own = [
-                example(i, p, k=k, profile=profile) for i, p in zip(person.items, pasts[person.user_id], strict=True)
-            ]
-            found[person.user_id] = score(bench.model, own[first:], None)
-        return found
-
-    return stage(bench, name, compute)
+    return stage(
+        bench, name, lambda: {p.user_id: score(bench.model, list(map(example, p.items)), None) for p in people}
+    )
 
 
-def train_once(bench: Bench, name: str, parts: Mapping[str, Sequence[Item]]) -> dict[str, dict[str, NDArray[Any]]]:
-    """Train each user's adapter once, offline, on the given items (the paper's way), and keep the weights.
+def train_once(bench: Bench, name: str, parts: Mapping[str, Sequence[Example]]) -> dict[str, dict[str, NDArray[Any]]]:
+    """Train each user's adapter once, offline, on the given examples (the paper's way), and keep the weights.
 
     Args:
         bench: The fold's model.
-        name: Of the stage; part of the order's seed.
-        parts: Training items by user.
+        name: Of the stage.
+        parts: Training examples by user; their order is drawn from the user's seed.
 
     Returns:
         Weights by user.
@@ -231,7 +145,9 @@ def train_once(bench: Bench, name: str, parts: Mapping[str, Sequence[Item]]) -> 
         some = users[first : first + _AT_ONCE]
 
         def compute(some: Sequence[str] = some) -> dict[str, NDArray[Any]]:
-            jobs = [TrainJob(UserId(u), None, _shuffled(parts[u], bench.seed, u), _seed(bench.seed, u)) for u in some]
+            jobs = [
+                TrainJob(UserId(u), None, shuffled(parts[u], bench.seed, u), user_seed(bench.seed, u)) for u in some
+            ]
             return _flat(dict(zip(some, _train(bench, jobs, config), strict=True)))
 
         weights |= _deep(stage(bench, f"{name}-{first // _AT_ONCE}", compute))
@@ -291,11 +207,11 @@ def chunks_of(items: Sequence[Item], size: int) -> list[tuple[int, int]]:
 
 
 def _increment(bench: Bench, person: Person, begin: int, end: int, head: Tensors | None) -> TrainJob:
-    chance = random.Random(_seed(bench.seed, person.user_id) + begin)  # noqa: S311 - a reproducible sample
+    chance = random.Random(user_seed(bench.seed, person.user_id) + begin)  # noqa: S311 - a reproducible sample
     older = list(person.items[max(0, begin - 8 * bench.recipe.replay) : begin])
     mixed = [*person.items[begin:end], *chance.sample(older, min(bench.recipe.replay, len(older)))]
     chance.shuffle(mixed)
-    return TrainJob(UserId(person.user_id), head, tuple(map(example, mixed)), _seed(bench.seed, person.user_id))
+    return TrainJob(UserId(person.user_id), head, tuple(map(example, mixed)), user_seed(bench.seed, person.user_id))
 
 
 def _chunk_config(recipe: Recipe) -> TrainConfig:
@@ -310,13 +226,15 @@ def _train(bench: Bench, jobs: Sequence[TrainJob], config: TrainConfig) -> list[
     ]
 
 
-def _shuffled(items: Sequence[Item], seed: int, user: str) -> tuple[Example, ...]:
-    order = list(items)
-    random.Random(_seed(seed, user)).shuffle(order)  # noqa: S311 - a reproducible order
-    return tuple(map(example, order))
+def shuffled(parts: Sequence[Example], seed: int, user: str) -> tuple[Example, ...]:
+    """Return a user's examples in a reproducible random order."""
+    order = list(parts)
+    random.Random(user_seed(seed, user)).shuffle(order)  # noqa: S311 - a reproducible order
+    return tuple(order)
 
 
-def _seed(seed: int, user: str) -> int:
+def user_seed(seed: int, user: str) -> int:
+    """Return a seed of one user's own."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{user}".encode()).digest()[:4], "big") >> 1
 
 

@@ -23,6 +23,8 @@ MINUTES_A_THOUSAND = 2.5
 @click.option("--min-target", type=click.IntRange(5), default=50, show_default=True, help="Items of a target user.")
 @click.option("--min-calibrate", type=click.IntRange(3), default=20, show_default=True)
 @click.option("--quick", is_flag=True, help=f"The first {QUICK_USERS} targets and short training: not evidence.")
+@click.option("--all-arms", is_flag=True, help="Also OPPU with k=2 and 4, profile with k=1, and without adaption.")
+@click.option("--methods", is_flag=True, help="Also LoRA, IA3 and prompt tuning, one user after the other.")
 @click.option("--final", is_flag=True, help="Open the held-back last fifth; it is written down that this was done.")
 @json_option
 @click.pass_obj
@@ -37,6 +39,8 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
     min_target: int,
     min_calibrate: int,
     quick: bool,
+    all_arms: bool,
+    methods: bool,
     final: bool,
     as_json: bool,
 ) -> None:
@@ -61,7 +65,7 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
     followed = sum(len(own) for own in by_user(items).values() if len(own) >= min_calibrate)
     say(f"{len(items)} items; about {followed / 1000 * MINUTES_A_THOUSAND * len(seeds):.0f} minutes without --quick")
     name = f"{task}-{'final' if final else 'dev'}-{recipe.digest()}{'-quick' if quick else ''}"
-    plan = Plan(task, out / name, seeds, recipe, bounds, final, QUICK_USERS if quick else None, say)
+    plan = Plan(task, out / name, seeds, recipe, bounds, final, QUICK_USERS if quick else None, say, all_arms, methods)
     outcomes = run(plan, items, settings, tasks, compose.embedder(settings))
     command = " ".join(["oppu evaluate", *(f"'{a}'" if " " in a else a for a in _arguments(events))])
     result = summarise(plan, outcomes, tasks[task].kind, settings.model.base, command)

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +44,8 @@ _SORTED_BATCHES = 16
 
 @dataclass(frozen=True, slots=True)
 class AdaptConfig:
-    """The recipe. ``language_model_share`` of the prompt's tokens also carry a language-model loss."""
+    """The recipe. ``language_model_share`` of the prompt's tokens also carry a language-model loss; without
+    ``answers`` that is all that is learnt: the causal warm-up, which sees no output."""
 
     method: Literal["full", "lora"] = "full"
     epochs: int = 2
@@ -52,6 +53,7 @@ class AdaptConfig:
     batch: int = 32
     language_model_share: float = 0.3
     seed: int = 0
+    answers: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,8 @@ def adapt(
     targets = [target for target in encoder.targets(examples) if target.positions]
     if not targets:
         raise ConfigError("adapt: every example has a single choice: nothing to learn")
+    if not config.answers:
+        targets = [replace(t, ids=t.ids[: t.prompt_tokens], positions=(), aims=()) for t in targets]
     losses, model = _train(base, targets, config, settings, progress)
     _save(base, model, out_dir, {**asdict(config), "from": base.fingerprint, "examples": len(examples)})
     tenth = max(1, len(losses) // 10)

@@ -1,6 +1,7 @@
 """The whole run on a tiny random base: every stage, the report, a kill in between, and the command."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from evaluation import training
+from evaluation import bases, training
 from evaluation.calibration import calibrate
 from evaluation.corpus import Item
 from evaluation.experiment import Outcome, Plan, run
 from evaluation.report import summarise, write
 from evaluation.splits import Bounds
 from evaluation.training import Recipe
+from evaluation.variants import CHOSEN_OPPU, CHOSEN_PROMPT, PROMPTED, RECENT, TRAINED
 from oppu.cli import cli, compose
 from oppu.errors import ConfigError
 from oppu.fusion import DEFAULT, FILE
@@ -57,15 +59,34 @@ def test_all_arms_and_the_report(settings: Settings, tmp_path: Path) -> None:
     outcomes = run(planned(tmp_path, seeds=(0, 1)), everybody(), settings, TASKS, EMBEDDER)
     result = summarise(planned(tmp_path, seeds=(0, 1)), outcomes, "choice", "tiny", "oppu evaluate pick")
     assert (result["users"], result["queries"], result["evidence"]) == (3, 12, False)
-    wanted = {"none", "retrieval-1", "profile", "prior", "knn", "evidence", "oppu", "volume", "permuted", "union",
+    wanted = {"none", "retrieval-1", "profile", "prior", "knn", "evidence", "oppu", "oppu-1", "oppu-profile",
+              "recent-history", "chosen-oppu", "chosen-prompt", "volume", "permuted", "union",
               "stranger-0", "stranger-nearest", "follow", "frozen", "fused", "majority", "recent"}  # fmt: skip
     assert wanted <= set(result["arms"])
     assert all(0 <= arm["query_mean"] <= 1 and len(arm["seeds"]) == 2 for arm in result["arms"].values())
     assert {name[:2] for name in result["tests"] if name.startswith("P")} == {"P1", "P2", "P3"}
+    assert not {"oppu-2", "oppu-unadapted"} & set(result["arms"])
+    assert {c["seed"] for c in result["chosen"]} == {0, 1}
+    assert all(set(c["merits"]) == {*PROMPTED, RECENT, *TRAINED} for c in result["chosen"])
+    for o in outcomes:
+        _equal(o, CHOSEN_OPPU, o.chosen[0].oppu)
+        _equal(o, CHOSEN_PROMPT, o.chosen[0].prompt)
+    assert {len(losses) for losses in result["adaption"].values()} <= {1, 2} and len(result["adaption"]) == 6
+    assert result["recent_history_cut_share"] == 1.0  # 64 tokens hold no second item
     data, page = write(result, outcomes, "choice", tmp_path / "out")
     assert json.loads(data.read_text())["arms"].keys() == result["arms"].keys()
     assert "not evidence" in page.read_text()
     assert (tmp_path / "final.log").read_text().count("\n") == 1
+
+
+def test_peft_methods_are_reported_with_their_cost(settings: Settings, tmp_path: Path) -> None:
+    plan = replace(planned(tmp_path), methods=True)
+    outcomes = run(plan, everybody(), settings, TASKS, EMBEDDER)
+    result = summarise(plan, outcomes, "choice", "tiny", "oppu evaluate pick")
+    assert set(result["methods"]) == {"lora", "ia3", "prompt-tuning"}
+    for name, fields in result["methods"].items():
+        assert {"query_mean", "user_mean", "ci", "parameters", "bytes", "seconds", "rates"} <= set(fields)
+        assert fields["query_mean"] == result["arms"][f"peft-{name}"]["query_mean"]
 
 
 def test_a_text_task_is_judged_by_its_loss(settings: Settings, tmp_path: Path) -> None:
@@ -88,7 +109,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(settings: Settings, tmp_path: Pa
         with pytest.raises(Killed):
             run(planned(tmp_path / "parts"), everybody(), settings, TASKS, EMBEDDER)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_adapt", kill)  # what was done is not done again
+        patch.setattr(bases, "adapt_once", kill)  # what was done is not done again
         again = run(planned(tmp_path / "parts"), everybody(), settings, TASKS, EMBEDDER)
     _same(whole[0], again[0])
 
@@ -142,6 +163,11 @@ def test_what_is_fitted_beside_a_base_is_what_inference_reads(settings: Settings
 def test_too_little_to_calibrate_on_is_refused(settings: Settings, items: list[Item]) -> None:
     with pytest.raises(ConfigError, match="EVENTS: expected"):
         calibrate(items, settings, TASKS, EMBEDDER, lambda _: None)
+
+
+def _equal(outcome: Outcome, one: str, other: str) -> None:
+    for a, b in zip(outcome.arms.held[one], outcome.arms.held[other], strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def _same(one: Outcome, other: Outcome) -> None:

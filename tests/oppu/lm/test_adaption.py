@@ -90,3 +90,17 @@ def test_divergence_is_told_and_writes_nothing(
     with pytest.raises(ConfigError, match="no longer finite"):
         adapt(make_base(), tasks, examples(), tmp_path / "new", config=config, settings=settings)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_causal_warm_up_sees_no_output(
+    make_base: Make, tasks: Tasks, settings: ModelSettings, tmp_path: Path
+) -> None:
+    other = [Example(e.task, e.input, CHOICES[2 - CHOICES.index(e.output)], CHOICES, e.evidence) for e in examples()]
+    ours = [Example(e.task, e.input, e.output, CHOICES, e.evidence) for e in examples()]
+
+    def made(given: list[Example], name: str, answers: bool) -> str:
+        config = AdaptConfig(epochs=1, learning_rate=1e-2, batch=8, answers=answers)
+        return adapt(make_base(), tasks, given, tmp_path / name, config=config, settings=settings).base
+
+    assert made(ours, "1", False) == made(other, "2", False)
+    assert made(ours, "3", True) != made(other, "4", True)

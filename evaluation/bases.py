@@ -1,0 +1,160 @@
+"""The shared bases of a fold: OPPU's task adaption in its three variants, and none; each kept with its curve."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from evaluation.corpus import by_user
+from evaluation.history import Past
+from evaluation.prompting import Variant, drawn
+from evaluation.splits import Fold
+from evaluation.training import Bench, Recipe, Say, score
+from oppu.fusion import log_softmax
+from oppu.lm.adaption import RECIPE, AdaptConfig, adapt
+from oppu.lm.base import OFFLINE, load_base
+from oppu.lm.model import TorchModel
+from oppu.lm.port import Example
+from oppu.settings import Settings
+from oppu.tasks import Tasks
+
+BaseName = Literal[Variant, "unadapted"]
+TEMPERATURES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """One fold and seed: whose items, what came before each, and where results are kept.
+
+    ``pasts`` has every user's, adapt users included, one past an item.
+    """
+
+    fold: Fold
+    pasts: Mapping[str, Sequence[Past]] = field(repr=False)
+    settings: Settings
+    tasks: Tasks
+    folder: Path
+    recipe: Recipe
+    seed: int
+    say: Say
+
+
+@contextmanager
+def opened(study: Study, base: BaseName) -> Iterator[Bench]:
+    """Make a base where it is not there yet, and hold it as a bench.
+
+    Args:
+        study: The fold and seed.
+        base: Which base.
+
+    Yields:
+        The bench; its model is closed afterwards.
+    """
+    folder = unadapted(study) if base == "unadapted" else str(adapted(study, base))
+    own = study.settings.model.model_copy(update={"base": folder})
+    model = TorchModel(load_base(own), study.tasks, settings=own, slots=1)
+    try:
+        yield Bench(study.fold, model, study.folder, study.recipe, study.seed, study.say)
+    finally:
+        model.close()
+
+
+def adapted(study: Study, variant: Variant) -> Path:
+    """Adapt the base on a fold's adapt users until the calibrate users' loss stops improving.
+
+    Each number of epochs is a run of its own, whose rate decays to zero; the curve is kept in ``base.json``. The
+    loss is taken at its best temperature, since fusion scales a base's scores anyhow, and in the variant's prompts.
+
+    Args:
+        study: Whose adapt items are learnt; the loss of its calibrate items decides.
+        variant: What stands in the prompts.
+
+    Returns:
+        The folder of the best base.
+    """
+    folder = study.folder / f"base-{variant}"
+    folder.mkdir(exist_ok=True)
+    judged = [e for p in study.fold.calibrate for e in drawn(p.items, study.pasts[p.user_id], variant, study.seed)]
+    losses: list[float] = []
+    for epochs in range(1, study.recipe.base_epochs + 1):
+        out = folder / str(epochs)
+        if not (out / RECIPE).exists():
+            adapt_once(study, _learnt(study, variant), out, epochs, f"base {variant}")
+        own = study.settings.model.model_copy(update={"base": str(out)})
+        model = TorchModel(load_base(own), study.tasks, settings=own, slots=1)
+        losses.append(_tempered_loss(model, judged) if judged else -float(epochs))
+        model.close()
+        study.say(f"base {variant}: {epochs} epochs, calibrate users' loss {losses[-1]:.4f}")
+        if losses[-1] > min(losses):
+            break
+    (folder / "base.json").write_text(json.dumps({"calibrate_loss_by_epochs": losses}) + "\n", encoding="utf-8")
+    return folder / str(1 + losses.index(min(losses)))
+
+
+def curve(study: Study, variant: Variant) -> list[float]:
+    """Return the calibrate users' loss after each number of epochs, of a base that was adapted."""
+    text = (study.folder / f"base-{variant}" / "base.json").read_text(encoding="utf-8")
+    return [float(loss) for loss in json.loads(text)["calibrate_loss_by_epochs"]]
+
+
+def unadapted(study: Study) -> str:
+    """Return the base before task adaption.
+
+    The offline base learns to read left to right first, from the inputs alone, in as many epochs as the plain base
+    had; any other base is taken as it is.
+    """
+    if study.settings.model.base != OFFLINE:
+        return study.settings.model.base
+    out = study.folder / "base-unadapted"
+    if not (out / RECIPE).exists():
+        epochs = int(adapted(study, "plain").name)
+        adapt_once(study, _learnt(study, "plain"), out, epochs, "base without adaption", answers=False)
+    return str(out)
+
+
+def adapt_once(
+    study: Study, examples: Sequence[Example], out: Path, epochs: int, name: str, *, answers: bool = True
+) -> None:
+    """Adapt all weights of the study's base for a number of epochs, and write the result.
+
+    Args:
+        study: Base, rates and seed.
+        examples: What is learnt.
+        out: Folder to write.
+        epochs: Passes over the examples.
+        name: For progress.
+        answers: Whether the outputs are learnt, or the inputs' text only.
+    """
+    recipe = study.recipe
+    config = AdaptConfig("full", epochs, recipe.base_learning_rate, recipe.base_batch, seed=study.seed, answers=answers)
+
+    def progress(done: int, steps: int, loss: float) -> None:
+        if done % max(1, steps // 5) == 0:
+            study.say(f"{name}: step {done} of {steps}, loss {loss:.3f}")
+
+    base = load_base(study.settings.model, adapting=True)
+    adapt(base, study.tasks, examples, out, config=config, settings=study.settings.model, progress=progress)
+
+
+def _learnt(study: Study, variant: Variant) -> list[Example]:
+    """Return the adapt users' items in the variant's prompts, in the fold's order."""
+    phrased: dict[str, Example] = {}
+    for user, own in by_user(study.fold.adapt).items():
+        made = drawn(own, study.pasts[user], variant, study.seed)
+        phrased |= {item.item_id: one for item, one in zip(own, made, strict=True)}
+    return [phrased[item.item_id] for item in study.fold.adapt]
+
+
+def _tempered_loss(model: TorchModel, judged: Sequence[Example]) -> float:
+    """Return the mean loss; of a choice task, at the best of the temperatures."""
+    scores = score(model, judged, None)
+    if not judged[0].choices:
+        return float(-scores.mean())
+    right = [e.choices.index(e.output) for e in judged]
+    return min(
+        -float(np.mean([log_softmax(row / t)[at] for row, at in zip(scores, right, strict=True)])) for t in TEMPERATURES
+    )

@@ -1,0 +1,213 @@
+"""The paper's arms on its three bases: prompt-only and OPPU, and which of each stand in P1.
+
+The choice is made by the fold's calibrate users, whose earlier half trains and whose later half judges: no query of
+a target has a say in it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.arms import Array, right
+from evaluation.bases import BaseName, Study, opened
+from evaluation.prompting import PLAIN, Asked, answer_tokens, examples, recent_history
+from evaluation.splits import Person
+from evaluation.training import Bench, score, stage, train_once
+from oppu.lm.base import load_base
+from oppu.lm.port import Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How an arm answers: on which base, with what in the prompt; with an adapter trained with the same prompts."""
+
+    base: BaseName
+    asked: Asked = PLAIN
+
+
+PROMPTED: Mapping[str, Way] = {
+    "retrieval-1": Way("retrieval", Asked(1)),
+    "retrieval-2": Way("retrieval", Asked(2)),
+    "retrieval-4": Way("retrieval", Asked(4)),
+    "profile": Way("profile", Asked(0, profile=True)),
+    "profile-retrieval-1": Way("profile", Asked(1, profile=True)),
+}
+RECENT = "recent-history"
+"""As many of the most recent items as fit the prompt, on the retrieval base; prompt-only."""
+TRAINED: Mapping[str, Way] = {
+    "oppu": Way("plain"),
+    "oppu-1": Way("retrieval", Asked(1)),
+    "oppu-profile": Way("profile", Asked(0, profile=True)),
+}
+FURTHER: Mapping[str, Way] = {
+    "oppu-2": Way("retrieval", Asked(2)),
+    "oppu-4": Way("retrieval", Asked(4)),
+    "oppu-profile-1": Way("profile", Asked(1, profile=True)),
+    "oppu-unadapted": Way("unadapted"),
+}
+"""OPPU arms that run only where all arms are asked for."""
+UNADAPTED = "unadapted"
+"""Non-personal, on the base before task adaption: what ``oppu-unadapted`` is to be compared with."""
+CHOSEN_PROMPT, CHOSEN_OPPU = "chosen-prompt", "chosen-oppu"
+
+Held = dict[str, dict[str, Array]]
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A fold's and seed's choice for P1, and the calibrate users' mean merit by arm (empty: nobody judged)."""
+
+    fold: str
+    seed: int
+    prompt: str
+    oppu: str
+    merits: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """The variants' arms of a fold: by user and arm ``[q, c]``, the choice, and the share of recent items that did
+    not fit (``None`` where there were none)."""
+
+    held: Held = field(repr=False)
+    chosen: Chosen
+    cut_share: float | None
+
+
+def judges(study: Study) -> list[Person]:
+    """Return the calibrate users with their first items, the later half held back at a day's beginning."""
+    found = []
+    for person in study.fold.calibrate:
+        items = person.items[: study.recipe.judge_items]
+        day = items[len(items) // 2].day if items else None
+        cut = sum(item.day < day for item in items) if day is not None else 0
+        if 0 < cut < len(items):
+            found.append(replace(person, items=items, groups=person.groups[: len(items)], cut=cut))
+    return found
+
+
+def compared(study: Study, plain: Bench, *, every: bool) -> Compared:
+    """Run the prompt-only and the OPPU arms on every base they need.
+
+    Args:
+        study: The fold and seed.
+        plain: The plain base, open.
+        every: Whether the further OPPU arms run too.
+
+    Returns:
+        The arms of the fold's targets, and the choice made by its calibrate users.
+    """
+    people = [*study.fold.target, *judges(study)]
+    held: Held = {p.user_id: {} for p in people}
+    trained = {**TRAINED, **(FURTHER if every else {})}
+    _on_base(study, plain, people, {}, _on("plain", trained), held)
+    share = None
+    for base in ("retrieval", "profile"):
+        with opened(study, base) as bench:
+            _on_base(study, bench, people, _on(base, PROMPTED), _on(base, trained), held)
+            if base == "retrieval":
+                share = _recent(study, bench, people, held)
+    if every:
+        with opened(study, "unadapted") as bench:
+            _on_base(study, bench, people, {UNADAPTED: Way("unadapted")}, _on("unadapted", trained), held)
+    chosen = _choose(study, people[len(study.fold.target) :], held)
+    for person in study.fold.target:
+        own = held[person.user_id]
+        own |= {CHOSEN_PROMPT: own[chosen.prompt], CHOSEN_OPPU: own[chosen.oppu]}
+    return Compared({p.user_id: held[p.user_id] for p in study.fold.target}, chosen, share)
+
+
+def weights_of(study: Study, bench: Bench, name: str, people: Sequence[Person]) -> dict[str, dict[str, NDArray[Any]]]:
+    """Return the weights of an OPPU arm's adapters by user, trained now where they are not kept.
+
+    Args:
+        study: The fold and seed.
+        bench: The arm's base, open.
+        name: Of the arm.
+        people: Whose adapters.
+
+    Returns:
+        Tensors by user.
+    """
+    asked = {**TRAINED, **FURTHER}[name].asked
+    parts = {p.user_id: examples(p.train, study.pasts[p.user_id][: p.cut], asked) for p in people}
+    return train_once(bench, name, parts)
+
+
+def _on(base: BaseName, ways: Mapping[str, Way]) -> dict[str, Way]:
+    return {name: way for name, way in ways.items() if way.base == base}
+
+
+def _on_base(
+    study: Study,
+    bench: Bench,
+    people: Sequence[Person],
+    prompted: Mapping[str, Way],
+    trained: Mapping[str, Way],
+    held: Held,
+) -> None:
+    """Add all arms of one base."""
+    for name, way in prompted.items():
+        _add(study, bench, people, name, way.asked, dict.fromkeys(held), held)
+    for name, way in trained.items():
+        _add(study, bench, people, name, way.asked, weights_of(study, bench, name, people), held)
+
+
+def _add(
+    study: Study,
+    bench: Bench,
+    people: Sequence[Person],
+    name: str,
+    asked: Asked,
+    weights: Mapping[str, Tensors | None],
+    held: Held,
+) -> None:
+    def compute() -> dict[str, Array]:
+        found = {}
+        for p in people:
+            queries = examples(p.test, study.pasts[p.user_id][p.cut : len(p.items)], asked)
+            found[p.user_id] = score(bench.model, queries, weights[p.user_id])
+        return found
+
+    for user, scores in stage(bench, f"{name}-scores", compute).items():
+        held[user][name] = scores
+
+
+def _recent(study: Study, bench: Bench, people: Sequence[Person], held: Held) -> float | None:
+    """Add the arm of recent history; return the share of earlier items that the prompts had no room for."""
+
+    def compute() -> dict[str, Array]:
+        settings = study.settings.model
+        base = load_base(settings)
+        prompts = base.prompts()
+        found, counts = {}, np.zeros(2)
+        for p in people:
+            task = study.tasks.require(p.items[0].task)
+            limit = min(settings.max_tokens, base.max_positions - answer_tokens(p.items, prompts, task))
+            made = recent_history(p.items, study.pasts[p.user_id], p.cut, prompts, task, limit)
+            found[p.user_id] = score(bench.model, made.examples, None)
+            counts += (made.offered, made.kept)
+        return {**found, "": counts}
+
+    scores = stage(bench, f"{RECENT}-scores", compute)
+    offered, kept = scores.pop("")
+    for user, own in scores.items():
+        held[user][RECENT] = own
+    return float(1 - kept / offered) if offered else None
+
+
+def _choose(study: Study, people: Sequence[Person], held: Held) -> Chosen:
+    """Choose by the mean merit over all the judges' queries; the first of equals; without judges the first of all."""
+    prompts, adapters = [*PROMPTED, RECENT], [n for n in {**TRAINED, **FURTHER} if n in next(iter(held.values()))]
+    if not people:
+        return Chosen(study.fold.name, study.seed, prompts[0], adapters[0])
+    kind = study.tasks.require(people[0].items[0].task).kind
+    merits = {
+        name: float(np.concatenate([right(p.test, held[p.user_id][name], kind) for p in people]).mean())
+        for name in (*prompts, *adapters)
+    }
+    prompt, adapter = (max(names, key=lambda name: merits[name]) for names in (prompts, adapters))
+    return Chosen(study.fold.name, study.seed, prompt, adapter, merits)
