@@ -8,6 +8,7 @@ at every position, batches padded to their longest row, and a saved folder. The 
 
 import json
 import math
+import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ HISTORY, NEW = 200, 16
 OPPU_PASSES = 2
 """Epochs of OPPU's released code; the paper's hyper-parameters are its own."""
 CASES: Mapping[str, tuple[int, int]] = {"one user": (1, HISTORY), "many users": (16, NEW)}
+MIXED = (64, 128, 4)
+"""Users of unequal histories: how many, the events of the first, the fewest; the k-th has 1/k of the first's."""
+GROUP = 16
 _WARM_UP_SHARE, _CLIP_NORM, _IGNORED = 0.1, 1.0, -100
 AGREEMENT = 0.02
 """Relative difference of mean losses between bank and PEFT, float32: over many steps Adam magnifies rounding."""
@@ -51,16 +55,24 @@ class Subjects:
     banks: Mapping[str, TorchModel]
 
 
-def ladder(tasks: Tasks, *, repeats: int = REPEATS, cases: Mapping[str, tuple[int, int]] = CASES) -> dict[str, Any]:
+def ladder(
+    tasks: Tasks,
+    *,
+    repeats: int = REPEATS,
+    cases: Mapping[str, tuple[int, int]] = CASES,
+    mixed: tuple[int, int, int] = MIXED,
+) -> dict[str, Any]:
     """Climb it.
 
     Args:
         tasks: The known tasks.
         repeats: Rounds.
         cases: Users and events each, by name.
+        mixed: Users of unequal histories, as ``MIXED``.
 
     Returns:
-        ``rows``, one a case and rung; ``examples_per_second_ratio`` and ``update_cost_ratio_to_oppu``.
+        ``rows``, one a case and rung; ``examples_per_second_ratio``, ``update_cost_ratio_to_oppu``, and
+        ``full_bank_ratio``, of slots that are filled again to groups that last as long as their longest user.
 
     Raises:
         FatalError: Bank and PEFT do not arrive at the same loss.
@@ -73,12 +85,15 @@ def ladder(tasks: Tasks, *, repeats: int = REPEATS, cases: Mapping[str, tuple[in
         times = interleaved(_rungs(subjects, jobs, tasks), repeats=repeats)
         rows += shown(name, times, users * events * OPPU_PASSES)
         speed[name] = rounded(times["oppu"].median / times["bank bfloat16"].median)
+    full = interleaved(_turnover(subjects.banks["bfloat16"], tasks, mixed), repeats=repeats)
     cost = interleaved(_updates(subjects, tasks), repeats=repeats)
     users = UpdaterSettings().users_per_tick
     return {
         "rows": rows,
         "examples_per_second_ratio": speed,
         "update_cost_ratio_to_oppu": rounded(cost["oppu"].median / (cost["together"].median / users)),
+        "full_bank_ratio": rounded(full["groups"].median / full["full"].median),
+        "full_bank_spread": rounded(max(time.spread for time in full.values())),
         "update_cost_ratio_to_oppu_one_user": rounded(cost["oppu"].median / cost["alone"].median),
     }
 
@@ -223,6 +238,19 @@ def _rungs(subjects: Subjects, jobs: Sequence[Job], tasks: Tasks) -> dict[str, C
         "targets only bfloat16": lambda: subjects.loops["bfloat16"].train(jobs, bucketed=False),
         "length buckets bfloat16": lambda: subjects.loops["bfloat16"].train(jobs, bucketed=True),
         "bank bfloat16": lambda: _banked(subjects.banks["bfloat16"], jobs, config),
+    }
+
+
+def _turnover(model: TorchModel, tasks: Tasks, mixed: tuple[int, int, int]) -> dict[str, Callable[[], object]]:
+    """Users of unequal histories in any order: in groups of as many as there are slots, or in one call."""
+    users, most, fewest = mixed
+    longest = _jobs(users, most, tasks)
+    jobs = [job[: max(fewest, most // (rank + 1))] for rank, job in enumerate(longest)]
+    random.Random(0).shuffle(jobs)  # noqa: S311 - order of users, not a secret
+    groups = [jobs[at : at + GROUP] for at in range(0, users, GROUP)]
+    return {
+        "groups": lambda: [_banked(model, group, _config()) for group in groups],
+        "full": lambda: _banked(model, jobs, _config()),
     }
 
 
