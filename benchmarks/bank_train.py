@@ -2,11 +2,13 @@
 
 Every rung takes the same optimizer steps on the same rows, apart from the last, where an update learns the new events
 and some older ones instead of the whole history. OPPU's way is a fresh PEFT adapter a user, logits over the vocabulary
-at every position, batches padded to their longest row, and a saved folder.
+at every position, batches padded to their longest row, and a saved folder. The well-run PEFT loop shares the bank's
+``Runner``: it too computes logits, and the last block, at targets only, and takes length buckets where they are faster.
 """
 
 import json
 import math
+import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +37,9 @@ HISTORY, NEW = 200, 16
 OPPU_PASSES = 2
 """Epochs of OPPU's released code; the paper's hyper-parameters are its own."""
 CASES: Mapping[str, tuple[int, int]] = {"one user": (1, HISTORY), "many users": (16, NEW)}
+MIXED = (64, 128, 4)
+"""Users of unequal histories: how many, the events of the first, the fewest; the k-th has 1/k of the first's."""
+GROUP = 16
 _WARM_UP_SHARE, _CLIP_NORM, _IGNORED = 0.1, 1.0, -100
 AGREEMENT = 0.02
 """Relative difference of mean losses between bank and PEFT, float32: over many steps Adam magnifies rounding."""
@@ -50,16 +55,24 @@ class Subjects:
     banks: Mapping[str, TorchModel]
 
 
-def ladder(tasks: Tasks, *, repeats: int = REPEATS, cases: Mapping[str, tuple[int, int]] = CASES) -> dict[str, Any]:
+def ladder(
+    tasks: Tasks,
+    *,
+    repeats: int = REPEATS,
+    cases: Mapping[str, tuple[int, int]] = CASES,
+    mixed: tuple[int, int, int] = MIXED,
+) -> dict[str, Any]:
     """Climb it.
 
     Args:
         tasks: The known tasks.
         repeats: Rounds.
         cases: Users and events each, by name.
+        mixed: Users of unequal histories, as ``MIXED``.
 
     Returns:
-        ``rows``, one a case and rung; ``examples_per_second_ratio`` and ``update_cost_ratio_to_oppu``.
+        ``rows``, one a case and rung; ``examples_per_second_ratio``, ``update_cost_ratio_to_oppu``, and
+        ``full_bank_ratio``, of slots that are filled again to groups that last as long as their longest user.
 
     Raises:
         FatalError: Bank and PEFT do not arrive at the same loss.
@@ -70,14 +83,17 @@ def ladder(tasks: Tasks, *, repeats: int = REPEATS, cases: Mapping[str, tuple[in
     for name, (users, events) in cases.items():
         jobs = _jobs(users, events, tasks)
         times = interleaved(_rungs(subjects, jobs, tasks), repeats=repeats)
-        rows += _shown(name, times, users * events * OPPU_PASSES)
+        rows += shown(name, times, users * events * OPPU_PASSES)
         speed[name] = rounded(times["oppu"].median / times["bank bfloat16"].median)
+    full = interleaved(_turnover(subjects.banks["bfloat16"], tasks, mixed), repeats=repeats)
     cost = interleaved(_updates(subjects, tasks), repeats=repeats)
     users = UpdaterSettings().users_per_tick
     return {
         "rows": rows,
         "examples_per_second_ratio": speed,
         "update_cost_ratio_to_oppu": rounded(cost["oppu"].median / (cost["together"].median / users)),
+        "full_bank_ratio": rounded(full["groups"].median / full["full"].median),
+        "full_bank_spread": rounded(max(time.spread for time in full.values())),
         "update_cost_ratio_to_oppu_one_user": rounded(cost["oppu"].median / cost["alone"].median),
     }
 
@@ -103,7 +119,7 @@ class PeftLoop:
             weight.data = weight.data.float()
 
     def train(self, jobs: Sequence[Job], *, bucketed: bool) -> float:
-        """Train every user with logits only where there is a target; returns the mean loss of all rows."""
+        """Train every user, logits only where there is a target; return the mean loss of all rows."""
         losses = [self._one(self._encoder.targets(job), seed, bucketed=bucketed) for seed, job in enumerate(jobs)]
         return sum(losses) / len(losses)
 
@@ -216,11 +232,25 @@ def _rungs(subjects: Subjects, jobs: Sequence[Job], tasks: Tasks) -> dict[str, C
     _agree(subjects, jobs)
     return {
         "oppu": lambda: train_as_oppu(plain, encoder, jobs, config),
-        "target-only logits": lambda: subjects.loops["float32"].train(jobs, bucketed=False),
-        "length buckets": lambda: subjects.loops["float32"].train(jobs, bucketed=True),
+        "targets only float32": lambda: subjects.loops["float32"].train(jobs, bucketed=False),
+        "length buckets float32": lambda: subjects.loops["float32"].train(jobs, bucketed=True),
         "bank float32": lambda: _banked(subjects.banks["float32"], jobs, config),
+        "targets only bfloat16": lambda: subjects.loops["bfloat16"].train(jobs, bucketed=False),
         "length buckets bfloat16": lambda: subjects.loops["bfloat16"].train(jobs, bucketed=True),
         "bank bfloat16": lambda: _banked(subjects.banks["bfloat16"], jobs, config),
+    }
+
+
+def _turnover(model: TorchModel, tasks: Tasks, mixed: tuple[int, int, int]) -> dict[str, Callable[[], object]]:
+    """Users of unequal histories in any order: in groups of as many as there are slots, or in one call."""
+    users, most, fewest = mixed
+    longest = _jobs(users, most, tasks)
+    jobs = [job[: max(fewest, most // (rank + 1))] for rank, job in enumerate(longest)]
+    random.Random(0).shuffle(jobs)  # noqa: S311 - order of users, not a secret
+    groups = [jobs[at : at + GROUP] for at in range(0, users, GROUP)]
+    return {
+        "groups": lambda: [_banked(model, group, _config()) for group in groups],
+        "full": lambda: _banked(model, jobs, _config()),
     }
 
 
@@ -283,17 +313,28 @@ def _padded(batch: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> dict[st
     return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "attention_mask": torch.tensor(mask)}
 
 
-def _shown(case: str, times: Mapping[str, Timing], examples: int) -> list[dict[str, Cell]]:
+def shown(case: str, times: Mapping[str, Timing], examples: int) -> list[dict[str, Cell]]:
+    """Return a ladder's rows; the well-run PEFT loop is the faster of its two in the rung's own type.
+
+    Args:
+        case: Its name.
+        times: By rung, whose last word is its type; OPPU's way is in float32.
+        examples: Trained on in each.
+
+    Returns:
+        One row a rung.
+    """
     rows: list[dict[str, Cell]] = []
     for name, time in times.items():
-        same = "length buckets bfloat16" if name.endswith("bfloat16") else "length buckets"
+        dtype = "bfloat16" if name.endswith("bfloat16") else "float32"
+        well_run = min(times[f"{loop} {dtype}"].median for loop in ("targets only", "length buckets"))
         rows.append(
             {
                 "case": case,
                 "rung": name,
                 "examples_per_second": rounded(examples / time.median),
                 "ratio_to_oppu": rounded(times["oppu"].median / time.median),
-                "ratio_to_well_run_peft": rounded(times[same].median / time.median),
+                "ratio_to_well_run_peft": rounded(well_run / time.median),
                 "spread": rounded(time.spread),
             }
         )

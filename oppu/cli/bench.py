@@ -69,9 +69,10 @@ def bank_train(session: Session, /, *, quick: bool, results: Path | None, out: P
 
     found = work.accuracies(results)
     cases = {"one user": (1, 32), "many users": (4, 16)} if quick else work.CASES
-    done = work.ladder(compose.tasks(session.settings), repeats=3 if quick else REPEATS, cases=cases)
+    mixed = (20, 32, 2) if quick else work.MIXED
+    done = work.ladder(compose.tasks(session.settings), repeats=3 if quick else REPEATS, cases=cases, mixed=mixed)
     show("the same steps on the same rows", done["rows"])
-    for name in ("examples_per_second_ratio", "update_cost_ratio_to_oppu", "update_cost_ratio_to_oppu_one_user"):
+    for name in [name for name in done if name != "rows"]:
         click.echo(f"{name:36} {done[name]}")
     for name, value in found.items():
         click.echo(f"{name:36} {'not measured' if value is None else value}")

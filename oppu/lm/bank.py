@@ -178,6 +178,35 @@ class SlotBank:
         finally:
             self._mix = self._inner = None
 
+    def check(self, tensors: Tensors) -> int:
+        """Return an adapter's rank.
+
+        Args:
+            tensors: In PEFT's naming.
+
+        Returns:
+            Its rank.
+
+        Raises:
+            AdapterUnreadable: Names, shapes or values do not fit.
+        """
+        expected = {_key(name, kind) for name in self._names for kind in "AB"}
+        if set(tensors) != expected:
+            odd = sorted(set(tensors) ^ expected)
+            raise AdapterUnreadable(f"adapter and base differ in {len(odd)} tensors, the first is {odd[0]}")
+        rank = int(tensors[_key(self._names[0], "A")].shape[0])
+        if not 1 <= rank <= self.rank:
+            raise AdapterUnreadable(f"adapter of rank {rank}, expected 1 to {self.rank}")
+        for name, place in zip(self._names, self._places, strict=True):
+            shapes = {"A": (rank, place.wide), "B": (place.out, rank)}
+            for kind, shape in shapes.items():
+                tensor = tensors[_key(name, kind)]
+                if tensor.shape != shape:
+                    raise AdapterUnreadable(f"{_key(name, kind)}: shape {tensor.shape}, expected {shape}")
+                if not np.isfinite(tensor).all():
+                    raise AdapterUnreadable(f"{_key(name, kind)}: values that are not finite")
+        return rank
+
     def load(self, slot: int, tensors: Tensors) -> None:
         """Write an adapter into a slot.
 
@@ -188,7 +217,7 @@ class SlotBank:
         Raises:
             AdapterUnreadable: Names, shapes or values do not fit; the slot is unchanged.
         """
-        rank = self._check(tensors)
+        rank = self.check(tensors)
         with torch.no_grad():
             for weights in self.weights:
                 weights[slot].zero_()
@@ -290,24 +319,6 @@ class SlotBank:
         """Return one slot's A ``[r, in]`` and B ``[out, r]`` of every layer, views."""
         factors = [_factors(self.weights[p.group][slot : slot + 1], p, self.rank) for p in self._places]
         return [a[0] for a, _ in factors], [b[0].T for _, b in factors]
-
-    def _check(self, tensors: Tensors) -> int:
-        expected = {_key(name, kind) for name in self._names for kind in "AB"}
-        if set(tensors) != expected:
-            odd = sorted(set(tensors) ^ expected)
-            raise AdapterUnreadable(f"adapter and base differ in {len(odd)} tensors, the first is {odd[0]}")
-        rank = int(tensors[_key(self._names[0], "A")].shape[0])
-        if not 1 <= rank <= self.rank:
-            raise AdapterUnreadable(f"adapter of rank {rank}, expected 1 to {self.rank}")
-        for name, place in zip(self._names, self._places, strict=True):
-            shapes = {"A": (rank, place.wide), "B": (place.out, rank)}
-            for kind, shape in shapes.items():
-                tensor = tensors[_key(name, kind)]
-                if tensor.shape != shape:
-                    raise AdapterUnreadable(f"{_key(name, kind)}: shape {tensor.shape}, expected {shape}")
-                if not np.isfinite(tensor).all():
-                    raise AdapterUnreadable(f"{_key(name, kind)}: values that are not finite")
-        return rank
 
 
 class AdapterBank:

@@ -1,7 +1,8 @@
 """Run token sequences through the base and read logits only where they are wanted.
 
 Sequences are padded on the right with explicit positions; attention is causal, so padding cannot reach a real
-token and a row's logits do not depend on its batch-mates. The language-model head sees the read positions only.
+token and a row's logits do not depend on its batch-mates. The language-model head, and of most bases the last block's
+second half, see the read positions only.
 """
 
 import inspect
@@ -9,17 +10,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from oppu.lm.base import LoadedBase
 from oppu.lm.encoding import Reading, Target
+from oppu.lm.last_block import LastBlock
 from oppu.lm.scoring import aim_log_probs
 
 _CPU_TOKENS, _GPU_TOKENS = 4_096, 32_768
 """Most padded tokens of one forward: on a CPU, a training step's activations stay within some hundred megabytes."""
 _PLAIN_ATTENTION_TOKENS = 192
-_LENGTH_RATIO, _LENGTH_SLACK = 1.25, 8
+_FORWARD_SHARE = 8
+"""A forward's fixed cost, as a part of its most tokens; see ``buckets``."""
 
 
 class Runner:
@@ -34,12 +38,14 @@ class Runner:
         self.base = base
         self.tokens = _GPU_TOKENS if base.device.type == "cuda" else _CPU_TOKENS
         self._picked: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._last = LastBlock(base.model)
         self._takes_positions = "position_ids" in inspect.signature(base.model.forward).parameters
         self._hook = base.model.base_model.register_forward_hook(self._pick)
 
     def close(self) -> None:
-        """Take the hook off the base."""
+        """Take the hooks off the base."""
         self._hook.remove()
+        self._last.close()
 
     def logits(self, readings: Sequence[Reading]) -> torch.Tensor:
         """Run sequences of similar length.
@@ -51,9 +57,7 @@ class Runner:
             ``[t, vocabulary]`` float32 (or the base's wider type), positions in the order of the readings.
         """
         ids = self.padded([reading.ids for reading in readings])
-        rows = [row for row, reading in enumerate(readings) for _ in reading.positions]
-        columns = [position for reading in readings for position in reading.positions]
-        with self._picking(rows, columns), self._attention(ids.shape[1]):
+        with self._picking([reading.positions for reading in readings]), self._attention(ids.shape[1]):
             out = self.base.model(input_ids=ids, use_cache=False, **self.positions(ids))
         return self.widened(out.logits[0])
 
@@ -89,13 +93,20 @@ class Runner:
         return nullcontext()
 
     @contextmanager
-    def _picking(self, rows: list[int], columns: list[int]) -> Iterator[None]:
+    def _picking(self, positions: Sequence[tuple[int, ...]]) -> Iterator[None]:
+        """Let the next forward give the hidden states of some positions of each row only."""
         device = self.base.device
+        rows = [row for row, own in enumerate(positions) for _ in own]
+        columns = [column for own in positions for column in own]
+        if self._last.known:
+            most = max(len(own) for own in positions)
+            self._last.read = torch.tensor([[*own, *own[-1:] * (most - len(own))] for own in positions], device=device)
+            columns = [place for own in positions for place in range(len(own))]
         self._picked = torch.tensor(rows, device=device), torch.tensor(columns, device=device)
         try:
             yield
         finally:
-            self._picked = None
+            self._picked = self._last.read = None
 
     def _pick(self, _module: torch.nn.Module, _args: Any, output: Any) -> Any:
         if self._picked is not None:
@@ -127,7 +138,12 @@ def target_losses(runner: Runner, targets: Sequence[Target], slots: Sequence[int
 
 
 def buckets(lengths: Sequence[int], tokens: int = _CPU_TOKENS) -> list[list[int]]:
-    """Group sequences of similar length, so that little padding is computed.
+    """Group sequences of similar length, so that little padding is computed, but not in too many forwards.
+
+    Of all ways to cut the sorted sequences, the one of least cost, the sum over groups of padded tokens and of what a
+    forward costs beside them: that is counted as ``tokens / 8``. Measured training MiniLM in bfloat16 on AMX,
+    examples a second against groups of lengths within a quarter of each other: with padding worth 64 tokens a group
+    1.04, 192 1.10, 1,000 1.13; in float32 on one core 0.98, 0.93, 0.93, on two cores 1,000 gave 1.23.
 
     Args:
         lengths: Tokens of each sequence.
@@ -136,17 +152,17 @@ def buckets(lengths: Sequence[int], tokens: int = _CPU_TOKENS) -> list[list[int]
     Returns:
         Groups of indices, shortest first; every index once.
     """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    least, begins = np.zeros(len(order) + 1), [0] * (len(order) + 1)
+    for end in range(1, len(order) + 1):
+        longest = lengths[order[end - 1]]
+        first = max(0, end - max(1, tokens // longest))
+        costs = least[first:end] + longest * np.arange(end - first, 0, -1)
+        begins[end] = first + int(costs.argmin())
+        least[end] = costs.min() + tokens / _FORWARD_SHARE
     groups: list[list[int]] = []
-    first = 0
-    for at in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        fits = (
-            groups
-            and (len(groups[-1]) + 1) * lengths[at] <= tokens
-            and lengths[at] <= first * _LENGTH_RATIO + _LENGTH_SLACK
-        )
-        if fits:
-            groups[-1].append(at)
-        else:
-            groups.append([at])
-            first = lengths[at]
-    return groups
+    end = len(order)
+    while end:
+        groups.append(order[begins[end] : end])
+        end = begins[end]
+    return groups[::-1]

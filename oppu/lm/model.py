@@ -23,7 +23,7 @@ from oppu.lm.generation import greedy
 from oppu.lm.port import AdapterRef, Example, Row, Scored, Tensors, TrainConfig, Trained, TrainJob
 from oppu.lm.prompts import Ids
 from oppu.lm.scoring import Trie, allowed_log_probs
-from oppu.lm.training import train_slots
+from oppu.lm.training import Calls, slots_for, train_slots
 from oppu.settings import ModelSettings
 from oppu.tasks import Tasks
 from oppu.values import BaseId
@@ -201,21 +201,25 @@ class TorchModel:
         """
         if not jobs:
             return []
-        targets = [self._encoder.targets(job.examples) for job in jobs]
+        fit = [job for job in jobs if _fits(self._scratch, job)]
+        targets = [self._encoder.targets(job.examples) for job in fit]
+        tensors: dict[int, Tensors] = {}
         with self._lock:
-            bank = self._new_bank(len(jobs), trainable=True)
+            bank = self._new_bank(slots_for(self._runner, len(fit), config), trainable=True)
+            calls = Calls(
+                heartbeat,
+                begin=lambda user, slot: _start(bank, slot, fit[user]),
+                end=lambda user, slot: tensors.update({user: bank.read(slot)}),
+            )
             try:
-                fits = [_start(bank, slot, job) for slot, job in enumerate(jobs, start=1)]
-                rows = [part if fit else [] for part, fit in zip(targets, fits, strict=True)]
-                results = train_slots(self._runner, bank, rows, config, heartbeat)
+                results = train_slots(self._runner, bank, targets, config, calls)
             finally:
                 bank.close()
-        return [
-            Trained(bank.read(slot), result.steps, result.mean_loss)
-            if fit and result.finite
-            else Trained(None, result.steps, math.nan)
-            for slot, (fit, result) in enumerate(zip(fits, results, strict=True), start=1)
-        ]
+        done = {
+            id(job): Trained(tensors[user] if result.finite else None, result.steps, result.mean_loss)
+            for user, (job, result) in enumerate(zip(fit, results, strict=True))
+        }
+        return [done.get(id(job), Trained(None, 0, math.nan)) for job in jobs]
 
     def adapter_config(self) -> Mapping[str, object]:
         """Return the JSON content of PEFT's ``adapter_config.json`` for this base."""
@@ -297,17 +301,23 @@ class TorchModel:
         return [trie.scores(nodes) for (_, trie, _), nodes in zip(work, found, strict=True)]
 
 
-def _start(bank: SlotBank, slot: int, job: TrainJob) -> bool:
-    """Put a job's parent, or fresh weights, into a slot; say whether the parent fits."""
+def _fits(bank: SlotBank, job: TrainJob) -> bool:
+    """Say whether a job's parent, if any, can be trained on."""
     try:
-        if job.parent is None:
-            bank.fresh(slot, job.seed)
-        else:
-            bank.load(slot, job.parent)
+        if job.parent is not None:
+            bank.check(job.parent)
     except AdapterUnreadable as error:
         logger.warning("a parent adapter cannot be trained on: %s", error)
         return False
     return True
+
+
+def _start(bank: SlotBank, slot: int, job: TrainJob) -> None:
+    """Put a job's parent, or fresh weights, into a slot."""
+    if job.parent is None:
+        bank.fresh(slot, job.seed)
+    else:
+        bank.load(slot, job.parent)
 
 
 def _spread(

@@ -1,8 +1,9 @@
-"""Train several users' adapters at once, each as if it were alone.
+"""Train many users' adapters at once, each as if it were alone.
 
-The loss is a sum over users of the mean over that user's rows, so a slot's gradient is that user's own. Clipping,
-step counts, warm-up, weight decay and moments are per slot; a slot without rows in a step stays bit-identical,
-and one whose gradient is not finite is dropped for good without touching the others. Order is the caller's.
+There may be more users than slots: who is done leaves, and the next one takes the slot in the next step. The loss is
+a sum over users of the mean over that user's rows, so a slot's gradient is that user's own. Clipping, step counts,
+warm-up, weight decay and moments are per slot; a slot without rows in a step stays bit-identical, and a user whose
+gradient is not finite leaves without touching the others. Order within a user is the caller's.
 """
 
 import math
@@ -21,15 +22,31 @@ _WARM_UP_SHARE = 0.1
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
 _CLIP_EPSILON = 1e-6
 """As in ``torch.nn.utils.clip_grad_norm_``, so that equality with it is exact."""
+_ROW_TOKENS = 16
+"""A step over more rows than forwards of this length hold is no cheaper a row, and the stacks' gradients grow."""
 
 
 @dataclass(frozen=True, slots=True)
 class SlotResult:
-    """How a slot's training went: whether its weights are finite, its steps, its mean loss over all rows."""
+    """How a user's training went: whether its weights are finite, its steps, its mean loss over all rows."""
 
     finite: bool
     steps: int
     mean_loss: float
+
+
+def _nothing(_user: int, _slot: int) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """What training calls: ``beat`` before every forward, ``begin`` (user, slot) to put a user's weights into a slot,
+    ``end`` (user, slot) while the slot holds what the user's training ended with."""
+
+    beat: Callable[[], None]
+    begin: Callable[[int, int], None] = _nothing
+    end: Callable[[int, int], None] = _nothing
 
 
 class SlotAdamW:
@@ -51,6 +68,13 @@ class SlotAdamW:
         slots, device = stacks[0].shape[0], stacks[0].device
         self._count = torch.zeros(slots, dtype=torch.float64, device=device)
         self.finite = torch.ones(slots, dtype=torch.bool, device=device)
+
+    def clear(self, slot: int) -> None:
+        """Forget a slot's past: somebody else's weights lie in it now."""
+        for moment in (*self._first, *self._second):
+            moment[slot] = 0
+        self._count[slot] = 0
+        self.finite[slot] = True
 
     @torch.no_grad()
     def step(self, slots: Sequence[int], warm_up: Sequence[int]) -> None:
@@ -89,7 +113,7 @@ class SlotAdamW:
 class _Course:
     """One user's steps: its targets cut into train batches, over and over."""
 
-    slot: int
+    user: int
     batches: tuple[tuple[Target, ...], ...]
     steps: int
 
@@ -97,79 +121,118 @@ class _Course:
     def warm_up(self) -> int:
         return max(1, math.ceil(_WARM_UP_SHARE * self.steps))
 
+    @property
+    def rows(self) -> int:
+        return sum(len(self.batch(step)) for step in range(self.steps))
+
     def batch(self, step: int) -> tuple[Target, ...]:
         return self.batches[step % len(self.batches)]
 
 
+@dataclass(slots=True)
+class _Seat:
+    """A user in a slot: the steps it has taken and the sum of its rows' losses so far."""
+
+    slot: int
+    course: _Course
+    taken: int = 0
+    total: float = 0.0
+
+    @property
+    def batch(self) -> tuple[Target, ...]:
+        """The rows of its next step."""
+        return self.course.batch(self.taken)
+
+
+def slots_for(runner: Runner, users: int, config: TrainConfig) -> int:
+    """Return how many slots training some users takes: as many as have rows enough to fill a forward."""
+    return max(1, min(users, runner.tokens // (_ROW_TOKENS * config.batch)))
+
+
 def train_slots(
-    runner: Runner,
-    bank: SlotBank,
-    targets: Sequence[Sequence[Target]],
-    config: TrainConfig,
-    heartbeat: Callable[[], None],
+    runner: Runner, bank: SlotBank, targets: Sequence[Sequence[Target]], config: TrainConfig, calls: Calls
 ) -> list[SlotResult]:
-    """Train the bank's slots 1, 2, … on one user's targets each.
+    """Train users in a bank's slots.
+
+    Those with most steps begin first, so that few are left at the end; where all fit, user i has slot i + 1.
 
     Args:
         runner: The base that the bank is attached to.
-        bank: Trainable, its slots holding the weights to start from.
-        targets: For each slot in order, the user's examples in their order (cut into batches of
-            ``config.batch``, ``config.passes`` times over).
+        bank: Trainable, with at least one slot.
+        targets: Each user's examples in their order (cut into batches of ``config.batch``, ``config.passes`` times
+            over).
         config: Common to all.
-        heartbeat: Called before every forward.
+        calls: What is called meanwhile.
 
     Returns:
-        One result a slot.
+        One result a user.
     """
-    courses = [_course(slot, rows, config) for slot, rows in enumerate(targets, start=1)]
+    courses = [_course(user, rows, config) for user, rows in enumerate(targets)]
+    waiting = sorted(courses, key=lambda course: -course.steps)
+    first, waiting = sorted(waiting[: bank.slots], key=lambda course: course.user), waiting[bank.slots :]
     optimizer = SlotAdamW(bank.weights, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
-    sums = [0.0] * len(courses)
-    for step in range(max((course.steps for course in courses), default=0)):
-        active = [c for c in courses if step < c.steps and bool(optimizer.finite[c.slot])]
-        if not active:
-            break
-        for course, loss in zip(active, _backward(runner, bank, active, step, heartbeat), strict=True):
-            sums[course.slot - 1] += loss
-        optimizer.step([course.slot for course in active], [course.warm_up for course in active])
-    return [_result(course, bank, optimizer, total) for course, total in zip(courses, sums, strict=True)]
+    results: dict[int, SlotResult] = {}
+    seats = [_seated(slot, course, optimizer, calls) for slot, course in enumerate(first, start=1)]
+    while seats:
+        active = [seat for seat in seats if seat.taken < seat.course.steps]
+        if active:
+            _step(runner, bank, active, optimizer, calls)
+        finite = optimizer.finite.tolist()
+        over = [seat for seat in seats if seat.taken >= seat.course.steps or not finite[seat.slot]]
+        seats = [seat for seat in seats if seat not in over]
+        for seat in over:
+            calls.end(seat.course.user, seat.slot)
+            results[seat.course.user] = _result(seat, bank, finite=finite[seat.slot])
+            if waiting:
+                seats.append(_seated(seat.slot, waiting.pop(0), optimizer, calls))
+    return [results[course.user] for course in courses]
 
 
-def _course(slot: int, rows: Sequence[Target], config: TrainConfig) -> _Course:
+def _course(user: int, rows: Sequence[Target], config: TrainConfig) -> _Course:
     batches = tuple(tuple(rows[at : at + config.batch]) for at in range(0, len(rows), config.batch))
-    return _Course(slot, batches, config.passes * len(batches))
+    return _Course(user, batches, config.passes * len(batches))
 
 
-def _backward(
-    runner: Runner, bank: SlotBank, active: Sequence[_Course], step: int, heartbeat: Callable[[], None]
-) -> list[float]:
-    """Put this step's gradients on the stacks; return each course's summed loss."""
-    rows = [(at, target) for at, course in enumerate(active) for target in course.batch(step)]
-    sums = [0.0] * len(active)
+def _seated(slot: int, course: _Course, optimizer: SlotAdamW, calls: Calls) -> _Seat:
+    calls.begin(course.user, slot)
+    optimizer.clear(slot)
+    return _Seat(slot, course)
+
+
+def _step(runner: Runner, bank: SlotBank, active: Sequence[_Seat], optimizer: SlotAdamW, calls: Calls) -> None:
+    """Take every seat's next step."""
+    _backward(runner, bank, active, calls.beat)
+    optimizer.step([seat.slot for seat in active], [seat.course.warm_up for seat in active])
+    for seat in active:
+        seat.taken += 1
+
+
+def _backward(runner: Runner, bank: SlotBank, active: Sequence[_Seat], beat: Callable[[], None]) -> None:
+    """Put the next step's gradients on the stacks and its losses on the seats."""
+    rows = [(at, target) for at, seat in enumerate(active) for target in seat.batch]
     for at, target in rows:
         if not target.positions:
-            sums[at] += target.offset
+            active[at].total += target.offset
     live = [(at, target) for at, target in rows if target.positions]
-    heartbeat()
+    beat()
     for group in buckets([len(target.ids) for _, target in live], runner.tokens):
-        heartbeat()
+        beat()
         members = sorted((live[index] for index in group), key=lambda member: member[0])  # a slot's rows side by side
         slots = [active[at].slot for at, _ in members]
         with bank.use(slots):
             losses = target_losses(runner, [target for _, target in members], slots)
-        shares = [1 / len(active[at].batch(step)) for at, _ in members]
+        shares = [1 / len(active[at].batch) for at, _ in members]
         weights = torch.tensor(shares, dtype=losses.dtype, device=losses.device)
         torch.autograd.backward((losses * weights).sum())
         for (at, _), loss in zip(members, losses.tolist(), strict=True):
-            sums[at] += loss
-    return sums
+            active[at].total += loss
 
 
-def _result(course: _Course, bank: SlotBank, optimizer: SlotAdamW, total: float) -> SlotResult:
-    weights_finite = all(bool(weights[course.slot].isfinite().all()) for weights in bank.weights)
-    finite = bool(optimizer.finite[course.slot]) and weights_finite
-    rows = sum(len(course.batch(step)) for step in range(course.steps))
-    mean = total / rows if rows else 0.0
-    return SlotResult(finite=finite, steps=course.steps, mean_loss=mean if finite else math.nan)
+def _result(seat: _Seat, bank: SlotBank, *, finite: bool) -> SlotResult:
+    finite = finite and all(bool(weights[seat.slot].isfinite().all()) for weights in bank.weights)
+    rows = seat.course.rows
+    mean = seat.total / rows if rows else 0.0
+    return SlotResult(finite=finite, steps=seat.course.steps, mean_loss=mean if finite else math.nan)
 
 
 def _taken(grad: torch.Tensor | None, stack: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.bank_train import accuracies
+from benchmarks.bank_train import accuracies, shown
 from benchmarks.residency import ROWS, Draw
 from benchmarks.timing import Timing, interleaved, rounded
 from oppu.errors import ConfigError
@@ -46,3 +46,20 @@ def test_accuracies_come_from_a_result_of_the_experiment(tmp_path: Path) -> None
         path.write_text(content)
         with pytest.raises(ConfigError, match="--results"):
             accuracies(path)
+
+
+def test_the_well_run_loop_is_the_faster_one_of_the_same_type() -> None:
+    seconds = {
+        "oppu": 10.0,
+        "targets only float32": 4.0,
+        "length buckets float32": 5.0,
+        "bank float32": 2.0,
+        "targets only bfloat16": 3.0,
+        "length buckets bfloat16": 2.5,
+        "bank bfloat16": 2.0,
+    }
+    rows = {row["rung"]: row for row in shown("x", {name: Timing((time,)) for name, time in seconds.items()}, 100)}
+    assert rows["bank float32"]["ratio_to_well_run_peft"] == 2.0
+    assert rows["bank bfloat16"]["ratio_to_well_run_peft"] == 1.25
+    assert rows["bank bfloat16"]["ratio_to_oppu"] == 5.0
+    assert rows["oppu"]["examples_per_second"] == 10.0

@@ -3,10 +3,13 @@
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from oppu.lm import training
 from oppu.lm.bank import SlotBank, adapter_config, find_targets
@@ -14,7 +17,7 @@ from oppu.lm.base import LoadedBase
 from oppu.lm.encoding import Encoder, Target
 from oppu.lm.forward import Runner, target_losses
 from oppu.lm.port import Example, TrainConfig
-from oppu.lm.training import SlotAdamW, SlotResult, train_slots
+from oppu.lm.training import Calls, SlotAdamW, SlotResult, slots_for, train_slots
 from oppu.tasks import Tasks
 
 Make = Callable[..., Any]
@@ -57,11 +60,11 @@ def train(
     runner = Runner(base)
     beats: list[None] = []
     try:
-        results = train_slots(runner, bank, users, config, lambda: beats.append(None))
+        results = train_slots(runner, bank, users, config, Calls(lambda: beats.append(None)))
     finally:
         runner.close()
         bank.close()
-    assert len(beats) >= max(result.steps for result in results)
+    assert len(beats) >= max((result.steps for result in results if result.finite), default=0)
     return results
 
 
@@ -249,6 +252,92 @@ def test_loss_falls_and_its_mean_is_over_all_rows(make_base: Make, make_adapter:
     runner.close()
     assert start.mean_loss == pytest.approx(np.mean(one_by_one), rel=1e-4)
     assert end.mean_loss < 0.7 * start.mean_loss
+
+
+@st.composite
+def job_lists(draw: st.DrawFn) -> tuple[int, list[int], int]:
+    """Slots, each user's number of examples, and the one whose weights are not finite (or nobody's)."""
+    counts = draw(st.lists(st.integers(0, 9), min_size=1, max_size=7))
+    return draw(st.integers(1, 4)), counts, draw(st.integers(-3, len(counts) - 1))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(job_lists())
+def test_who_takes_a_slot_after_another_equals_training_alone(
+    make_base: Make, make_adapter: Make, tasks: Tasks, jobs: tuple[int, list[int], int]
+) -> None:
+    slots, counts, spoilt = jobs
+    base, config = make_base("llama", torch.float64), TrainConfig(1e-2, 0.1, passes=2, batch=3)
+    adapters = [make_adapter(base.model, seed) for seed in range(len(counts))]
+    if spoilt >= 0:
+        next(iter(adapters[spoilt].values()))[:] = 1e30
+    users = [targets_of(base, tasks, examples(seed, count)) for seed, count in enumerate(counts)]
+    alone = {}
+    for at, (adapter, user) in enumerate(zip(adapters, users, strict=True)):
+        bank = new_bank(base, [adapter])
+        alone[at] = train(base, bank, [user], config)[0], weights(bank, 1)
+    bank, runner, found = new_bank(base, adapters[:slots]), Runner(base), {}
+    calls = Calls(
+        lambda: None,
+        begin=lambda user, slot: bank.load(slot, adapters[user]),
+        end=lambda user, slot: found.update({user: weights(bank, slot)}),
+    )
+    results = train_slots(runner, bank, users, config, calls)
+    runner.close()
+    bank.close()
+    for at, (result, own) in alone.items():
+        assert (results[at].finite, results[at].steps) == (result.finite, result.steps)
+        assert results[at].mean_loss == pytest.approx(result.mean_loss, rel=1e-9, nan_ok=True)
+        if result.finite:
+            assert all(torch.allclose(x, y, rtol=1e-9, atol=1e-12) for x, y in zip(found[at], own, strict=True))
+
+
+@pytest.mark.parametrize("forgets", [True, False])
+def test_a_past_that_stays_in_a_slot_is_noticed(
+    forgets: bool, make_base: Make, make_adapter: Make, tasks: Tasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, found = make_base("llama", torch.float64), []
+    adapter, user = make_adapter(base.model, 1), targets_of(base, tasks, examples(1, 9))
+    if not forgets:
+        monkeypatch.setattr(SlotAdamW, "clear", lambda _self, _slot: None)
+    bank, runner = new_bank(base, [adapter]), Runner(base)
+    calls = Calls(
+        lambda: None, lambda _, slot: bank.load(slot, adapter), lambda _, slot: found.append(weights(bank, slot))
+    )
+    train_slots(runner, bank, [user, user], CONFIG, calls)
+    runner.close()
+    bank.close()
+    apart = max(float((mine - other).abs().max() / other.abs().max()) for mine, other in zip(*found, strict=True))
+    assert apart <= 1e-9 if forgets else apart > 1e-4
+
+
+def test_the_bank_stays_full(make_base: Make, make_adapter: Make, tasks: Tasks) -> None:
+    base, config = make_base("llama"), TrainConfig(1e-3, 0.0, passes=1, batch=1)
+    users = [targets_of(base, tasks, examples(1, count)) for count in (1, 2, 6, 1, 2)]
+    bank, runner = new_bank(base, [make_adapter(base.model, 1)] * 2), Runner(base)
+    seen: list[tuple[str, int, int]] = []
+    calls = Calls(
+        lambda: None,
+        begin=lambda user, slot: seen.append(("begin", user, slot)),
+        end=lambda user, slot: seen.append(("end", user, slot)),
+    )
+    steps = mock.Mock(wraps=SlotAdamW.step)
+    with mock.patch.object(SlotAdamW, "step", lambda self, *args: steps(self, *args)):
+        train_slots(runner, bank, users, config, calls)
+    runner.close()
+    bank.close()
+    assert [len(call.args[1]) for call in steps.call_args_list] == [2] * 6
+    assert [entry for entry in seen if entry[0] == "begin"] == [
+        ("begin", 1, 1), ("begin", 2, 2), ("begin", 4, 1), ("begin", 0, 1), ("begin", 3, 1)
+    ]  # fmt: skip
+    assert sorted(user for kind, user, _ in seen if kind == "end") == [0, 1, 2, 3, 4]
+
+
+def test_slots_are_as_many_as_fill_a_forward(make_base: Make) -> None:
+    runner = Runner(make_base())
+    config = TrainConfig(1e-3, 0.0, passes=1, batch=16)
+    assert [slots_for(runner, users, config) for users in (0, 3, 500)] == [1, 3, runner.tokens // 256]
+    assert slots_for(runner, 5, TrainConfig(1e-3, 0.0, passes=1, batch=100_000)) == 1
 
 
 class TestSlotAdamW:

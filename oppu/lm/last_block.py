@@ -1,0 +1,76 @@
+"""Compute a base's last block behind its attention only where logits are read.
+
+Nothing later looks at the other positions, and all that follows the attention is done position by position, so the
+logits are the same. Invariant: rows stay rows, so that a bank's hooks on layers of the last block still fit them.
+"""
+
+from typing import Any
+
+import torch
+
+_ATTENTION = {
+    "BertLayer": ("attention.self", None),
+    "GemmaDecoderLayer": ("self_attn", "input_layernorm"),
+    "LlamaDecoderLayer": ("self_attn", "input_layernorm"),
+    "MistralDecoderLayer": ("self_attn", "input_layernorm"),
+    "Qwen2DecoderLayer": ("self_attn", "input_layernorm"),
+}
+"""Each block's attention and the norm before it. GPT-2 is not among them: it shapes its output like its input."""
+
+
+class LastBlock:
+    """Hooks on the last block, idle unless ``read`` is set. Other architectures than those known get none."""
+
+    def __init__(self, model: Any) -> None:
+        """Attach to a base.
+
+        Args:
+            model: A Hugging Face causal language model.
+        """
+        self.read: torch.Tensor | None = None
+        """``[n, p] int64``, the positions of each row that are read."""
+        self._whole: torch.Tensor | None = None
+        self._hooks: list[Any] = []
+        blocks = [module for module in model.base_model.modules() if type(module).__name__ in _ATTENTION]
+        if blocks:
+            self._attach(blocks[-1])
+
+    @property
+    def known(self) -> bool:
+        """Whether the base has a last block of a known kind."""
+        return bool(self._hooks)
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _attach(self, block: Any) -> None:
+        path, norm = _ATTENTION[type(block).__name__]
+        attention, before = block.get_submodule(path), getattr(block, norm) if norm else torch.nn.Identity()
+
+        def narrow(_block: Any, args: Any) -> Any:
+            if self.read is None:
+                return None
+            self._whole = args[0]
+            return picked(args[0], self.read), *args[1:]
+
+        def widen(_attention: Any, args: Any, kwargs: Any) -> Any:
+            if self.read is None:
+                return None
+            whole, self._whole = before(self._whole), None
+            return ((whole, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": whole})
+
+        def pick(_attention: Any, _args: Any, output: Any) -> Any:
+            return None if self.read is None else (picked(output[0], self.read), *output[1:])
+
+        self._hooks = [
+            block.register_forward_pre_hook(narrow),
+            attention.register_forward_pre_hook(widen, with_kwargs=True),
+            attention.register_forward_hook(pick),
+        ]
+
+
+def picked(hidden: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+    """Return ``[n, p, d]``, the read positions of ``[n, t, d]``."""
+    return hidden.gather(1, read[:, :, None].expand(-1, -1, hidden.shape[2]))
