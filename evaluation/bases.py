@@ -23,6 +23,7 @@ from oppu.settings import Settings
 from oppu.tasks import Tasks
 
 BaseName = Literal[Variant, "unadapted"]
+CURVE = "base.json"
 TEMPERATURES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
 
 
@@ -77,9 +78,12 @@ def adapted(study: Study, variant: Variant) -> Path:
         The folder of the best base.
     """
     folder = study.folder / f"base-{variant}"
+    if (folder / CURVE).exists():
+        losses = curve(study, variant)
+        return folder / str(1 + losses.index(min(losses)))
     folder.mkdir(exist_ok=True)
     judged = [e for p in study.fold.calibrate for e in drawn(p.items, study.pasts[p.user_id], variant, study.seed)]
-    losses: list[float] = []
+    losses = []
     for epochs in range(1, study.recipe.base_epochs + 1):
         out = folder / str(epochs)
         if not (out / RECIPE).exists():
@@ -91,13 +95,13 @@ def adapted(study: Study, variant: Variant) -> Path:
         study.say(f"base {variant}: {epochs} epochs, calibrate users' loss {losses[-1]:.4f}")
         if losses[-1] > min(losses):
             break
-    (folder / "base.json").write_text(json.dumps({"calibrate_loss_by_epochs": losses}) + "\n", encoding="utf-8")
+    _write(folder / CURVE, json.dumps({"calibrate_loss_by_epochs": losses}) + "\n")
     return folder / str(1 + losses.index(min(losses)))
 
 
 def curve(study: Study, variant: Variant) -> list[float]:
     """Return the calibrate users' loss after each number of epochs, of a base that was adapted."""
-    text = (study.folder / f"base-{variant}" / "base.json").read_text(encoding="utf-8")
+    text = (study.folder / f"base-{variant}" / CURVE).read_text(encoding="utf-8")
     return [float(loss) for loss in json.loads(text)["calibrate_loss_by_epochs"]]
 
 
@@ -138,6 +142,13 @@ def adapt_once(
 
     base = load_base(study.settings.model, adapting=True)
     adapt(base, study.tasks, examples, out, config=config, settings=study.settings.model, progress=progress)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write beside and rename: what is there is whole."""
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def _learnt(study: Study, variant: Variant) -> list[Example]:

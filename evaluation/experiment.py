@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation import controls
+from evaluation.analyses import Analysed, Extra, analyse, with_text_task
 from evaluation.arms import Arms, Array, Table, choice_arms, fit_fusion
 from evaluation.bases import Study, curve, opened
 from evaluation.corpus import Item, by_user
@@ -45,6 +46,8 @@ class Plan:
     say: Say
     all_arms: bool = False
     methods: bool = False
+    analyses: bool = False
+    sisters: tuple[Item, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,8 @@ class Outcome:
     """One seed's arms over all folds' target users, in order of ``people``.
 
     ``chosen`` is each fold's choice for P1, ``curves`` each base's loss after each number of epochs by fold and
-    variant, ``cut_share`` the share of recent items that did not fit the prompts, ``methods`` each PEFT method's cost.
+    variant, ``cut_share`` the share of recent items that did not fit the prompts, ``methods`` each PEFT method's cost,
+    ``analysed`` each fold's analyses.
     """
 
     seed: int
@@ -63,6 +67,7 @@ class Outcome:
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
     cut_share: float | None = None
     methods: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    analysed: tuple[Analysed, ...] = ()
 
 
 def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, embedder: Embedder) -> list[Outcome]:
@@ -82,6 +87,7 @@ def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, emb
         ConfigError: The items do not suffice, or a split leaks.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
+    tasks = with_text_task(tasks, plan.task)
     vectors = _embedded(plan, items, embedder)
     folds = make_folds(items, np.stack([vectors[i.item_id] for i in items]), plan.bounds, final=plan.final)
     folds = [replace(fold, target=fold.target[: plan.users]) for fold in folds]
@@ -101,7 +107,8 @@ def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, emb
         for fold, past in zip(folds, pasts_of, strict=True):
             folder = plan.folder / f"{fold.name}-seed-{seed}"
             folder.mkdir(exist_ok=True)
-            parts.append(_fold(plan, Study(fold, past, settings, tasks, folder, plan.recipe, seed, plan.say)))
+            study = Study(fold, past, settings, tasks, folder, plan.recipe, seed, plan.say)
+            parts.append(_fold(plan, study, Extra(vectors, embedder, plan.sisters)))
         outcomes.append(_outcome(seed, parts))
     return outcomes
 
@@ -116,6 +123,7 @@ class _Part:
     curves: dict[str, list[float]]
     cut_share: float | None
     methods: dict[str, MethodResult]
+    analysed: Analysed | None
 
 
 def _pasts(
@@ -131,13 +139,13 @@ def _pasts(
     return found
 
 
-def _fold(plan: Plan, study: Study) -> _Part:
+def _fold(plan: Plan, study: Study, extra: Extra) -> _Part:
     fold = study.fold
     people = (*fold.target, *fold.calibrate)
     with opened(study, "plain") as bench:
         plain = base_scores(bench, people, "base-scores")
         followed = follow(bench, people)
-        variants = compared(study, bench, every=plan.all_arms)
+        variants = compared(study, bench, every=plan.all_arms or plan.analyses)
         held = variants.held
         _add_controls(study, bench, held)
     for p in fold.target:
@@ -159,8 +167,12 @@ def _fold(plan: Plan, study: Study) -> _Part:
     }
     targets = [tables[p.user_id] for p in fold.target]
     arms = _arms(targets, list(tables.values()))
+    analysed = None
+    if plan.analyses:
+        own = {t.person.user_id: {**t.held, "none": t.base[t.person.cut :]} for t in targets}
+        analysed = analyse(study, own, extra)
     curves: dict[str, list[float]] = {variant: curve(study, variant) for variant in VARIANTS}
-    return _Part(targets, arms, variants.chosen, curves, variants.cut_share, methods)
+    return _Part(targets, arms, variants.chosen, curves, variants.cut_share, methods, analysed)
 
 
 def _arms(targets: Sequence[Table], tables: Sequence[Table]) -> Arms:
@@ -186,6 +198,7 @@ def _outcome(seed: int, parts: Sequence[_Part]) -> Outcome:
         {f"{part.chosen.fold}/{name}": losses for part in parts for name, losses in part.curves.items()},
         float(np.mean(shares)) if shares else None,
         merged([part.methods for part in parts]),
+        tuple(part.analysed for part in parts if part.analysed is not None),
     )
 
 

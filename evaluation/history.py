@@ -57,7 +57,12 @@ class _Shelf:
 
 
 def pasts(
-    items: Sequence[Item], vectors: Mapping[str, Vector], embedder: Embedder, settings: RetrieverSettings
+    items: Sequence[Item],
+    vectors: Mapping[str, Vector],
+    embedder: Embedder,
+    settings: RetrieverSettings,
+    *,
+    before: Sequence[int] | None = None,
 ) -> list[Past]:
     """Look up every item's past.
 
@@ -66,13 +71,14 @@ def pasts(
         vectors: ``[dim] float32`` unit embedding of each input, by item id.
         embedder: Names the vectors.
         settings: Mode, k, neighbours, half-life.
+        before: For each item the first seq, from 1, that it may not see; absent: its day's first.
 
     Returns:
         One past an item.
     """
     if not items:
         return []
-    user, before = UserId(items[0].user_id), _before(items)
+    user, before = UserId(items[0].user_id), _before(items) if before is None else before
     shelf = cast(HistoryStore, _Shelf([_event(item, at, vectors) for at, item in enumerate(items, start=1)]))
     retriever = Retriever(shelf, embedder, settings, fresh())
     state = UserState(user, 1, len(items), None)

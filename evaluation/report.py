@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from evaluation.analysis_tables import analysis_rows
 from evaluation.arms import Array, log_loss, macro_f1, right
 from evaluation.experiment import Outcome, Plan
+from evaluation.figures import draw
 from evaluation.methods import PREFIX
+from evaluation.sections import sections
 from evaluation.splits import clusters
 from evaluation.statistics import Contrast, contrast, holm, mean_interval
 from evaluation.training import Recipe
@@ -69,6 +72,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
         "arms": arms,
         "tests": {name: asdict(c) | {"holm_p": adjusted.get(name)} for name, c in tests.items()},
         "trust_in_adapter": _trust(outcomes),
+        "analyses": analysis_rows(outcomes, kind),
         "methods": {n: {**arms[PREFIX + n], **cost} for n, cost in outcomes[0].methods.items()},
         "chosen": [asdict(choice) for o in outcomes for choice in o.chosen],
         "adaption": {f"seed {o.seed}, {name}": list(losses) for o in outcomes for name, losses in o.curves.items()},
@@ -84,6 +88,7 @@ def write(result: Mapping[str, Any], outcomes: Sequence[Outcome], kind: Kind, fo
     """Write ``TASK.json`` and ``TASK.md`` and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     data, page = folder / f"{result['task']}.json", folder / f"{result['task']}.md"
+    result = {**result, "figures": draw(result, folder)}
     data.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     page.write_text(markdown(result) + _examples(outcomes[0], kind), encoding="utf-8")
     return data, page
@@ -99,14 +104,15 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{result['users']} users, {result['queries']} queries, {part}; metric: {result['metric']}; "
         f"seeds {result['seeds']}; base {result['base']}. Made by `{result['command']}`.",
         "",
-        "| arm | over queries | 95 % | over users | log loss | macro-F1 |",
-        "|---|---|---|---|---|---|",
+        "| arm | over queries | 95 % | seeds | over users | log loss | macro-F1 |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, arm in sorted(result["arms"].items(), key=lambda pair: -pair[1]["query_mean"]):
         low, high = arm["ci"]
         rest = f"{arm['log_loss']:.3f} | {arm['macro_f1']:.3f}" if "log_loss" in arm else "| "
         lines.append(
-            f"| {name} | {arm['query_mean']:.3f} | {low:.3f} to {high:.3f} | {arm['user_mean']:.3f} | {rest} |"
+            f"| {name} | {arm['query_mean']:.3f} | {low:.3f} to {high:.3f} | {_spread(arm['seeds'])} "
+            f"| {arm['user_mean']:.3f} | {rest} |"
         )
     lines += [
         "",
@@ -122,7 +128,11 @@ def markdown(result: Mapping[str, Any]) -> str:
             f"| {user_low:+.4f} to {user_high:+.4f} | {t['user_p']:.4f} | {t['wins']}/{t['ties']}/{t['losses']} "
             f"| {t['detectable']:.4f} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + sections(result)
+
+
+def _spread(seeds: Sequence[float]) -> str:
+    return f"{min(seeds):.3f} to {max(seeds):.3f}" if len(seeds) > 1 else ""
 
 
 def _tests(merits: Mapping[str, Sequence[Array]], of: Sequence[int]) -> dict[str, Contrast]:

@@ -138,7 +138,7 @@ def train_once(bench: Bench, name: str, parts: Mapping[str, Sequence[Example]]) 
     Returns:
         Weights by user.
     """
-    config = TrainConfig(bench.recipe.learning_rate, bench.recipe.weight_decay, bench.recipe.passes, bench.recipe.batch)
+    config = full_config(bench.recipe)
     users = sorted(parts)
     weights: dict[str, dict[str, NDArray[Any]]] = {}
     for first in range(0, len(users), _AT_ONCE):
@@ -212,6 +212,11 @@ def _increment(bench: Bench, person: Person, begin: int, end: int, head: Tensors
     mixed = [*person.items[begin:end], *chance.sample(older, min(bench.recipe.replay, len(older)))]
     chance.shuffle(mixed)
     return TrainJob(UserId(person.user_id), head, tuple(map(example, mixed)), user_seed(bench.seed, person.user_id))
+
+
+def full_config(recipe: Recipe) -> TrainConfig:
+    """Return the paper's full training."""
+    return TrainConfig(recipe.learning_rate, recipe.weight_decay, recipe.passes, recipe.batch)
 
 
 def _chunk_config(recipe: Recipe) -> TrainConfig:

@@ -2,12 +2,19 @@
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from oppu.cli import Session, compose, emit, json_option
+from oppu.cli.clients import read_events
 from oppu.errors import ConfigError
+from oppu.tasks import Tasks
+
+if TYPE_CHECKING:
+    from evaluation.corpus import Item
 
 QUICK_USERS = 8
 MINUTES_A_THOUSAND = 2.5
@@ -25,6 +32,7 @@ MINUTES_A_THOUSAND = 2.5
 @click.option("--quick", is_flag=True, help=f"The first {QUICK_USERS} targets and short training: not evidence.")
 @click.option("--all-arms", is_flag=True, help="Also OPPU with k=2 and 4, profile with k=1, and without adaption.")
 @click.option("--methods", is_flag=True, help="Also LoRA, IA3 and prompt tuning, one user after the other.")
+@click.option("--analyses", is_flag=True, help="Also the paper's analyses; all arms run.")
 @click.option("--final", is_flag=True, help="Open the held-back last fifth; it is written down that this was done.")
 @json_option
 @click.pass_obj
@@ -41,12 +49,14 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
     quick: bool,
     all_arms: bool,
     methods: bool,
+    analyses: bool,
     final: bool,
     as_json: bool,
 ) -> None:
     """Compare all arms and controls of TASK on users' own events, and write tables and tests to OUT."""
     from evaluation.corpus import by_user, load
     from evaluation.experiment import Plan, run
+    from evaluation.quick import shortened
     from evaluation.report import markdown, summarise, write
     from evaluation.splits import Bounds
     from evaluation.training import Recipe
@@ -62,16 +72,32 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
 
     recipe = Recipe(base_epochs=1, passes=1, chunk_passes=1, strangers=1) if quick else Recipe()
     bounds = Bounds(min_target, min_calibrate)
+    if quick:
+        items, bounds = shortened(items, bounds)
     followed = sum(len(own) for own in by_user(items).values() if len(own) >= min_calibrate)
     say(f"{len(items)} items; about {followed / 1000 * MINUTES_A_THOUSAND * len(seeds):.0f} minutes without --quick")
     name = f"{task}-{'final' if final else 'dev'}-{recipe.digest()}{'-quick' if quick else ''}"
-    plan = Plan(task, out / name, seeds, recipe, bounds, final, QUICK_USERS if quick else None, say, all_arms, methods)
+    plan = Plan(task, out / name, seeds, recipe, bounds, final, QUICK_USERS if quick else None, say)
+    plan = replace(plan, all_arms=all_arms, methods=methods, analyses=analyses)
+    if analyses:
+        plan = replace(plan, sisters=_sisters(events, task, tasks))
     outcomes = run(plan, items, settings, tasks, compose.embedder(settings))
     command = " ".join(["oppu evaluate", *(f"'{a}'" if " " in a else a for a in _arguments(events))])
     result = summarise(plan, outcomes, tasks[task].kind, settings.model.base, command)
     data, page = write(result, outcomes, tasks[task].kind, out)
     emit({**result, "json": str(data), "markdown": str(page)}, as_json=as_json, text=markdown(result))
     say(f"written: {data}, {page}")
+
+
+def _sisters(events: Path, task: str, tasks: Tasks) -> "tuple[Item, ...]":
+    """Return the items of the other tasks that a file of events holds; a benchmark's file is of one task."""
+    from evaluation.corpus import of_events, prepared
+
+    if not {".jsonl", ".gz"} & set(events.suffixes):
+        return ()
+    every = read_events(events)
+    others = sorted({event.task for event in every if event.task != task and event.task in tasks})
+    return tuple(item for other in others for item in prepared(of_events(every, other), other, tasks))
 
 
 def _arguments(events: Path) -> list[str]:

@@ -1,0 +1,141 @@
+"""The analyses' rows, over all folds and seeds. No model runs here."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from evaluation.analyses import ADAPTER, COST, PROMPT, WITHIN, Merits
+from evaluation.arms import Array, right
+from evaluation.experiment import Outcome
+from evaluation.statistics import contrast, mean_interval
+from oppu.tasks import Kind
+
+BETWEEN, LENGTH = "activity between users", "by history length"
+BOUNDS = (0, 16, 50, 100, 200, 10**9)
+"""Part users by training events, and prequential events by how many came before."""
+SHOWN = ("none", "chosen-prompt", "oppu", "chosen-oppu", "evidence", "fused")
+FOLLOW = "oppu (increments)"
+"""The adapter alone as it follows the stream, in the analysis by history length."""
+
+Rows = list[dict[str, Any]]
+
+
+def analysis_rows(outcomes: Sequence[Outcome], kind: Kind) -> dict[str, Rows]:
+    """Compute every analysis's rows.
+
+    Args:
+        outcomes: One a seed; merits are averaged over seeds.
+        kind: Of the task.
+
+    Returns:
+        Rows by analysis: ``row``, ``users``, ``queries``, and by arm ``mean``, ``user_mean``, ``ci``.
+    """
+    found = {LENGTH: _by_length(outcomes, kind), BETWEEN: _between(outcomes, kind)}
+    if not outcomes[0].analysed:
+        return found
+    merits = _over_seeds([_one_seed(o) for o in outcomes])
+    for name in dict.fromkeys(key[0] for key in merits):
+        own = {(row, arm): users for (analysis, row, arm), users in merits.items() if analysis == name}
+        found[name] = _rows(_same_users(own) if name == WITHIN else own)
+    found[COST] = [
+        {"row": str(int(events)), "seconds": float(seconds), "bytes": int(size)}
+        for events, seconds, size in max((a.cost for a in outcomes[0].analysed), key=len)
+    ]
+    return found
+
+
+def _one_seed(outcome: Outcome) -> Merits:
+    """Join folds: each has its own users."""
+    found: Merits = {}
+    for part in outcome.analysed:
+        for key, users in part.merits.items():
+            found.setdefault(key, {}).update(users)
+    return found
+
+
+def _over_seeds(seeds: Sequence[Merits]) -> Merits:
+    return {
+        key: {u: np.mean([s[key][u] for s in seeds], axis=0) for u in users if all(u in s[key] for s in seeds)}
+        for key, users in seeds[0].items()
+        if all(key in s for s in seeds)
+    }
+
+
+def _same_users(own: Mapping[tuple[str, str], Mapping[str, Array]]) -> dict[tuple[str, str], dict[str, Array]]:
+    """Keep the rows up to the greatest level that two users or more reach, and those users only."""
+    levels = [key for key in own if key[0].isdigit() and int(key[0]) and len(own[key]) > 1]
+    if not levels:
+        return {key: dict(users) for key, users in own.items()}
+    most = max(levels, key=lambda key: int(key[0]))
+    rows = [key for key in own if not key[0].isdigit() or int(key[0]) <= int(most[0])]
+    order = sorted(rows, key=lambda key: int(key[0]) if key[0].isdigit() else 10**9)
+    return {key: {u: own[key][u] for u in own[most]} for key in order}
+
+
+def _rows(own: Mapping[tuple[str, str], Mapping[str, Array]]) -> Rows:
+    found = []
+    for row in dict.fromkeys(key[0] for key in own):
+        arms = {arm: users for (name, arm), users in own.items() if name == row}
+        common = [u for u in next(iter(arms.values())) if all(u in users for users in arms.values())]
+        if common:
+            found.append(_row(row, {arm: [users[u] for u in common] for arm, users in arms.items()}))
+    return found
+
+
+def _row(name: str, arms: Mapping[str, Sequence[Array]]) -> dict[str, Any]:
+    """Return one row; where an adapter stands beside a prompt, their difference too."""
+    some = next(iter(arms.values()))
+    row: dict[str, Any] = {"row": name, "users": len(some), "queries": sum(map(len, some))}
+    for arm, values in arms.items():
+        row[arm] = {
+            "mean": float(np.concatenate(values).mean()),
+            "user_mean": float(np.mean([v.mean() for v in values])),
+            "ci": mean_interval(values, range(len(values))),
+        }
+    if set(arms) == {PROMPT, ADAPTER} and len(some) > 1:
+        pairs = zip(arms[ADAPTER], arms[PROMPT], strict=True)
+        less = contrast([a - b for a, b in pairs], range(len(some)))
+        row["adapter - prompt"] = {"mean": less.difference, "user_mean": less.user_difference, "ci": less.ci}
+    return row
+
+
+def _between(outcomes: Sequence[Outcome], kind: Kind) -> Rows:
+    """Part the users by how many events they trained on."""
+    people, found = outcomes[0].people, []
+    arms = [arm for arm in SHOWN if arm in outcomes[0].arms.held]
+    for low, high in zip(BOUNDS, BOUNDS[1:], strict=False):
+        some = [at for at, p in enumerate(people) if low <= p.cut < high]
+        if some:
+            values = {
+                arm: [
+                    np.mean([right(people[at].test, o.arms.held[arm][at], kind) for o in outcomes], axis=0)
+                    for at in some
+                ]
+                for arm in arms
+            }
+            found.append(_row(_band(low, high), values))
+    return found
+
+
+def _by_length(outcomes: Sequence[Outcome], kind: Kind) -> Rows:
+    """Part all events of the stream, each answered before it was learnt, by the user's events before it."""
+    streams: dict[str, list[list[Array]]] = {}
+    for o in outcomes:
+        own = {"none": [t.base for t in o.tables], FOLLOW: [t.follow for t in o.tables], **o.arms.stream}
+        for arm, scores in own.items():
+            merits = [right(p.items, s, kind) for p, s in zip(o.people, scores, strict=True)]
+            streams.setdefault(arm, []).append(merits)
+    means = {arm: [np.mean(same, axis=0) for same in zip(*seeds, strict=True)] for arm, seeds in streams.items()}
+    found = []
+    for low, high in zip(BOUNDS, BOUNDS[1:], strict=False):
+        some = [at for at, p in enumerate(outcomes[0].people) if len(p.items) > low]
+        if some:
+            found.append(
+                _row(_band(low, high), {arm: [own[at][low:high] for at in some] for arm, own in means.items()})
+            )
+    return found
+
+
+def _band(low: int, high: int) -> str:
+    return f"{low} to {high - 1}" if high < BOUNDS[-1] else f"{low} and more"

@@ -1,0 +1,64 @@
+"""The parts of a task's page after its arms and contrasts: adaption, methods, analyses, figures."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def sections(result: Mapping[str, Any]) -> str:
+    """Render what a result holds beside arms and tests.
+
+    Args:
+        result: The fields of ``TASK.json``.
+
+    Returns:
+        Markdown, each section after a blank line.
+    """
+    parts = [_adaption(result), _methods(result.get("methods") or {})]
+    parts += [_analysis(name, rows) for name, rows in (result.get("analyses") or {}).items()]
+    parts += [f"\n![{title}]({path})\n" for title, path in (result.get("figures") or {}).items()]
+    return "".join(parts)
+
+
+def _adaption(result: Mapping[str, Any]) -> str:
+    lines = []
+    if result.get("chosen"):
+        rows = [[c["fold"], c["seed"], c["oppu"], c["prompt"]] for c in result["chosen"]]
+        lines.append(_table("Arms of P1, chosen by calibrate users", ["fold", "seed", "OPPU", "prompt-only"], rows))
+    if result.get("adaption"):
+        curves = [[name, ", ".join(f"{x:.4f}" for x in losses)] for name, losses in result["adaption"].items()]
+        lines.append(_table("Task adaption", ["base", "calibrate users' loss after 1, 2, … epochs"], curves))
+    share = result.get("recent_history_cut_share")
+    if share is not None:
+        lines.append(
+            f"\nOf the recent history, {share:.1%} of the items did not fit the prompt; no query was cut for it.\n"
+        )
+    return "".join(lines)
+
+
+def _methods(methods: Mapping[str, Any]) -> str:
+    if not methods:
+        return ""
+    columns = ["method", "over queries", "over users", "parameters", "file, bytes", "seconds a thousand examples"]
+    rows = [
+        [name, f"{m['query_mean']:.3f}", f"{m['user_mean']:.3f}", m["parameters"], m["bytes"], f"{m['seconds']:.1f}"]
+        for name, m in methods.items()
+    ]
+    return _table("PEFT methods", columns, rows)
+
+
+def _analysis(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    return _table(name.capitalize(), columns, [[_cell(row.get(c)) for c in columns] for row in rows])
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [f"\n## {title}\n", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, Mapping):
+        low, high = value["ci"]
+        return f"{value['mean']:.3f} ({low:.3f} to {high:.3f})"
+    return f"{value:.2f}" if isinstance(value, float) else "" if value is None else str(value)
