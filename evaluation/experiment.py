@@ -9,12 +9,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evaluation import controls
 from evaluation.arms import Arms, Array, Table, choice_arms, fit_fusion
 from evaluation.corpus import Item
 from evaluation.history import Past, check_pasts, pasts
 from evaluation.splits import Bounds, Fold, Person, check, make_folds
+from evaluation.text import text_run
 from evaluation.training import (
     Bench,
     Recipe,
@@ -131,7 +133,6 @@ def _fold(
     plain = base_scores(bench, people, "base-scores", past)
     followed = follow(bench, people)
     held = _held(bench, fold, past, followed)
-    bench.model.close()
     tables = {
         p.user_id: Table(
             p,
@@ -144,14 +145,22 @@ def _fold(
         for p in people
     }
     targets = [tables[p.user_id] for p in fold.target]
-    if not fold.target[0].items[0].choices:
-        arms = {name: [t.held[name] for t in targets] for name in targets[0].held}
-        arms |= {
-            "none": [t.base[t.person.cut :] for t in targets],
-            "follow": [t.follow[t.person.cut :] for t in targets],
-        }
-        return targets, Arms(arms, {}, [])
-    return targets, choice_arms(targets, fit_fusion([tables[p.user_id] for p in people]))
+    if fold.target[0].items[0].choices:
+        arms = choice_arms(targets, fit_fusion([tables[p.user_id] for p in people]), tasks[plan.task].kind)
+    else:
+        arms = text_run(bench, tables, _adapters(bench, fold, followed), PROMPTS)
+    bench.model.close()
+    return targets, arms
+
+
+def _adapters(bench: Bench, fold: Fold, followed: Mapping[str, Array]) -> dict[str, dict[str, Tensors]]:
+    """Return the weights that write: trained once on all before the cut, and as they followed up to it."""
+    heads: dict[str, dict[str, NDArray[np.float32]]] = {}
+    for key, weights in followed.items():
+        user, found, name = key.partition("/head|")
+        if found:
+            heads.setdefault(user, {})[name] = weights.astype(np.float32)
+    return {"oppu": {**train_once(bench, "oppu", {p.user_id: p.train for p in fold.target})}, "fused": {**heads}}
 
 
 def _held(
@@ -229,8 +238,10 @@ def _log_opening(plan: Plan) -> None:
 
 def _joined(parts: Sequence[Arms]) -> Arms:
     names = set.intersection(*(set(part.held) for part in parts))
+    written = sorted(set.intersection(*(set(part.texts) for part in parts)))
     return Arms(
         {name: [x for part in parts for x in part.held[name]] for name in sorted(names)},
         {name: [x for part in parts for x in part.stream[name]] for name in parts[0].stream},
         [x for part in parts for x in part.trust],
+        {name: [x for part in parts for x in part.texts[name]] for name in written},
     )

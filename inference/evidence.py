@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inference.admission import Ask
+from inference.blending import caches
 from oppu.errors import FatalError
+from oppu.lm.blend import Texts
 from oppu.settings import RetrieverSettings
 from oppu.values import EventId, UserId, UserState
 from oppu.wire import Degraded
@@ -57,7 +59,7 @@ class Personal:
 
     @property
     def neighbours(self) -> tuple[Hit, ...]:
-        """Items for the kNN vote: those with a similarity."""
+        """Items for the kNN vote, or for a text's cache: those with a similarity."""
         found = self.retrieved.neighbours if self.retrieved is not None else ()
         return tuple(hit for hit in found if math.isfinite(hit.similarity))
 
@@ -72,6 +74,10 @@ class Personal:
         if not any(hit.event.output in allowed for hit in self.neighbours):
             return None
         return knn_distribution(self.neighbours, choices)
+
+    def caches(self, text: str) -> dict[str, Texts]:
+        """Return what a text may be written from, beside its input ``text``."""
+        return caches(text, self.neighbours, self.profile.prior if self.profile is not None else {})
 
     def degraded(self, *, behind: bool) -> list[Degraded]:
         """Say what of the history was asked for and is not, or not wholly, in this."""
@@ -122,7 +128,7 @@ def _has_history(ask: Ask, states: Mapping[UserId, UserState]) -> bool:
 def _query(ask: Ask, state: UserState, settings: RetrieverSettings) -> Query:
     asked = ask.request.options.retrieve
     k = settings.k if asked is None else asked
-    return Query(state, ask.task.name, ask.request.input, k, settings.neighbours if ask.choices else 0)
+    return Query(state, ask.task.name, ask.request.input, k, settings.neighbours)
 
 
 def _retrieve(retriever: HistoryRetriever, queries: list[Query]) -> list[Retrieved]:
