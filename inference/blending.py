@@ -15,7 +15,7 @@ import numpy as np
 
 from inference.fusion import length
 from oppu.errors import ConfigError
-from oppu.lm.blend import CACHE_EXPERTS, EXPERTS, Blend, Texts
+from oppu.lm.blend import CACHE_EXPERTS, EXPERTS, Blend, Texts, shares
 from retriever.port import Hit
 
 FILE = "text_fusion.json"
@@ -55,6 +55,10 @@ class TextFusion:
             The blend.
         """
         return Blend(self.weights(events, adapter=adapter), texts)
+
+    def adapter_share(self, events: int) -> float:
+        """Return the adapter's weight after so many events where every expert speaks and one token matches."""
+        return shares(self.weights(events, adapter=True), dict.fromkeys(self.beside, 1)).get("adapter", 0.0)
 
     def save(self, path: Path) -> None:
         """Write the JSON file."""

@@ -15,8 +15,9 @@ from evaluation.experiment import Outcome, Plan, run
 from evaluation.report import summarise, write
 from evaluation.splits import Bounds
 from evaluation.training import Recipe
-from inference.blending import load_text_fusion
-from inference.fusion import DEFAULT, FILE
+from inference import blending
+from inference.blending import TextFusion, load_text_fusion
+from inference.fusion import DEFAULT, FILE, Fusion
 from oppu.cli import cli, compose
 from oppu.errors import ConfigError
 from oppu.lm.model import TorchModel
@@ -154,6 +155,7 @@ def test_what_is_fitted_beside_a_base_is_what_inference_reads(settings: Settings
     own = settings.model_copy(update={"updater": UpdaterSettings(min_pending=6, passes=1)})
     done = calibrate([i for i in everybody() if i.user_id[0] != "s"], own, TASKS, EMBEDDER, lambda _: None)
     assert (done.items, done.users) == (108, 9)
+    assert isinstance(done.fusion, Fusion)
     assert set(done.fusion.alone.coefficients) == {"base", "knn", "prior"}
     assert set(done.fusion.beside.coefficients) == {"adapter"}
     done.fusion.save(tmp_path / FILE)
@@ -164,7 +166,20 @@ def test_what_is_fitted_beside_a_base_is_what_inference_reads(settings: Settings
     assert compose.fusion(settings) == DEFAULT
 
 
-@pytest.mark.parametrize("items", [[], everybody("write"), everybody()[:50]])
+def test_a_text_tasks_weights_are_fitted_and_read_too(settings: Settings, tmp_path: Path) -> None:
+    own = settings.model_copy(update={"updater": UpdaterSettings(min_pending=6, passes=1)})
+    done = calibrate([i for i in everybody("write") if i.user_id[0] != "s"], own, TASKS, EMBEDDER, lambda _: None)
+    assert isinstance(done.fusion, TextFusion) and (done.items, done.users) == (108, 9)
+    assert 0 < done.fusion.adapter_share(64) < 1
+    done.fusion.save(tmp_path / blending.FILE)
+    beside = settings.model.model_copy(update={"base": str(tmp_path)})
+    assert compose.text_fusion(settings.model_copy(update={"model": beside})) == done.fusion
+    named = settings.model.model_copy(update={"text_fusion": str(tmp_path / blending.FILE)})
+    assert compose.text_fusion(settings.model_copy(update={"model": named})) == done.fusion
+    assert compose.text_fusion(settings) == blending.DEFAULT
+
+
+@pytest.mark.parametrize("items", [[], everybody("write")[:50], everybody()[:50]])
 def test_too_little_to_calibrate_on_is_refused(settings: Settings, items: list[Item]) -> None:
     with pytest.raises(ConfigError, match="EVENTS: expected"):
         calibrate(items, settings, TASKS, EMBEDDER, lambda _: None)
