@@ -1,11 +1,11 @@
 """From every model's scores to every arm's answers, on the same queries (protocol section 2). No model runs here.
 
-Letters: n items of a user, q of them held back, c choices. Scores are log probabilities. For text tasks c is 1 and
-a score is minus the loss an output token.
+Letters: n items of a user, q of them held back, c choices. Scores are log probabilities. For text tasks c are the
+output's tokens, each with its own log probability, NaN after the last (``evaluation.text``).
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +16,7 @@ from evaluation.history import Past
 from evaluation.splits import Person
 from evaluation.stacking import Seen, fit, mixture_share
 from oppu.errors import ConfigError
-from oppu.fusion import Fusion, earn, log_softmax
+from oppu.fusion import Fusion, earn, log_softmax, pick
 from oppu.tasks import Kind
 
 Array = NDArray[np.float64]
@@ -52,11 +52,13 @@ class Table:
 @dataclass(frozen=True, slots=True)
 class Arms:
     """Each arm's ``[q, c]`` log probabilities by user; ``stream``: evidence, fused and unweighed on all items
-    ``[n, c]``; ``trust``: each user's last share of the adapter in ``fused``."""
+    ``[n, c]``; ``trust``: each user's last share of the adapter in ``fused``; ``texts``: what each arm wrote for
+    each user's first held-back items."""
 
     held: dict[str, list[Array]] = field(repr=False)
     stream: dict[str, list[Array]] = field(repr=False)
     trust: list[float] = field(repr=False)
+    texts: Mapping[str, list[list[str]]] = field(default_factory=dict, repr=False)
 
 
 def fit_fusion(tables: Sequence[Table]) -> Fusion:
@@ -75,12 +77,13 @@ def fit_fusion(tables: Sequence[Table]) -> Fusion:
     return Fusion(alone, beside, mixture_share(np.array(truths), [i.events for i in adapted]))
 
 
-def choice_arms(tables: Sequence[Table], fusion: Fusion) -> Arms:
+def choice_arms(tables: Sequence[Table], fusion: Fusion, kind: Kind = "choice") -> Arms:
     """Answer every held-back item in every arm.
 
     Args:
         tables: Of the target users.
         fusion: Fitted beforehand.
+        kind: Of the task; a rating's arms have the user's median too.
 
     Returns:
         All arms.
@@ -97,7 +100,9 @@ def choice_arms(tables: Sequence[Table], fusion: Fusion) -> Arms:
         for name in ("oppu", "permuted", "volume", "stranger-0"):
             if name in own:
                 own[f"{name}+prior"] = _sum(own[name], prior)
-        own |= {"majority": _fixed(table, majority=True), "recent": _fixed(table, majority=False)}
+        own |= {"majority": _fixed(table, _commonest), "recent": _fixed(table, lambda seen: seen[-1])}
+        if kind == "rating":
+            own["median"] = _fixed(table, _middle)
         own |= {name: scores[cut:] for name, scores in streamed.items()}
         for name, scores in own.items():
             held.setdefault(name, []).append(scores)
@@ -108,14 +113,29 @@ def choice_arms(tables: Sequence[Table], fusion: Fusion) -> Arms:
 
 
 def right(items: Sequence[Item], scores: Array, kind: Kind) -> Array:
-    """Return each item's merit ``[n]``: 1 for a right choice, minus the absolute error of a rating's median, or the
-    score of a text's."""
+    """Return each item's merit ``[n]``: 1 for a right choice, minus the absolute error of a rating's median, or minus
+    a text's loss an output token."""
     if kind == "text":
-        return scores[:, 0]
+        merits: Array = np.nanmean(scores, axis=1)
+        return merits
+    answers = [answer(i, s, kind) for i, s in zip(items, scores, strict=True)]
     if kind == "choice":
-        answers = [i.choices[int(s[: len(i.choices)].argmax())] for i, s in zip(items, scores, strict=True)]
         return np.array([float(a == i.output) for a, i in zip(answers, items, strict=True)])
-    return -np.array([abs(_median(i, s) - float(i.output)) for i, s in zip(items, scores, strict=True)])
+    return -np.array([abs(float(a) - float(i.output)) for a, i in zip(answers, items, strict=True)])
+
+
+def squared_error(items: Sequence[Item], scores: Array) -> Array:
+    """Return each rating's squared error ``[n]``, of the mean of its distribution."""
+    values = np.array([[float(choice) for choice in i.choices] for i in items])
+    means = (np.exp(scores) * values).sum(axis=1) / np.exp(scores).sum(axis=1)
+    found: Array = (means - np.array([float(i.output) for i in items])) ** 2
+    return found
+
+
+def answer(item: Item, scores: Array, kind: Kind) -> str:
+    """Return what one item is answered with: the likeliest choice, or a rating's median."""
+    own = scores[: len(item.choices)]
+    return pick(kind, item.choices, np.exp(log_softmax(own)))
 
 
 def log_loss(items: Sequence[Item], scores: Array) -> Array:
@@ -162,20 +182,21 @@ def _sum(scores: Array, more: Array) -> Array:
     return np.stack([log_softmax(row) for row in scores + more])
 
 
-def _fixed(table: Table, *, majority: bool) -> Array:
-    """Answer with the user's commonest output so far, or with the last one (rating: so far's median)."""
+def _fixed(table: Table, choose: Callable[[Sequence[str]], str]) -> Array:
+    """Answer with what is chosen of the user's outputs so far."""
     items, rows = table.person.items, []
     first: dict[object, int] = {}
     for at, item in enumerate(items):
         seen = [i.output for i in items[: first.setdefault(item.day, at)]]
         if at >= table.person.cut:
-            answer = (Counter(seen).most_common(1)[0][0] if majority else seen[-1]) if seen else item.choices[0]
-            rows.append([0.0 if choice == answer else -20.0 for choice in item.choices])
+            given = choose(seen) if seen else item.choices[0]
+            rows.append([0.0 if choice == given else -20.0 for choice in item.choices])
     return np.array(rows)
 
 
-def _median(item: Item, scores: Array) -> float:
-    values = np.array([float(choice) for choice in item.choices])
-    order = values.argsort()
-    share = np.exp(scores[: len(values)] - scores[: len(values)].max())[order].cumsum()
-    return float(values[order][min(int(np.searchsorted(share, 0.5 * share[-1] - 1e-12)), len(values) - 1)])
+def _commonest(seen: Sequence[str]) -> str:
+    return Counter(seen).most_common(1)[0][0]
+
+
+def _middle(seen: Sequence[str]) -> str:
+    return sorted(seen, key=float)[(len(seen) - 1) // 2]

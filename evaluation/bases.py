@@ -164,7 +164,7 @@ def _tempered_loss(model: TorchModel, judged: Sequence[Example]) -> float:
     """Return the mean loss; of a choice task, at the best of the temperatures."""
     scores = score(model, judged, None)
     if not judged[0].choices:
-        return float(-scores.mean())
+        return float(-np.nanmean(scores, axis=1).mean())
     right = [e.choices.index(e.output) for e in judged]
     return min(
         -float(np.mean([log_softmax(row / t)[at] for row, at in zip(scores, right, strict=True)])) for t in TEMPERATURES

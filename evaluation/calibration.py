@@ -1,7 +1,8 @@
 """Fit how a base's sources are weighed, on users whom the base has not seen: what ``oppu calibrate`` does.
 
-Adapters follow these users' events as the service's would; each event is scored before it is learnt. The stacks are
-fitted on these scores. A base's coefficients hold for its adapters' settings; fit again where either changes.
+Adapters follow these users' events as the service's would; each event is scored before it is learnt. The stacks of a
+choice task, or the experts' weights of a text task, are fitted on these scores. A base's coefficients hold for its
+adapters' settings; fit again where either changes.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,9 @@ from evaluation.arms import Table, fit_fusion
 from evaluation.corpus import Item, by_user
 from evaluation.history import pasts
 from evaluation.splits import Fold, Person
+from evaluation.text import cached, fit_text_fusion, foreseen
 from evaluation.training import Bench, Recipe, Say, base_scores, chunks_of, follow
+from inference.blending import TextFusion
 from oppu.embedder import Embedder
 from oppu.errors import ConfigError
 from oppu.fusion import Fusion
@@ -30,16 +33,16 @@ LEAST_ITEMS = 100
 class Calibrated:
     """What was fitted, on how many items and users."""
 
-    fusion: Fusion
+    fusion: Fusion | TextFusion
     items: int
     users: int
 
 
 def calibrate(items: Sequence[Item], settings: Settings, tasks: Tasks, embedder: Embedder, say: Say) -> Calibrated:
-    """Fit both stacks.
+    """Fit what is weighed without an adapter and with one.
 
     Args:
-        items: One choice task's items, oldest first, of users the base was not adapted on.
+        items: One task's items, oldest first, of users the base was not adapted on.
         settings: Base, updater and retriever as they will be served.
         tasks: The known tasks.
         embedder: For neighbours.
@@ -49,9 +52,9 @@ def calibrate(items: Sequence[Item], settings: Settings, tasks: Tasks, embedder:
         The fit.
 
     Raises:
-        ConfigError: A text task, or too few items.
+        ConfigError: Items of differing choices, or too few.
     """
-    if not items or not items[0].choices or len({len(i.choices) for i in items}) > 1:
+    if not items or len({len(i.choices) for i in items}) > 1:
         raise ConfigError("EVENTS: expected items of one task with the same number of choices each")
     vectors = {i.item_id: row for i, row in zip(items, embedder.embed([i.input for i in items]), strict=True)}
     people = [Person(u, tuple(own), tuple(range(len(own))), len(own)) for u, own in by_user(items).items()]
@@ -66,6 +69,7 @@ def calibrate(items: Sequence[Item], settings: Settings, tasks: Tasks, embedder:
         bench = Bench(fold, model, Path(folder), served(settings), 0, say)
         plain = base_scores(bench, people, "base-scores")
         followed = follow(bench, people)
+        said = cached(bench, people, past) if not items[0].choices else None
     model.close()
     tables = [
         Table(
@@ -73,7 +77,8 @@ def calibrate(items: Sequence[Item], settings: Settings, tasks: Tasks, embedder:
         )
         for p in people
     ]
-    return Calibrated(fit_fusion(tables), sum(len(p.items) for p in people), len(people))
+    fitted = fit_fusion(tables) if said is None else fit_text_fusion([foreseen(table, said) for table in tables])
+    return Calibrated(fitted, sum(len(p.items) for p in people), len(people))
 
 
 def served(settings: Settings) -> Recipe:

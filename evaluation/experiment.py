@@ -21,8 +21,10 @@ from evaluation.history import Past, check_pasts, pasts
 from evaluation.methods import PREFIX, MethodResult, merged, run_methods
 from evaluation.prompting import VARIANTS, example
 from evaluation.splits import Bounds, Fold, Person, check, make_folds
+from evaluation.text import text_run
 from evaluation.training import Bench, Recipe, Say, base_scores, chunks_of, follow, score, stage, train_once
-from evaluation.variants import Chosen, compared, judges, weights_of
+from evaluation.variants import PROMPTED, Chosen, compared, judges, weights_of
+from evaluation.writing import Writer, lengths, write
 from oppu.embedder import Embedder
 from oppu.lm.port import Tensors
 from oppu.settings import Settings
@@ -166,7 +168,11 @@ def _fold(plan: Plan, study: Study, extra: Extra) -> _Part:
         for p in people
     }
     targets = [tables[p.user_id] for p in fold.target]
-    arms = _arms(targets, list(tables.values()))
+    if targets[0].person.items[0].choices:
+        kind = study.tasks.require(plan.task).kind
+        arms = choice_arms(targets, fit_fusion(list(tables.values())), kind)
+    else:
+        arms = _text_arms(study, tables, followed, variants.chosen)
     analysed = None
     if plan.analyses:
         own = {t.person.user_id: {**t.held, "none": t.base[t.person.cut :]} for t in targets}
@@ -175,15 +181,27 @@ def _fold(plan: Plan, study: Study, extra: Extra) -> _Part:
     return _Part(targets, arms, variants.chosen, curves, variants.cut_share, methods, analysed)
 
 
-def _arms(targets: Sequence[Table], tables: Sequence[Table]) -> Arms:
-    if targets[0].person.items[0].choices:
-        return choice_arms(targets, fit_fusion(tables))
-    arms = {name: [t.held[name] for t in targets] for name in targets[0].held}
-    arms |= {
-        "none": [t.base[t.person.cut :] for t in targets],
-        "follow": [t.follow[t.person.cut :] for t in targets],
-    }
-    return Arms(arms, {}, [])
+def _text_arms(study: Study, tables: Mapping[str, Table], followed: Mapping[str, Array], chosen: Chosen) -> Arms:
+    """Judge and write all arms of a text task, the prompt-only one that the calibrate users think best among them."""
+    targets = [tables[p.user_id] for p in study.fold.target]
+    with opened(study, "plain") as bench:
+        arms = text_run(bench, tables, _adapters(study, bench, followed))
+    name = max(PROMPTED, key=lambda arm: chosen.merits.get(arm, 0.0))
+    calibrate = [tables[p.user_id] for p in study.fold.calibrate]
+    with opened(study, PROMPTED[name].base) as bench:
+        texts = write(bench, targets, Writer(name, asked=PROMPTED[name].asked), lengths(calibrate or targets).most)
+    return replace(arms, texts={**arms.texts, name: texts})
+
+
+def _adapters(study: Study, bench: Bench, followed: Mapping[str, Array]) -> dict[str, dict[str, Tensors]]:
+    """Return the weights that write: trained once on all before the cut, and as they followed up to it."""
+    heads: dict[str, dict[str, NDArray[np.float32]]] = {}
+    for key, weights in followed.items():
+        user, found, name = key.partition("/head|")
+        if found:
+            heads.setdefault(user, {})[name] = weights.astype(np.float32)
+    people = [*study.fold.target, *judges(study)]
+    return {"oppu": {**weights_of(study, bench, "oppu", people)}, "fused": {**heads}}
 
 
 def _outcome(seed: int, parts: Sequence[_Part]) -> Outcome:
@@ -275,8 +293,10 @@ def _log_opening(plan: Plan) -> None:
 
 def _joined(parts: Sequence[Arms]) -> Arms:
     names = set.intersection(*(set(part.held) for part in parts))
+    written = sorted(set.intersection(*(set(part.texts) for part in parts)))
     return Arms(
         {name: [x for part in parts for x in part.held[name]] for name in sorted(names)},
         {name: [x for part in parts for x in part.stream[name]] for name in parts[0].stream},
         [x for part in parts for x in part.trust],
+        {name: [x for part in parts for x in part.texts[name]] for name in written},
     )

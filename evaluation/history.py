@@ -12,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.corpus import Item
+from inference.blending import caches
 from oppu.embedder import Embedder
 from oppu.errors import ConfigError
 from oppu.fusion import recency_prior
+from oppu.lm.blend import Texts
 from oppu.metrics import fresh
 from oppu.settings import RetrieverSettings
 from oppu.store.port import HistoryStore
@@ -36,6 +38,7 @@ class Past:
         pairs: (input, output) of the best items, for the prompt.
         line: The profile's line.
         seen: Ids of all items that have a say, the profile's aside.
+        caches: What a text may be written from, as the service takes it; empty for choices.
     """
 
     count: int
@@ -44,6 +47,7 @@ class Past:
     pairs: tuple[tuple[str, str], ...] = field(repr=False)
     line: str = field(repr=False)
     seen: frozenset[str] = field(default=frozenset(), repr=False)
+    caches: Mapping[str, Texts] = field(default_factory=dict, repr=False)
 
 
 class _Shelf:
@@ -97,6 +101,7 @@ def pasts(
             pairs=tuple((hit.event.input, hit.event.output) for hit in result.hits),
             line=profile.line,
             seen=frozenset(hit.event.event_id for hit in (*result.hits, *result.neighbours)),
+            caches={} if item.choices else caches(item.input, result.neighbours, profile.prior),
         )
         for item, seq, result, profile in zip(items, before, found, profiles, strict=True)
     ]

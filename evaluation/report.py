@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from evaluation import text_report
 from evaluation.analysis_tables import analysis_rows
-from evaluation.arms import Array, log_loss, macro_f1, right
+from evaluation.arms import Array, answer, log_loss, macro_f1, right, squared_error
 from evaluation.experiment import Outcome, Plan
 from evaluation.figures import draw
 from evaluation.methods import PREFIX
 from evaluation.sections import sections
-from evaluation.splits import clusters
-from evaluation.statistics import Contrast, contrast, holm, mean_interval
+from evaluation.splits import Person, clusters
+from evaluation.statistics import CASE_STUDY_BELOW, Contrast, block_interval, contrast, holm, mean_interval
 from evaluation.training import Recipe
 from evaluation.variants import CHOSEN_OPPU, CHOSEN_PROMPT
 from oppu.tasks import Kind
@@ -46,7 +47,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
     people = outcomes[0].people
     of = clusters(people)
     merits = {name: _over_seeds(outcomes, name, kind) for name in outcomes[0].arms.held}
-    arms = {}
+    arms: dict[str, dict[str, Any]] = {}
     for name, values in merits.items():
         arms[name] = {
             "query_mean": float(np.concatenate(values).mean()),
@@ -57,11 +58,18 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
         if kind != "text":
             arms[name]["log_loss"] = float(np.mean([np.concatenate(_losses(o, name)).mean() for o in outcomes]))
             arms[name]["macro_f1"] = float(np.mean([_f1(o, name) for o in outcomes]))
-    tests = _tests(merits, of)
-    if kind != "text":
-        tests |= _prequential(outcomes, kind, of)
+        if kind == "rating":
+            arms[name] |= {"mae": -arms[name]["query_mean"], "rmse": _rmse(outcomes, name)}
+    differences = _differences(merits) | _prequential(outcomes, kind)
+    tests = {name: _tested(parts, of) for name, parts in differences.items()}
+    runs = [o.arms.texts for o in outcomes]
+    if kind == "text":
+        for name, own in text_report.written(outcomes[0].tables, runs).items():
+            arms[name] = arms.get(name, {"query_mean": None, "user_mean": None, "ci": None}) | own
+        tests |= text_report.lead_contrasts(outcomes[0].tables, runs, of)
+    few = len(people) < CASE_STUDY_BELOW
     primary = [name for name in tests if name.startswith(("P1", "P2", "P3"))]
-    adjusted = dict(zip(primary, holm([tests[name].p for name in primary]), strict=True))
+    adjusted = {} if few else dict(zip(primary, holm([tests[name].p for name in primary]), strict=True))
     return {
         "task": plan.task,
         "final": plan.final,
@@ -70,7 +78,12 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
         "queries": sum(len(p.test) for p in people),
         "metric": METRICS[kind],
         "arms": arms,
-        "tests": {name: asdict(c) | {"holm_p": adjusted.get(name)} for name, c in tests.items()},
+        "case_study": few,
+        "rouge_beats_lead": text_report.claims(tests),
+        "tests": {
+            name: asdict(c) | {"holm_p": adjusted.get(name)} | (_case(differences.get(name, []), people) if few else {})
+            for name, c in tests.items()
+        },
         "trust_in_adapter": _trust(outcomes),
         "analyses": analysis_rows(outcomes, kind),
         "methods": {n: {**arms[PREFIX + n], **cost} for n, cost in outcomes[0].methods.items()},
@@ -99,43 +112,77 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines = [f"# {result['task']}", ""]
     if not result["evidence"]:
         lines += ["**A shortened run: not evidence.**", ""]
+    if result["case_study"]:
+        lines += ["**So few users are a case study: intervals of each, and no p of a population.**", ""]
     part = "held-back last fifth" if result["final"] else "development part (the last fifth stays closed)"
     lines += [
         f"{result['users']} users, {result['queries']} queries, {part}; metric: {result['metric']}; "
         f"seeds {result['seeds']}; base {result['base']}. Made by `{result['command']}`.",
         "",
-        "| arm | over queries | 95 % | seeds | over users | log loss | macro-F1 |",
-        "|---|---|---|---|---|---|---|",
     ]
-    for name, arm in sorted(result["arms"].items(), key=lambda pair: -pair[1]["query_mean"]):
+    lines += _arm_rows(result["arms"])
+    claimed = text_report.table(result["arms"], result["rouge_beats_lead"])
+    parts = [*lines, claimed, *_test_rows(result["tests"]), *_user_rows(result["tests"])]
+    return "\n".join(parts) + "\n" + sections(result)
+
+
+def _arm_rows(arms: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "| arm | over queries | 95 % | seeds | over users | log loss | macro-F1 | RMSE |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    judged = {name: arm for name, arm in arms.items() if arm["query_mean"] is not None}
+    for name, arm in sorted(judged.items(), key=lambda pair: -pair[1]["query_mean"]):
         low, high = arm["ci"]
-        rest = f"{arm['log_loss']:.3f} | {arm['macro_f1']:.3f}" if "log_loss" in arm else "| "
+        rest = " | ".join(f"{arm[field]:.3f}" if field in arm else "" for field in ("log_loss", "macro_f1", "rmse"))
         lines.append(
             f"| {name} | {arm['query_mean']:.3f} | {low:.3f} to {high:.3f} | {_spread(arm['seeds'])} "
             f"| {arm['user_mean']:.3f} | {rest} |"
         )
-    lines += [
-        "",
+    return lines
+
+
+def _test_rows(tests: Mapping[str, Any]) -> list[str]:
+    lines = [
         "| contrast | over queries | 95 % | p (Holm) | over users | 95 % | p | wins/ties/losses | detectable |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
-    for name, t in result["tests"].items():
+    for name, t in tests.items():
         low, high = t["ci"]
         user_low, user_high = t["user_ci"]
-        star = f"{t['p']:.4f}" + (f" ({t['holm_p']:.4f})" if t["holm_p"] is not None else "")
+        star = _p(t["p"]) + (f" ({_p(t['holm_p'])})" if t["holm_p"] is not None else "")
         lines.append(
             f"| {name} | {t['difference']:+.4f} | {low:+.4f} to {high:+.4f} | {star} | {t['user_difference']:+.4f} "
-            f"| {user_low:+.4f} to {user_high:+.4f} | {t['user_p']:.4f} | {t['wins']}/{t['ties']}/{t['losses']} "
+            f"| {user_low:+.4f} to {user_high:+.4f} | {_p(t['user_p'])} | {t['wins']}/{t['ties']}/{t['losses']} "
             f"| {t['detectable']:.4f} |"
         )
-    return "\n".join(lines) + "\n" + sections(result)
+    return lines
 
 
 def _spread(seeds: Sequence[float]) -> str:
     return f"{min(seeds):.3f} to {max(seeds):.3f}" if len(seeds) > 1 else ""
 
 
-def _tests(merits: Mapping[str, Sequence[Array]], of: Sequence[int]) -> dict[str, Contrast]:
+def _user_rows(tests: Mapping[str, Any]) -> list[str]:
+    """Show a case study's primary contrasts user by user."""
+    shown = {
+        n: t["by_user"] for n, t in tests.items() if t.get("by_user") and n.startswith(("P1", "P2", "P3", "fused"))
+    }
+    if not shown:
+        return []
+    lines = ["", "| contrast | each user's difference, 95 % by moving blocks |", "|---|---|"]
+    for name, users in shown.items():
+        cells = "; ".join(f"{u['difference']:+.3f} ({u['ci'][0]:+.3f} to {u['ci'][1]:+.3f})" for u in users)
+        lines.append(f"| {name} | {cells} |")
+    return lines
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _differences(merits: Mapping[str, Sequence[Array]]) -> dict[str, list[Array]]:
+    """Return each contrast's per-query differences by user."""
     pairs: dict[str, tuple[str, str]] = {}
     if "oppu" in merits:
         pairs["P1 oppu - best prompt-only (both chosen by calibrate users)"] = (CHOSEN_OPPU, CHOSEN_PROMPT)
@@ -150,18 +197,18 @@ def _tests(merits: Mapping[str, Sequence[Array]], of: Sequence[int]) -> dict[str
         }
     if "fused" in merits:
         pairs |= {f"fused - {c}": ("fused", c) for c in merits if c != "fused"}
-    return {name: contrast(_less(merits[a], merits[b]), of) for name, (a, b) in pairs.items()}
+    return {name: _less(merits[a], merits[b]) for name, (a, b) in pairs.items()}
 
 
-def _prequential(outcomes: Sequence[Outcome], kind: Kind, of: Sequence[int]) -> dict[str, Contrast]:
+def _prequential(outcomes: Sequence[Outcome], kind: Kind) -> dict[str, list[Array]]:
     """P3: fused less evidence over all events after each user's sixteenth; and by length of history."""
-    people, tests = outcomes[0].people, {}
+    people, found = outcomes[0].people, {}
     bounds = [*BANDS, 10**9]
     spans = {"P3 fused - evidence, after the 16th event": (16, 10**9)}
     for low, high in zip(bounds, bounds[1:], strict=False):
         end = f"{high}" if high < bounds[-1] else "the end"
         spans[f"fused - evidence, events {low} to {end}"] = (low, high)
-    for measure in ("", ", nats saved"):
+    for measure in ("",) if kind == "text" else ("", ", nats saved"):
         for name, (low, high) in spans.items():
             parts = []
             for at, person in enumerate(people):
@@ -174,10 +221,29 @@ def _prequential(outcomes: Sequence[Outcome], kind: Kind, of: Sequence[int]) -> 
                     else:
                         gains.append(right(items, fused, kind) - right(items, evidence, kind))
                 parts.append(np.mean(gains, axis=0))
-            some = [k for k, part in enumerate(parts) if len(part)]
-            if len(some) > 1:
-                tests[name + measure] = contrast([parts[k] for k in some], [of[k] for k in some])
-    return tests
+            if sum(len(part) > 0 for part in parts) > 1:
+                found[name + measure] = parts
+    return found
+
+
+def _tested(parts: Sequence[Array], of: Sequence[int]) -> Contrast:
+    some = [k for k, part in enumerate(parts) if len(part)]
+    return contrast([parts[k] for k in some], [of[k] for k in some])
+
+
+def _case(parts: Sequence[Array], people: Sequence[Person]) -> dict[str, Any]:
+    """Return what is said of few users instead of a population's p: each one's own interval."""
+    users = [
+        {"user": person.user_id, "difference": float(part.mean()), "ci": block_interval(part)}
+        for person, part in zip(people, parts, strict=False)
+        if len(part)
+    ]
+    return {"p": None, "user_p": None, "by_user": users}
+
+
+def _rmse(outcomes: Sequence[Outcome], name: str) -> float:
+    errors = [squared_error(p.test, s) for o in outcomes for p, s in zip(o.people, o.arms.held[name], strict=True)]
+    return float(np.sqrt(np.concatenate(errors).mean()))
 
 
 def _over_seeds(outcomes: Sequence[Outcome], name: str, kind: Kind) -> list[Array]:
@@ -212,15 +278,21 @@ def _trust(outcomes: Sequence[Outcome]) -> dict[str, float] | None:
 def _examples(outcome: Outcome, kind: Kind) -> str:
     """Show queries that the adapter mended and spoilt, beside what the user really did."""
     arms = outcome.arms.held
-    if kind == "text" or "fused" not in arms:
+    if "fused" not in arms:
         return ""
+    merits = {name: _merits(outcome, name, kind) for name in ("evidence", "fused")}
+    if kind == "text":
+        better, worse = text_report.examples(outcome.people, merits, outcome.arms.texts, _SHOWN)
+        head = "| input | the user's | evidence | fused | nats a token |\n|---|---|---|---|---|\n"
+        parts = [("Foreseen better with the adapter", better), ("Foreseen worse with it", worse)]
+        return "".join(f"\n{title}\n\n{head}" + "\n".join(rows) + "\n" for title, rows in parts)
     mended: list[str] = []
     spoilt: list[str] = []
     for at, person in enumerate(outcome.people):
-        before, after = (right(person.test, arms[name][at], kind) for name in ("evidence", "fused"))
+        before, after = merits["evidence"][at], merits["fused"][at]
         for k, item in enumerate(person.test):
             if before[k] != after[k]:
-                answers = [item.choices[int(arms[name][at][k].argmax())] for name in ("evidence", "fused")]
+                answers = [answer(item, arms[name][at][k], kind) for name in ("evidence", "fused")]
                 text = " ".join(item.input.split())[:110].replace("|", "/")
                 row = f"| {text} | {item.output} | {answers[0]} | {answers[1]} |"
                 (mended if after[k] > before[k] else spoilt).append(row)

@@ -52,7 +52,7 @@ def fit(items: Sequence[Seen], names: Sequence[str]) -> Stack:
         logits = torch.einsum("nsc,s->nc", features, weights)
         return torch.nn.functional.cross_entropy(logits, right) + _RIDGE * ((weights - begin) ** 2).sum()
 
-    found = _minimised(weights, loss)
+    found = minimised(weights, loss)
     return Stack({n: (float(found[k]), float(found[k + len(names)])) for k, n in enumerate(names)})
 
 
@@ -79,11 +79,11 @@ def mixture_share(truths: Array, events: Sequence[int]) -> tuple[float, float]:
         both = torch.stack([logsigmoid(-logits), logsigmoid(logits)], dim=1) + said
         return (((odds - begin) / PRIOR_DEVIATION) ** 2).sum() / 2 - both.logsumexp(dim=1).sum()
 
-    level, slope = _minimised(odds, loss)
+    level, slope = minimised(odds, loss)
     return float(level), float(slope)
 
 
-def _minimised(weights: torch.Tensor, loss: Callable[[], torch.Tensor]) -> Array:
+def minimised(weights: torch.Tensor, loss: Callable[[], torch.Tensor]) -> Array:
     optimizer = torch.optim.LBFGS([weights], max_iter=_STEPS, line_search_fn="strong_wolfe")
 
     def step() -> torch.Tensor:

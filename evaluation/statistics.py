@@ -10,6 +10,9 @@ Array = NDArray[np.float64]
 
 EXACT_USERS = 20
 DRAWS, RESAMPLES = 100_000, 10_000
+_BLOCK_RESAMPLES = 2_000
+CASE_STUDY_BELOW = 12
+"""Fewer users than this are a case study: their own intervals are reported, and no p of a population."""
 _POWER_QUANTILES = 1.959964 + 0.841621
 """Normal quantiles of a two-sided 5 % test and of 80 % power."""
 
@@ -104,6 +107,26 @@ def mean_interval(values: Sequence[Array], clusters: Sequence[int], seed: int = 
     sums = np.array([v.sum() for v in values])
     counts = np.array([len(v) for v in values], dtype=np.float64)
     return _intervals(sums, counts, clusters, seed)[:2]
+
+
+def block_interval(values: Array, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % interval of one user's mean by moving-block bootstrap (Kuensch, Annals of Statistics 17, 1989).
+
+    Blocks of n^(1/3) neighbouring queries are drawn, for queries of one time resemble each other.
+
+    Args:
+        values: The user's per-query values in order of time, at least one.
+        seed: Of the draws.
+
+    Returns:
+        Lower and upper bound.
+    """
+    count = len(values)
+    size = max(1, round(count ** (1 / 3)))
+    starts = np.random.default_rng(seed).integers(0, count - size + 1, size=(_BLOCK_RESAMPLES, -(-count // size)))
+    drawn = (starts[:, :, None] + np.arange(size)).reshape(len(starts), -1)[:, :count]
+    low, high = np.quantile(values[drawn].mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _intervals(sums: Array, counts: Array, clusters: Sequence[int], seed: int) -> tuple[float, float, float, float]:

@@ -35,7 +35,9 @@ class Recipe:
 
     ``passes`` and ``learning_rate`` are the paper's full training; ``chunk`` new items with ``replay`` older ones,
     ``chunk_passes`` times at ``chunk_learning_rate``, are the service's increments. Calibrate users judge which
-    prompt-only arm and which OPPU arm stand in P1, each by the first ``judge_items`` of its items.
+    prompt-only arm and which OPPU arm stand in P1, each by the first ``judge_items`` of its items. Of each user of a
+    text task the first ``written`` held-back items are written out, greedily, no longer than nearly all of calibrate
+    users' outputs.
     """
 
     base_epochs: int = 4
@@ -51,6 +53,7 @@ class Recipe:
     chunk_learning_rate: float = 2e-3
     strangers: int = 3
     judge_items: int = 200
+    written: int = 20
 
     def digest(self) -> str:
         """Return a hash of all fields."""
@@ -70,15 +73,23 @@ class Bench:
 
 
 def score(model: TorchModel, examples: Sequence[Example], tensors: Tensors | None) -> NDArray[np.float64]:
-    """Return ``[n, c]`` log probabilities of the choices, or ``[n, 1]`` minus the loss an output token for text."""
+    """Return ``[n, c]`` log probabilities of the choices, or ``[n, t]`` of the output's tokens for text (NaN after)."""
     if not examples:
         return np.zeros((0, 1))
     if not examples[0].choices:
-        return -model.losses(examples, tensors)[:, None]
+        return padded(model.token_scores(examples, tensors), model.longest_output(examples[0].task))
     found = model.scores(examples, tensors)
     table = np.full((len(found), max(map(len, found))), -np.inf)
     for row, scores in zip(table, found, strict=True):
         row[: len(scores)] = scores
+    return table
+
+
+def padded(rows: Sequence[NDArray[np.float64]], width: int) -> NDArray[np.float64]:
+    """Return rows ``[t]`` or ``[t, e]`` of different lengths as one array ``[n, width(, e)]``, NaN after their ends."""
+    table = np.full((len(rows), width, *rows[0].shape[1:]), np.nan)
+    for at, row in enumerate(rows):
+        table[at, : len(row)] = row
     return table
 
 
@@ -162,8 +173,8 @@ def follow(bench: Bench, people: Sequence[Person]) -> dict[str, NDArray[Any]]:
         people: Whose items, all of them.
 
     Returns:
-        By user, ``[n, c]``: each item as scored before anything of its chunk was learnt; and under ``USER/frozen``
-        the held-back items by the adapter as it was at the cut.
+        By user, ``[n, c]``: each item as scored before anything of its chunk was learnt; under ``USER/frozen``
+        the held-back items by the adapter as it was at the cut, and under ``USER/head|NAME`` its weights.
     """
 
     def compute(some: Sequence[Person]) -> dict[str, NDArray[Any]]:
@@ -180,6 +191,7 @@ def follow(bench: Bench, people: Sequence[Person]) -> dict[str, NDArray[Any]]:
                 head = heads[p.user_id]
                 if begin <= p.cut < end:
                     frozen[f"{p.user_id}/frozen"] = score(bench.model, [example(i) for i in p.test], head)
+                    frozen |= {f"{p.user_id}/head|{k}": np.asarray(v) for k, v in (head or {}).items()}
                 found[p.user_id].append(score(bench.model, [example(i) for i in p.items[begin:end]], head))
                 jobs.append(_increment(bench, p, begin, end, head))
             for job, tensors in zip(jobs, _train(bench, jobs, _chunk_config(bench.recipe)), strict=True):

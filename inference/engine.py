@@ -16,10 +16,13 @@ import numpy as np
 from inference.adapters import AdapterShelf, Placed
 from inference.admission import Ask
 from inference.answers import EMPTY_GENERATION, Answer, AnswerWriter
+from inference.blending import DEFAULT as DEFAULT_TEXT
+from inference.blending import TextFusion
 from inference.evidence import HistoryRetriever, Personal, gather
 from oppu.clock import Clock
 from oppu.errors import OppuError, Reason
 from oppu.fusion import DEFAULT, Fusion, Sources, pick, sources_of
+from oppu.lm.blend import Blend
 from oppu.lm.port import LanguageModel, Row, Scored
 from oppu.metrics import Metrics
 from oppu.settings import Settings
@@ -72,9 +75,10 @@ class Engine:
         clock: Clock,
         *,
         fusion: Fusion = DEFAULT,
+        text_fusion: TextFusion = DEFAULT_TEXT,
     ) -> None:
         self._parts, self._writer, self._settings = parts, writer, settings
-        self._metrics, self._clock, self._fusion = metrics, clock, fusion
+        self._metrics, self._clock, self._fusion, self._text_fusion = metrics, clock, fusion, text_fusion
 
     def answer(self, asks: Sequence[Ask], now: datetime) -> list[Answer]:
         """Answer asks in order, as many as the step's time allows, at least one chunk.
@@ -134,8 +138,8 @@ class Engine:
         ask, personal = prepared.ask, prepared.personal
         asked = ask.request.options.max_new_tokens
         tokens = ask.task.max_new_tokens if asked is None else asked
-        # a choice's evidence is weighed in its scores; a base that was not adapted on such prompts is misled by them
-        prompted = not ask.choices or self._settings.model.prompt_evidence == "all"
+        # evidence is weighed in scores and caches; a base that was not adapted on such prompts is misled by them
+        prompted = self._settings.model.prompt_evidence in (("all",) if ask.choices else ("text", "all"))
         return Row(
             task=ask.task.name,
             input=ask.request.input,
@@ -144,7 +148,13 @@ class Engine:
             choices=ask.choices,
             adapter=placed.ref,
             max_new_tokens=min(tokens, self._settings.limits.max_new_tokens),
+            blend=None if ask.choices else self._blend(prepared, placed),
+            late=lambda: ask.late(self._clock.now()),
         )
+
+    def _blend(self, prepared: Prepared, placed: Placed) -> Blend:
+        texts = prepared.personal.caches(prepared.ask.request.input)
+        return self._text_fusion.blend(texts, prepared.personal.sequence, adapter=placed.ref is not None)
 
     def _run(self, rows: Sequence[Row]) -> list[Scored | None]:
         """Run the model; where a chunk fails, row by row, so that one bad row costs only its own answer."""
@@ -170,6 +180,8 @@ class Engine:
             return self._writer.error(ask, Reason.INTERNAL_ERROR, "the model failed on this request", timings)
         provenance = self._provenance(prepared, placed)
         if not ask.choices:
+            if result.late:
+                return late_answer(self._writer, ask, timings)
             text = (result.text or "").strip().encode("utf-8", "replace").decode()
             if not text:
                 return self._writer.error(ask, EMPTY_GENERATION, "the model wrote no text", timings)

@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inference.admission import Ask
+from inference.blending import caches
 from oppu.errors import FatalError
+from oppu.lm.blend import Texts
 from oppu.settings import RetrieverSettings
 from oppu.values import EventId, UserId, UserState
 from oppu.wire import Degraded
@@ -62,7 +64,7 @@ class Personal:
 
     @property
     def neighbours(self) -> tuple[Hit, ...]:
-        """Items for the kNN vote: those with a similarity."""
+        """Items for the kNN vote, or for a text's cache: those with a similarity."""
         found = self.retrieved.neighbours if self.retrieved is not None else ()
         return tuple(hit for hit in found if math.isfinite(hit.similarity))
 
@@ -74,6 +76,10 @@ class Personal:
     def knn(self, choices: tuple[str, ...]) -> NDArray[np.float64] | None:
         """Return the neighbours' vote ``[c]``, or ``None`` where none of them gave any of the choices."""
         return knn_distribution(self.neighbours, choices)
+
+    def caches(self, text: str) -> dict[str, Texts]:
+        """Return what a text may be written from, beside its input ``text``."""
+        return caches(text, self.neighbours, self.profile.prior if self.profile is not None else {})
 
     def degraded(self, *, behind: bool) -> list[Degraded]:
         """Say what of the history was asked for and is not, or not wholly, in this."""
@@ -124,7 +130,7 @@ def _has_history(ask: Ask, states: Mapping[UserId, UserState]) -> bool:
 def _query(ask: Ask, state: UserState, settings: RetrieverSettings) -> Query:
     asked = ask.request.options.retrieve
     k = settings.k if asked is None else asked
-    return Query(state, ask.task.name, ask.request.input, k, settings.neighbours if ask.choices else 0)
+    return Query(state, ask.task.name, ask.request.input, k, settings.neighbours)
 
 
 def _retrieve(retriever: HistoryRetriever, queries: list[Query]) -> list[Retrieved]:

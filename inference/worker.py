@@ -15,6 +15,8 @@ from functools import partial
 from inference.adapters import AdapterShelf
 from inference.admission import Ask, HistoryGate, Refusal, Verdict, admit, refuse
 from inference.answers import Answer, AnswerWriter
+from inference.blending import DEFAULT as DEFAULT_TEXT
+from inference.blending import TextFusion
 from inference.engine import Engine, Parts, late_answer, waited_seconds
 from inference.evidence import HistoryRetriever
 from oppu.clock import Clock
@@ -70,6 +72,7 @@ class InferenceWorker:
         clock: Clock,
         cluster_id: str,
         fusion: Fusion = DEFAULT,
+        text_fusion: TextFusion = DEFAULT_TEXT,
     ) -> None:
         self._broker, self._store, self._tasks, self._settings = broker, store, tasks, settings
         self._metrics, self._clock, self._cluster_id = metrics, clock, cluster_id
@@ -79,7 +82,7 @@ class InferenceWorker:
             adapters, model, store, metrics, clock, wait_seconds=settings.inference.adapter_wait_seconds
         )
         parts = Parts(store, retriever, model, shelf)
-        self._engine = Engine(parts, self._writer, settings, metrics, clock, fusion=fusion)
+        self._engine = Engine(parts, self._writer, settings, metrics, clock, fusion=fusion, text_fusion=text_fusion)
         self._gate = HistoryGate(settings.inference.history_wait_seconds)
         self._consumer: Consumer | None = None
         self._producer: TransactionalProducer | None = None

@@ -127,6 +127,10 @@ class Fusion:
             self.weights(events, earned), [self.alone.scores(sources, events), self.beside.scores(sources, events)]
         )
 
+    def adapter_share(self, events: int) -> float:
+        """Return the adapter's share after so many events."""
+        return float(self.weights(events)[1])
+
     def save(self, path: Path) -> None:
         """Write the JSON file."""
         content = {

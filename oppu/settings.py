@@ -130,11 +130,14 @@ class ModelSettings(_Section):
     lora_rank: int = Field(8, ge=1, le=256, description="Rank of new adapters.")
     lora_alpha: float = Field(16.0, gt=0, description="Their scale is alpha / rank.")
     lora_targets: tuple[str, ...] | None = Field(None, description="Module name endings; none = query and value.")
-    prompt_evidence: Literal["text", "all"] = Field(
-        "text", description="Tasks whose prompts hold retrieved items and profile: text, or all (bases adapted so)."
+    prompt_evidence: Literal["none", "text", "all"] = Field(
+        "none", description="Tasks whose prompts hold retrieved items and profile: none, text, all (bases adapted so)."
     )
     fusion: str | None = Field(
         None, description="File of oppu calibrate; none = fusion.json beside the base, else what is built in."
+    )
+    text_fusion: str | None = Field(
+        None, description="The same for text tasks; none = text_fusion.json beside the base, else what is built in."
     )
 
 

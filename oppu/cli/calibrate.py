@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("events", type=click.Path(path_type=Path))
-@click.option("--task", required=True, help="A choice task.")
-@click.option("--out", type=click.Path(path_type=Path), help="File to write; else fusion.json beside model.base.")
+@click.option("--task", required=True, help="Whose events to fit on.")
+@click.option("--out", type=click.Path(path_type=Path), help="File to write; else beside model.base.")
 @json_option
 @click.pass_obj
 def calibrate(session: Session, /, events: Path, task: str, out: Path | None, *, as_json: bool) -> None:
@@ -38,7 +38,7 @@ def calibrate_base(settings: Settings, items: "Sequence[Item]", out: Path | None
 
     Args:
         settings: Base, updater and retriever as they will be served.
-        items: One choice task's, of users the base was not adapted on.
+        items: One task's, of users the base was not adapted on.
         out: The file; ``None``: beside the base.
 
     Returns:
@@ -48,17 +48,20 @@ def calibrate_base(settings: Settings, items: "Sequence[Item]", out: Path | None
         ConfigError: Items that do not fit, or too few.
     """
     from evaluation.calibration import calibrate as fit
-    from oppu.fusion import FILE
+    from inference import blending
+    from oppu import fusion
 
     def say(text: str) -> None:
         click.echo(f"calibrating: {text}", err=True)
 
     done = fit(items, settings, compose.tasks(settings), compose.embedder(settings), say)
-    done.fusion.save(out or Path(settings.model.base) / FILE)
-    shown = {name: [round(x, 3) for x in pair] for name, pair in done.fusion.alone.coefficients.items()}
+    found = done.fusion
+    is_text = isinstance(found, blending.TextFusion)
+    found.save(out or Path(settings.model.base) / (blending.FILE if is_text else fusion.FILE))
+    evidence = found.alone if isinstance(found, blending.TextFusion) else found.alone.coefficients
     return {
         "items": done.items,
         "users": done.users,
-        "evidence": shown,
-        "adapter_share": {n: round(float(done.fusion.weights(n)[1]), 3) for n in (16, 64, 256)},
+        "evidence": {name: [round(x, 3) for x in pair] for name, pair in evidence.items()},
+        "adapter_share": {n: round(found.adapter_share(n), 3) for n in (16, 64, 256)},
     }

@@ -17,6 +17,7 @@ from oppu.settings import Settings
 from oppu.wire import Topics
 
 if TYPE_CHECKING:
+    from inference.blending import TextFusion
     from inference.worker import InferenceWorker
     from ingest.step import IngestWorker
     from oppu.embedder import Embedder
@@ -189,6 +190,7 @@ def inference_worker(settings: Settings, metrics: Metrics) -> InferenceWorker:
         clock=SystemClock(),
         cluster_id=cluster_id(settings),
         fusion=fusion(settings),
+        text_fusion=text_fusion(settings),
     )
 
 
@@ -210,6 +212,26 @@ def fusion(settings: Settings) -> Fusion:
     if settings.model.fusion is not None:
         return load_fusion(Path(settings.model.fusion))
     return load_fusion(beside) if beside.is_file() else DEFAULT
+
+
+def text_fusion(settings: Settings) -> TextFusion:
+    """Read how texts are written: the named file, else the one beside the base, else what is built in.
+
+    Args:
+        settings: The settings.
+
+    Returns:
+        The fitted weights.
+
+    Raises:
+        ConfigError: A file that cannot be used.
+    """
+    from inference.blending import DEFAULT, FILE, load_text_fusion
+
+    beside = Path(settings.model.base) / FILE
+    if settings.model.text_fusion is not None:
+        return load_text_fusion(Path(settings.model.text_fusion))
+    return load_text_fusion(beside) if beside.is_file() else DEFAULT
 
 
 def updater(settings: Settings, metrics: Metrics) -> Updater:

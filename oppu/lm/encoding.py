@@ -3,9 +3,10 @@
 The same code prepares serving, scoring, per-user training and task adaption, so that they cannot differ.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from oppu.lm.blend import Cache, Texts
 from oppu.lm.port import Example
 from oppu.lm.prompts import Ids, Prompted, Prompts
 from oppu.lm.scoring import LABEL_TOKENS, Aim, Tries
@@ -66,6 +67,19 @@ class Encoder:
         tasks = [self._tasks.require(item.task) for item in items]
         limits = [max(_MIN_PROMPT_TOKENS, min(self._max_tokens, self._max_positions - room)) for room in rooms]
         return self._prompts.build(items, tasks, limits)
+
+    def longest_output(self, task: str) -> int:
+        """Return how many tokens of a text task's outputs are looked at, the end included."""
+        return self._tasks.require(task).max_new_tokens + 1
+
+    def caches(self, texts: Mapping[str, Texts]) -> tuple[Cache, ...]:
+        """Return caches of weighted texts, by name; each text is cut at the longest prompt, else has its end."""
+        ids = self._prompts.continuations(text for own in texts.values() for text, _ in own)
+        end = (self._prompts.end,)
+        return tuple(
+            Cache(name, [((*ids[text], *end)[: self._max_tokens], weight) for text, weight in own])
+            for name, own in texts.items()
+        )
 
     def targets(self, examples: Sequence[Example]) -> list[Target]:
         """Return what each example's loss needs: one sequence each.

@@ -140,6 +140,8 @@ class FakeModel:
             self._bank.move_to_end(row.adapter)
         if row.choices:
             return Scored(_scores(row, row.choices, counts), _scores(row, row.choices, None))
+        if row.late is not None and row.late():
+            return Scored(np.zeros(0), np.zeros(0), late=True)
         return Scored(np.zeros(0), np.zeros(0), _text(row, counts))
 
     @staticmethod
@@ -200,6 +202,9 @@ def _loss(example: Example, counts: NDArray[np.float32] | None) -> float:
 
 
 def _text(row: Row, counts: NDArray[np.float32] | None) -> str:
-    """The best evidence's output, else the first words of the input; marked by the adapter's fullest bucket."""
-    text = row.evidence[0][1] if row.evidence else " ".join(row.input.split()[: row.max_new_tokens])
+    """The best evidence's output, else the nearest text at hand, else the first words of the input; marked by the
+    adapter's fullest bucket."""
+    nearest = row.blend.caches.get("knn", ()) if row.blend is not None else ()
+    at_hand = [*(output for _, output in row.evidence), *(text for text, _ in nearest)]
+    text = at_hand[0] if at_hand else " ".join(row.input.split()[: row.max_new_tokens])
     return text if counts is None else f"{text} #{int(counts.argmax())}"

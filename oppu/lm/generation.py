@@ -1,45 +1,78 @@
-"""Greedy decoding with a key-value cache for rows of mixed users.
+"""Greedy decoding with a key-value cache for rows of mixed users, each text under its own mixture of experts.
 
 Prompts are padded on the left and masked, with explicit positions, so that every row's distances (a sliding
-window's too) are those it has alone.
+window's too) are those it has alone. A text that has a blend and an adapter takes two rows: the base's and its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from oppu.lm.bank import SlotBank
-from oppu.lm.encoding import Reading
+from oppu.lm.blend import Blend, Cache, shares
 from oppu.lm.forward import Runner
+from oppu.lm.prompts import Ids
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """One text to write: at most ``limit`` tokens after ``prompt``, under the adapter in bank slot ``slot``.
+
+    ``blend`` with its ``caches`` mixes base, adapter and caches; without one the adapter (or base) writes alone.
+    ``late`` is asked before every token; once it says so the text is given up.
+    """
+
+    prompt: Ids = field(repr=False)
+    slot: int
+    limit: int
+    blend: Blend | None = field(default=None, repr=False)
+    caches: tuple[Cache, ...] = field(default=(), repr=False)
+    late: Callable[[], bool] | None = field(default=None, repr=False)
+
+    @property
+    def voices(self) -> dict[str, int]:
+        """Bank slot of each expert that is a model."""
+        if self.blend is None:
+            return {"base": self.slot}
+        return {"base": 0, "adapter": self.slot} if self.slot else {"base": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A row of the batch: who speaks in it, for which text."""
+
+    slot: int
+    text: int
+    expert: str
 
 
 def greedy(
-    runner: Runner, bank: SlotBank, prompts: Sequence[Reading], limits: Sequence[int], stops: frozenset[int]
-) -> list[list[int]]:
+    runner: Runner, bank: SlotBank, writings: Sequence[Writing], stops: frozenset[int]
+) -> list[list[int] | None]:
     """Generate the most likely token after token.
 
     Args:
         runner: The base.
-        bank: The adapters; each prompt names its slot.
-        prompts: Token ids of similar length (positions are not used).
-        limits: Most new tokens of each.
+        bank: The adapters; each text names its slot.
+        writings: Prompts of similar length.
         stops: Tokens that end a text; they are not part of it.
 
     Returns:
-        New token ids of each prompt.
+        New token ids of each text; ``None`` where it was given up.
     """
     base = runner.base
-    longest = max(len(prompt.ids) for prompt in prompts)
-    sizes = torch.tensor([len(prompt.ids) for prompt in prompts], device=base.device)
-    ids = torch.tensor([[*(0,) * (longest - len(p.ids)), *p.ids] for p in prompts], device=base.device)
-    at = torch.arange(longest, device=base.device)[None]
-    mask = (at >= longest - sizes[:, None]).long()
-    positions = (at - (longest - sizes[:, None])).clamp(min=0)
-    found: list[list[int]] = [[] for _ in prompts]
-    open_rows = {row for row, limit in enumerate(limits) if limit > 0}
+    rows = sorted(
+        (_Row(slot, text, expert) for text, w in enumerate(writings) for expert, slot in w.voices.items()),
+        key=lambda row: row.slot,
+    )
+    ids, mask, positions = _padded([writings[row.text].prompt for row in rows], base.device)
+    found: list[list[int] | None] = [[] for _ in writings]
+    open_texts = {text for text, w in enumerate(writings) if w.limit > 0}
     cache = None
-    with bank.use([prompt.slot for prompt in prompts]), torch.no_grad():
-        while open_rows:
+    with bank.use([row.slot for row in rows]), torch.no_grad():
+        while open_texts := _timely(open_texts, writings, found):
             out = base.model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -49,14 +82,67 @@ def greedy(
                 **runner.given_positions(positions),
             )
             cache = out.past_key_values
-            chosen = runner.widened(out.logits[:, -1]).argmax(-1)
-            for row, token in enumerate(chosen.tolist()):
-                if row in open_rows:
-                    _append(found[row], token, open_rows, row, limits[row], stops)
-            ids = chosen[:, None]
+            said = runner.widened(out.logits[:, -1]).softmax(-1)
+            chosen = next_tokens(said, rows, writings, found).argmax(-1)
+            for text, token in enumerate(chosen.tolist()):
+                own = found[text]
+                if text in open_texts and own is not None:
+                    _append(own, token, open_texts, text, writings[text].limit, stops)
+            ids = chosen[torch.tensor([row.text for row in rows], device=base.device)][:, None]
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
             positions = positions[:, -1:] + 1
     return found
+
+
+def next_tokens(
+    said: torch.Tensor, rows: Sequence[_Row], writings: Sequence[Writing], written: Sequence[Sequence[int] | None]
+) -> torch.Tensor:
+    """Mix the rows' distributions with the caches'.
+
+    Args:
+        said: ``[rows, vocabulary]`` probabilities.
+        rows: Whose they are.
+        writings: The texts.
+        written: Each text's tokens so far; ``None``: given up.
+
+    Returns:
+        ``[texts, vocabulary]`` probabilities of the next token.
+    """
+    weights = np.zeros((len(writings), len(rows)))
+    extra: list[tuple[int, np.ndarray, np.ndarray]] = []
+    for text, (writing, so_far) in enumerate(zip(writings, written, strict=True)):
+        cached = [one for cache in writing.caches for one in cache.after(tuple(so_far or ()))]
+        speaking = dict.fromkeys(writing.voices, 0) | {one.expert: one.matched for one in cached}
+        share = shares(writing.blend.weights, speaking) if writing.blend is not None else {"base": 1.0}
+        for at, row in enumerate(rows):
+            if row.text == text:
+                weights[text, at] = share.get(row.expert, 0.0)
+        extra += [(text, one.tokens, share[one.expert] * one.probabilities) for one in cached if one.expert in share]
+    mixed = torch.from_numpy(weights).to(said) @ torch.where(said.isnan().any(-1, keepdim=True), 0.0, said)
+    if extra:
+        at_text = torch.from_numpy(np.concatenate([np.full(len(tokens), text) for text, tokens, _ in extra]))
+        at_token = torch.from_numpy(np.concatenate([tokens for _, tokens, _ in extra]))
+        mass = torch.from_numpy(np.concatenate([mass for *_, mass in extra]))
+        mixed.index_put_((at_text.to(said.device), at_token.to(said.device)), mass.to(said), accumulate=True)
+    return mixed
+
+
+def _padded(prompts: Sequence[Ids], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return ids, attention mask and positions ``[n, longest]``, padded on the left."""
+    longest = max(len(prompt) for prompt in prompts)
+    sizes = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    ids = torch.tensor([[*(0,) * (longest - len(p)), *p] for p in prompts], device=device)
+    at = torch.arange(longest, device=device)[None]
+    return ids, (at >= longest - sizes[:, None]).long(), (at - (longest - sizes[:, None])).clamp(min=0)
+
+
+def _timely(open_texts: set[int], writings: Sequence[Writing], found: list[list[int] | None]) -> set[int]:
+    """Give up what is late; return what is still to be written."""
+    for text in open_texts:
+        late = writings[text].late
+        if late is not None and late():
+            found[text] = None
+    return {text for text in open_texts if found[text] is not None}
 
 
 def _append(text: list[int], token: int, open_rows: set[int], row: int, limit: int, stops: frozenset[int]) -> None:

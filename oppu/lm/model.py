@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from oppu.errors import AdapterUnreadable
 from oppu.lm.bank import AdapterBank, SlotBank, adapter_config, find_targets
 from oppu.lm.base import LoadedBase
+from oppu.lm.blend import Texts, foreseen
 from oppu.lm.encoding import Encoder, Reading
 from oppu.lm.forward import Runner, buckets, target_losses
-from oppu.lm.generation import greedy
+from oppu.lm.generation import Writing, greedy
 from oppu.lm.port import AdapterRef, Example, Row, Scored, Tensors, TrainConfig, Trained, TrainJob
 from oppu.lm.prompts import Ids
-from oppu.lm.scoring import Trie, allowed_log_probs
+from oppu.lm.scoring import Trie, aim_log_probs, allowed_log_probs
 from oppu.lm.training import Calls, slots_for, train_slots
 from oppu.settings import ModelSettings
 from oppu.tasks import Tasks
@@ -164,6 +165,51 @@ class TorchModel:
                 found[members] = part.double().cpu().numpy()
         return found
 
+    def token_scores(self, examples: Sequence[Example], tensors: Tensors | None) -> list[_Scores]:
+        """Return the log probability of each text example's output tokens, the end included, teacher-forced.
+
+        Args:
+            examples: One user's text examples.
+            tensors: The adapter's weights; ``None`` = the base alone.
+
+        Returns:
+            One ``[t] float64`` an example.
+
+        Raises:
+            AdapterUnreadable: The weights do not fit this base.
+        """
+        targets = self._encoder.targets(examples)
+        found: list[_Scores] = [_NONE] * len(examples)
+        with self._one_user(tensors) as slot, torch.no_grad():
+            for group in buckets([len(target.ids) for target in targets], self._runner.tokens):
+                members = [targets[at] for at in group]
+                with self._scratch.use([slot] * len(members)):
+                    logits = self._runner.logits([Reading(t.ids, t.positions, slot) for t in members])
+                said = aim_log_probs(logits, [aim for t in members for aim in t.aims]).double().cpu().numpy()
+                parts = np.split(said, np.cumsum([len(t.aims) for t in members])[:-1])
+                for at, part in zip(group, parts, strict=True):
+                    found[at] = part
+        return found
+
+    def longest_output(self, task: str) -> int:
+        """Return how many tokens of a text task's outputs are scored at most."""
+        return self._encoder.longest_output(task)
+
+    def cached(
+        self, examples: Sequence[Example], texts: Sequence[Mapping[str, Texts]]
+    ) -> list[tuple[_Scores, NDArray[np.int64]]]:
+        """Say how caches foresee each text example's output tokens; see :func:`oppu.lm.blend.foreseen`.
+
+        Args:
+            examples: Text examples.
+            texts: Of each, the caches' weighted texts.
+
+        Returns:
+            Probabilities and matched tokens ``[t, e]`` of each.
+        """
+        wanted = [tuple(aim.index for aim in target.aims) for target in self._encoder.targets(examples)]
+        return [foreseen(self._encoder.caches(own), ids) for own, ids in zip(texts, wanted, strict=True)]
+
     def scores(self, examples: Sequence[Example], tensors: Tensors | None) -> list[_Scores]:
         """Return each choice example's log probabilities ``[c]`` (empty for text), under one user's weights.
 
@@ -273,15 +319,13 @@ class TorchModel:
         prompts = self._encoder.prompts(rows, [row.max_new_tokens for row in rows])
         longest = self._base.max_positions
         limits = [min(row.max_new_tokens, longest - len(ids)) for row, ids in zip(rows, prompts, strict=True)]
-        texts: dict[int, str] = {}
+        texts: dict[int, str | None] = {}
         for bucket in buckets([len(ids) + limit for ids, limit in zip(prompts, limits, strict=True)]):
-            group = sorted(bucket, key=lambda at: slots[at])
-            readings = [Reading(prompts[at], (), slots[at]) for at in group]
-            most = [limits[at] for at in group]
-            new = greedy(self._runner, self._bank, readings, most, self._encoder.stops)
-            for at, ids in zip(group, new, strict=True):
-                texts[at] = str(self._base.tokenizer.decode(ids, skip_special_tokens=True)).strip()
-        return [Scored(_NONE, _NONE, texts[at]) for at in range(len(rows))]
+            writings = [_writing(rows[at], prompts[at], slots[at], limits[at], self._encoder) for at in bucket]
+            for at, ids in zip(bucket, greedy(self._runner, self._bank, writings, self._encoder.stops), strict=True):
+                text = None if ids is None else self._base.tokenizer.decode(ids, skip_special_tokens=True)
+                texts[at] = None if text is None else str(text).strip()
+        return [Scored(_NONE, _NONE, texts[at], late=texts[at] is None) for at in range(len(rows))]
 
     def _score(self, work: Sequence[tuple[Ids, Trie, int]], bank: SlotBank) -> list[_Scores]:
         """Return the choices' log probabilities for each (prompt, trie, slot)."""
@@ -299,6 +343,11 @@ class TorchModel:
             places = [place for index in group for place in owners[index]]
             _spread(logits, places, work, found)
         return [trie.scores(nodes) for (_, trie, _), nodes in zip(work, found, strict=True)]
+
+
+def _writing(row: Row, prompt: Ids, slot: int, limit: int, encoder: Encoder) -> Writing:
+    caches = encoder.caches(row.blend.caches) if row.blend is not None else ()
+    return Writing(prompt, slot, limit, row.blend, caches, row.late)
 
 
 def _fits(bank: SlotBank, job: TrainJob) -> bool:

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from oppu.lm.blend import Blend
 from oppu.values import BaseId, UserId
 
 Tensors = Mapping[str, NDArray[np.float32]]
@@ -31,7 +32,8 @@ class Row:
     """One prompt to answer.
 
     ``evidence`` are earlier (input, output) pairs, best first, that are put into the prompt as far as they fit;
-    ``profile`` is a line about the user. ``choices`` empty means free text.
+    ``profile`` is a line about the user. ``choices`` empty means free text: written by the adapter alone, or under
+    ``blend``; once ``late`` says so, which is asked before every token, it is given up.
     """
 
     task: str
@@ -41,16 +43,19 @@ class Row:
     choices: tuple[str, ...] = field(default=(), repr=False)
     adapter: AdapterRef | None = None
     max_new_tokens: int = 32
+    blend: Blend | None = field(default=None, repr=False)
+    late: Callable[[], bool] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
     """A row's result: ``scores`` and ``base_scores`` ``[c] float64`` log probabilities, with the adapter and
-    without; for free text ``text`` and empty scores."""
+    without; for free text ``text`` and empty scores. ``late``: it was given up."""
 
     scores: NDArray[np.float64]
     base_scores: NDArray[np.float64]
     text: str | None = field(default=None, repr=False)
+    late: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,16 +17,19 @@ from evaluation.report import summarise, write
 from evaluation.splits import Bounds
 from evaluation.training import Recipe
 from evaluation.variants import CHOSEN_OPPU, CHOSEN_PROMPT, PROMPTED, RECENT, TRAINED
+from inference import blending
+from inference.blending import TextFusion, load_text_fusion
 from oppu.cli import cli, compose
 from oppu.errors import ConfigError
-from oppu.fusion import DEFAULT, FILE
+from oppu.fusion import DEFAULT, FILE, Fusion
+from oppu.lm.model import TorchModel
 from oppu.settings import Settings, UpdaterSettings
 from oppu.tasks import Task, Tasks
 from tests.evaluation.world import EMBEDDER, LABELS, people
 from tests.oppu.lm.conftest import byte_tokenizer, tiny_model
 
 COUNTS = {f"t{n}": 20 for n in range(3)} | {f"c{n}": 8 for n in range(6)} | {"s0": 4}
-RECIPE = Recipe(base_epochs=2, passes=1, chunk=6, replay=2, chunk_passes=1, strangers=1)
+RECIPE = Recipe(base_epochs=2, passes=1, chunk=6, replay=2, chunk_passes=1, strangers=1, written=2)
 TASKS = Tasks({
     "pick": Task("pick", "choice", "{input}", "is:", LABELS),
     "write": Task("write", "text", "{input}", "title:"),
@@ -92,8 +95,32 @@ def test_peft_methods_are_reported_with_their_cost(settings: Settings, tmp_path:
 def test_a_text_task_is_judged_by_its_loss(settings: Settings, tmp_path: Path) -> None:
     outcomes = run(planned(tmp_path, "write"), everybody("write"), settings, TASKS, EMBEDDER)
     result = summarise(planned(tmp_path, "write"), outcomes, "text", "tiny", "oppu evaluate write")
-    assert all(arm["query_mean"] < 0 for arm in result["arms"].values())
-    assert any(name.startswith("P1") for name in result["tests"])
+    judged = {name: arm for name, arm in result["arms"].items() if arm["query_mean"] is not None}
+    assert all(arm["query_mean"] < 0 for arm in judged.values())
+    assert {"none", "oppu", "evidence", "fused"} <= set(judged)
+    assert {name[:2] for name in result["tests"] if name.startswith("P")} == {"P1", "P2", "P3"}
+    wrote = {name for name, arm in result["arms"].items() if "rouge_l" in arm}
+    assert {"none", "oppu", "evidence", "fused", "lead", "nearest", "frequent"} < wrote
+    assert all({"rouge_1", "empty", "repeated", "copied"} <= set(result["arms"][name]) for name in wrote)
+    assert {len(texts) for own in outcomes[0].arms.texts.values() for texts in own} == {RECIPE.written}
+    assert result["case_study"] and len(result["tests"]["fused - evidence"]["by_user"]) == 3
+    assert result["tests"]["fused - evidence"]["p"] is None
+    data, page = write(result, outcomes, "text", tmp_path / "out")
+    assert json.loads(data.read_text())["rouge_beats_lead"] == result["rouge_beats_lead"]
+    assert "| written by |" in page.read_text() and "Foreseen better" in page.read_text()
+
+
+def test_written_texts_are_kept_and_the_fit_beside_them(settings: Settings, tmp_path: Path) -> None:
+    def kill(*_: Any, **__: Any) -> None:
+        raise AssertionError("written again")
+
+    first = run(planned(tmp_path, "write"), everybody("write"), settings, TASKS, EMBEDDER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TorchModel, "answer", kill)
+        again = run(planned(tmp_path, "write"), everybody("write"), settings, TASKS, EMBEDDER)
+    assert first[0].arms.texts == again[0].arms.texts
+    _same(first[0], again[0])
+    assert load_text_fusion(tmp_path / "all-seed-0" / "text_fusion.json").alone
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(settings: Settings, tmp_path: Path) -> None:
@@ -149,6 +176,7 @@ def test_what_is_fitted_beside_a_base_is_what_inference_reads(settings: Settings
     own = settings.model_copy(update={"updater": UpdaterSettings(min_pending=6, passes=1)})
     done = calibrate([i for i in everybody() if i.user_id[0] != "s"], own, TASKS, EMBEDDER, lambda _: None)
     assert (done.items, done.users) == (108, 9)
+    assert isinstance(done.fusion, Fusion)
     assert set(done.fusion.alone.coefficients) == {"base", "knn", "prior"}
     assert set(done.fusion.beside.coefficients) == {"adapter"}
     done.fusion.save(tmp_path / FILE)
@@ -159,7 +187,20 @@ def test_what_is_fitted_beside_a_base_is_what_inference_reads(settings: Settings
     assert compose.fusion(settings) == DEFAULT
 
 
-@pytest.mark.parametrize("items", [[], everybody("write"), everybody()[:50]])
+def test_a_text_tasks_weights_are_fitted_and_read_too(settings: Settings, tmp_path: Path) -> None:
+    own = settings.model_copy(update={"updater": UpdaterSettings(min_pending=6, passes=1)})
+    done = calibrate([i for i in everybody("write") if i.user_id[0] != "s"], own, TASKS, EMBEDDER, lambda _: None)
+    assert isinstance(done.fusion, TextFusion) and (done.items, done.users) == (108, 9)
+    assert 0 < done.fusion.adapter_share(64) < 1
+    done.fusion.save(tmp_path / blending.FILE)
+    beside = settings.model.model_copy(update={"base": str(tmp_path)})
+    assert compose.text_fusion(settings.model_copy(update={"model": beside})) == done.fusion
+    named = settings.model.model_copy(update={"text_fusion": str(tmp_path / blending.FILE)})
+    assert compose.text_fusion(settings.model_copy(update={"model": named})) == done.fusion
+    assert compose.text_fusion(settings) == blending.DEFAULT
+
+
+@pytest.mark.parametrize("items", [[], everybody("write")[:50], everybody()[:50]])
 def test_too_little_to_calibrate_on_is_refused(settings: Settings, items: list[Item]) -> None:
     with pytest.raises(ConfigError, match="EVENTS: expected"):
         calibrate(items, settings, TASKS, EMBEDDER, lambda _: None)

@@ -217,6 +217,60 @@ def test_texts_are_generated(world: World) -> None:
     assert (answer.status, answer.output, answer.scores) == ("ok", "one two three four", None)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {"knn", "prior", "input", "adapter"}),
+        ({"retrieve": 0}, {"prior", "input", "adapter"}),
+        ({"profile": False}, {"knn", "input", "adapter"}),
+        ({"adapter": False}, {"knn", "prior", "input"}),
+        ({"retrieve": 0, "profile": False, "adapter": False}, {"input"}),
+    ],
+)
+def test_a_text_is_written_from_what_is_switched_on(
+    settings: Settings, make_world: Callable[..., World], options: dict[str, Any], expected: set[str]
+) -> None:
+    rows: list[Row] = []
+
+    class Watched(FakeModel):
+        def answer(self, asked: Any) -> list[Scored]:
+            rows.extend(asked)
+            return super().answer(asked)
+
+    world = make_world(settings, model=Watched())
+    world.remember("anna", [("goal match", "a headline"), ("judge court", "another")], task="write")
+    world.publish("anna", "art", task="write")
+    world.ask("anna", "r1", task="write", input="goal match", options=options)
+    world.turn()
+    answer = world.answer("r1")
+    assert answer.status == "ok" and answer.provenance is not None
+    [row] = rows
+    assert row.blend is not None and (row.evidence, row.profile) == ((), "")
+    assert set(row.blend.caches) | ({"adapter"} if row.adapter is not None else set()) == expected
+    assert ("adapter" in row.blend.weights) == ("adapter" in expected) == ("adapter" in answer.provenance.used)
+    if "knn" in expected:
+        assert row.blend.caches["knn"][0][0] == "a headline"
+        assert "retrieval" in answer.provenance.used
+
+
+def test_the_deadline_is_looked_at_while_a_text_is_written(
+    settings: Settings, make_world: Callable[..., World]
+) -> None:
+    class Slow(FakeModel):
+        def answer(self, asked: Any) -> list[Scored]:
+            world.clock.advance(2.0)
+            return super().answer(asked)
+
+    world = make_world(settings, model=Slow())
+    deadline = (world.clock.now() + timedelta(seconds=1)).isoformat()
+    world.ask("anna", "r1", task="write", deadline=deadline)
+    world.ask("anna", "r2", task="write")
+    world.turn()
+    error = world.answer("r1").error
+    assert error is not None and error.code == "deadline_exceeded"
+    assert world.answer("r2").status == "ok"
+
+
 @pytest.mark.parametrize("text", ["", "  \n", None])
 def test_an_empty_text_is_an_error_that_says_so(
     settings: Settings, make_world: Callable[..., World], text: str | None

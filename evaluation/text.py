@@ -1,0 +1,202 @@
+"""Texts: every expert's probabilities of what the user wrote, and how they are mixed (protocol sections 2 and 3).
+
+Letters: n items of a user, t tokens of the longest output, e experts in the order of ``EXPERTS``. What lies after an
+output's end is NaN. Each output counts alike in a fit, as it does in the loss a token that is reported.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from evaluation.arms import Arms, Table
+from evaluation.history import Past
+from evaluation.prompting import example
+from evaluation.splits import Person
+from evaluation.stacking import minimised
+from evaluation.training import Bench, padded, stage
+from evaluation.writing import Writer, lengths, plain, write
+from inference.blending import DEFAULT, FILE, Coefficients, TextFusion
+from oppu.errors import ConfigError
+from oppu.fusion import length
+from oppu.lm.blend import EXPERTS, mixed
+from oppu.lm.port import Tensors
+
+Array = NDArray[np.float64]
+Adapters = Mapping[str, Tensors]
+
+PRIOR_DEVIATION = 2.0
+"""Of a coefficient about the built-in one, in a sample of ``_OUTPUTS``: short streams say little of long ones."""
+_OUTPUTS = 100
+_FAR = 1e4
+
+
+@dataclass(frozen=True, slots=True)
+class Foreseen:
+    """What one user's experts say: ``said`` ``[n, t, e]`` probabilities (NaN: silent), ``matched`` ``[n, t, e]``,
+    ``real`` ``[n, t]`` whether there is a token."""
+
+    table: Table
+    said: Array = field(repr=False)
+    matched: NDArray[np.int64] = field(repr=False)
+
+    @property
+    def real(self) -> NDArray[np.bool_]:
+        """Where there is a token, ``[n, t]``."""
+        return ~np.isnan(self.table.base)
+
+    def log_p(self, fusion: TextFusion, *, adapter: bool) -> Array:
+        """Return ``[n, t]`` log probabilities under the mixture that would be served."""
+        found = np.full(self.real.shape, np.nan)
+        for at, past in enumerate(self.table.pasts):
+            learnt = adapter and at >= self.table.adapted
+            said = self.said[at].copy()
+            if not learnt:
+                said[:, EXPERTS.index("adapter")] = np.nan
+            real = self.real[at]
+            found[at, real] = np.log(
+                mixed(said[real], self.matched[at][real], fusion.weights(past.count, adapter=learnt))
+            )
+        return found
+
+
+def cached(
+    bench: Bench, people: Sequence[Person], pasts: Mapping[str, Sequence[Past]]
+) -> dict[str, NDArray[np.float64]]:
+    """Let every cache foresee every item, prequentially; a stage.
+
+    Returns:
+        ``USER`` probabilities and ``USER/matched`` ``[n, t, cache experts]``.
+    """
+
+    def compute() -> dict[str, NDArray[np.float64]]:
+        found = {}
+        for p in people:
+            width = bench.model.longest_output(p.items[0].task)
+            parts = bench.model.cached([example(i) for i in p.items], [past.caches for past in pasts[p.user_id]])
+            found[p.user_id] = padded([said for said, _ in parts], width)
+            found[f"{p.user_id}/matched"] = np.nan_to_num(padded([m.astype(np.float64) for _, m in parts], width))
+        return found
+
+    return stage(bench, "caches", compute)
+
+
+def foreseen(table: Table, found: Mapping[str, NDArray[np.float64]]) -> Foreseen:
+    """Put a user's experts side by side."""
+    user = table.person.user_id
+    models = np.exp(np.stack([table.base, table.follow], axis=-1))
+    matched = found[f"{user}/matched"].astype(np.int64)
+    none = np.zeros((*models.shape[:-1], 2), dtype=np.int64)
+    return Foreseen(table, np.concatenate([models, found[user]], axis=-1), np.concatenate([none, matched], axis=-1))
+
+
+def fit_text_fusion(tables: Sequence[Foreseen]) -> TextFusion:
+    """Fit both sets of coefficients on calibrate users' items and on targets' items before their cut.
+
+    Args:
+        tables: Of all of them.
+
+    Returns:
+        The fit.
+
+    Raises:
+        ConfigError: No user has items after an adapter's first training.
+    """
+    if not any(t.table.adapted < t.table.person.cut for t in tables):
+        raise ConfigError("calibration: expected some user with more items than an adapter's first training takes")
+    return TextFusion(_fit(tables, DEFAULT.alone, adapter=False), _fit(tables, DEFAULT.beside, adapter=True))
+
+
+def text_arms(tables: Sequence[Foreseen], fusion: TextFusion) -> Arms:
+    """Judge every held-back text in every arm, by its tokens' log probabilities.
+
+    Args:
+        tables: Of the target users.
+        fusion: Fitted beforehand.
+
+    Returns:
+        All arms; ``stream`` has evidence and fused on all items.
+    """
+    held: dict[str, list[Array]] = {}
+    stream: dict[str, list[Array]] = {"evidence": [], "fused": []}
+    for own in tables:
+        table, cut = own.table, own.table.person.cut
+        streamed = {"evidence": own.log_p(fusion, adapter=False), "fused": own.log_p(fusion, adapter=True)}
+        for name, scores in streamed.items():
+            stream[name].append(scores)
+        arms = {"none": table.base[cut:], "follow": table.follow[cut:], **table.held}
+        for name, scores in (arms | {name: scores[cut:] for name, scores in streamed.items()}).items():
+            held.setdefault(name, []).append(scores)
+    return Arms(held, stream, [])
+
+
+def text_run(bench: Bench, tables: Mapping[str, Table], adapters: Mapping[str, Adapters]) -> Arms:
+    """Fit, judge and write: all arms of one fold's text task on its plain base.
+
+    Args:
+        bench: The fold's model.
+        tables: Of target and calibrate users, by user.
+        adapters: Target users' weights: ``oppu`` trained once, ``fused`` as they followed the stream up to the cut.
+
+    Returns:
+        The arms of the target users.
+    """
+    people = (*bench.fold.target, *bench.fold.calibrate)
+    own = [tables[p.user_id] for p in people]
+    said = cached(bench, people, {t.person.user_id: t.pasts for t in own})
+    experts = [foreseen(table, said) for table in own]
+    fusion = fit_text_fusion(experts)
+    fusion.save(bench.folder / FILE)
+    targets, calibrate = own[: len(bench.fold.target)], own[len(bench.fold.target) :]
+    limits = lengths(calibrate or targets)
+    writers = [
+        Writer("none"),
+        Writer("oppu", adapters["oppu"]),
+        Writer("evidence", fusion=fusion),
+        Writer("fused", adapters["fused"], fusion=fusion),
+    ]
+    texts = {w.name: write(bench, targets, w, limits.most) for w in writers}
+    arms = text_arms(experts[: len(targets)], fusion)
+    return replace(arms, texts=texts | plain(targets, limits.lead, bench.recipe.written))
+
+
+def _fit(tables: Sequence[Foreseen], begin: Coefficients, *, adapter: bool) -> dict[str, tuple[float, float, float]]:
+    """Minimise the mean loss a token plus the distance from ``begin``."""
+    names = list(begin)
+    columns = [EXPERTS.index(name) for name in names]
+    said, matched, lengths, worth = _tokens(tables, columns, adapter=adapter)
+    start = torch.tensor([begin[name] for name in names], dtype=torch.float64)
+    found = start.clone().requires_grad_(True)
+    scale = 1 / (2 * PRIOR_DEVIATION**2 * _OUTPUTS)
+
+    def loss() -> torch.Tensor:
+        levels = found[:, 0] + found[:, 1] * lengths[:, None] + found[:, 2] * matched
+        weights = torch.where(said.isnan(), -_FAR, levels).log_softmax(-1)
+        mixed_p = (weights + said.nan_to_num(1.0).clamp(min=1e-12).log()).logsumexp(-1)
+        return -(worth * mixed_p).sum() + scale * ((found - start) ** 2).sum()
+
+    values = minimised(found, loss)
+    return {name: (float(a), float(b), float(c)) for name, (a, b, c) in zip(names, values, strict=True)}
+
+
+def _tokens(
+    tables: Sequence[Foreseen], columns: list[int], *, adapter: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return every token's probabilities and matches ``[m, e]``, its user's length and its worth ``[m]``."""
+    said, matched, lengths, worth = [], [], [], []
+    for own in tables:
+        for at in range(own.table.adapted if adapter else 0, own.table.person.cut):
+            real = own.real[at]
+            said.append(own.said[at][real][:, columns])
+            matched.append(np.maximum(own.matched[at][real][:, columns] - 1, 0))
+            lengths.append(np.full(real.sum(), length(own.table.pasts[at].count)))
+            worth.append(np.full(real.sum(), 1 / real.sum()))
+    weights = torch.from_numpy(np.concatenate(worth))
+    return (
+        torch.from_numpy(np.concatenate(said)),
+        torch.from_numpy(np.concatenate(matched)).double(),
+        torch.from_numpy(np.concatenate(lengths)),
+        weights / weights.sum(),
+    )

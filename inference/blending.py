@@ -1,0 +1,134 @@
+"""How a text is written: base, adapter and caches, each at the weight it has earned. Pure.
+
+What ``oppu.fusion`` is for choices: two sets of weights, one of the evidence without an adapter, one with it,
+fitted on users the base has not seen (``oppu calibrate``). A weight is that of an expert of a mixture of next-token
+distributions (``oppu.lm.blend``); its log goes up or down with the length of the user's history, and with how many
+tokens a cache matches.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from oppu.errors import ConfigError
+from oppu.fusion import length
+from oppu.lm.blend import CACHE_EXPERTS, EXPERTS, Blend, Texts, shares
+from retriever.port import Hit
+
+FILE = "text_fusion.json"
+"""Beside a base's weights: what was fitted for it."""
+
+Coefficients = Mapping[str, tuple[float, float, float]]
+"""By expert, of its log weight: level, slope over ``length``, and what each further matched token adds."""
+
+_TEMPERATURE = 0.1
+"""Of similarities, as in the kNN vote of choices."""
+_CACHED_OUTPUTS = 128
+"""Heaviest outputs of the profile's prior that are looked at: with a half-life of 50 events, five sixths of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextFusion:
+    """Both sets of coefficients: ``alone`` without an adapter, ``beside`` with one."""
+
+    alone: Coefficients
+    beside: Coefficients
+
+    def weights(self, events: int, *, adapter: bool) -> dict[str, tuple[float, float]]:
+        """Return each expert's log weight and what a matched token adds to it, after so many events."""
+        at = length(events)
+        chosen = self.beside if adapter else self.alone
+        return {name: (level + slope * at, match) for name, (level, slope, match) in chosen.items()}
+
+    def blend(self, texts: Mapping[str, Texts], events: int, *, adapter: bool) -> Blend:
+        """Say how a text is written.
+
+        Args:
+            texts: Of the caches there are.
+            events: The user's events before.
+            adapter: Whether an adapter has a say.
+
+        Returns:
+            The blend.
+        """
+        return Blend(self.weights(events, adapter=adapter), texts)
+
+    def adapter_share(self, events: int) -> float:
+        """Return the adapter's weight after so many events where every expert speaks and one token matches."""
+        return shares(self.weights(events, adapter=True), dict.fromkeys(self.beside, 1)).get("adapter", 0.0)
+
+    def save(self, path: Path) -> None:
+        """Write the JSON file."""
+        content = {
+            name: {expert: list(found) for expert, found in part.items()}
+            for name, part in (("alone", self.alone), ("beside", self.beside))
+        }
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+DEFAULT = TextFusion(
+    alone={"base": (2.0, 0.0, 0.0), **dict.fromkeys(CACHE_EXPERTS, (0.0, 0.0, 0.0))},
+    beside={"base": (1.0, 0.0, 0.0), "adapter": (0.0, 1.0, 0.0), **dict.fromkeys(CACHE_EXPERTS, (0.0, 0.0, 0.0))},
+)
+"""Where nothing was fitted: rounded from a fit on the offline base."""
+
+
+def load_text_fusion(path: Path) -> TextFusion:
+    """Read what was fitted for a base.
+
+    Args:
+        path: The JSON file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ConfigError: Naming the file and the field.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.text_fusion: cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"model.text_fusion: {path}: expected an object with alone and beside")
+    without = [name for name in EXPERTS if name != "adapter"]
+    return TextFusion(_part(path, content, "alone", without), _part(path, content, "beside", EXPERTS))
+
+
+def caches(text: str, neighbours: Sequence[Hit], prior: Mapping[str, float]) -> dict[str, Texts]:
+    """Gather what a user's text may be written from.
+
+    Args:
+        text: The input.
+        neighbours: The nearest items, with their similarities.
+        prior: The user's outputs with their recency weights.
+
+    Returns:
+        Weighted texts by cache; a cache without texts is left out.
+    """
+    top = max((hit.similarity for hit in neighbours), default=0.0)
+    near = [(hit.event.output, float(np.exp((hit.similarity - top) / _TEMPERATURE))) for hit in neighbours]
+    recent = sorted(prior.items(), key=lambda pair: (-pair[1], pair[0]))[:_CACHED_OUTPUTS]
+    found = {"knn": _known(near), "prior": _known(recent), "input": _known([(text, 1.0)])}
+    return {name: texts for name, texts in found.items() if texts}
+
+
+def _known(texts: Sequence[tuple[str, float]]) -> Texts:
+    return tuple((text, weight) for text, weight in texts if text.strip() and weight > 0)
+
+
+def _part(path: Path, content: Mapping[str, object], name: str, allowed: Sequence[str]) -> Coefficients:
+    found = content.get(name)
+    if not isinstance(found, dict) or "base" not in found or not set(found) <= set(allowed):
+        raise ConfigError(f"model.text_fusion: {path}: {name}: expected coefficients of {', '.join(allowed)}")
+    for expert, own in found.items():
+        if not (isinstance(own, list) and len(own) == 3 and all(_is_finite(x) for x in own)):
+            raise ConfigError(f"model.text_fusion: {path}: {name}.{expert}: expected three finite numbers")
+    return {expert: (float(own[0]), float(own[1]), float(own[2])) for expert, own in found.items()}
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
