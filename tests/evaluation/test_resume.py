@@ -28,7 +28,7 @@ from tests.evaluation.test_experiment import TASKS, everybody, planned
 from tests.evaluation.world import EMBEDDER
 
 out, base = Path(sys.argv[1]), sys.argv[2]
-own = Settings.load(model={"base": base, "max_tokens": 64, "lora_rank": 2, "threads": 1})
+own = Settings.load(model={"base": base, "max_tokens": 200, "lora_rank": 2, "threads": 1})
 plan = replace(planned(out / "work"), say=lambda text: print(text, flush=True))
 outcomes = run(plan, everybody(), own, TASKS, EMBEDDER)
 write(summarise(plan, outcomes, "choice", "tiny", "oppu evaluate pick"), outcomes, "choice", out)
