@@ -1,7 +1,7 @@
 """The shared bases of a fold: OPPU's task adaption in its three variants, and none; each kept with its curve."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,7 @@ TEMPERATURES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
 class Study:
     """One fold and seed: whose items, what came before each, and where results are kept.
 
-    ``pasts`` has every user's, adapt users included, one past an item.
+    ``pasts`` has every user's, adapt users included, one past an item; ``done`` is told each phase that is over.
     """
 
     fold: Fold
@@ -42,6 +42,7 @@ class Study:
     recipe: Recipe
     seed: int
     say: Say
+    done: Callable[[str], None] = lambda _: None
 
 
 @contextmanager
@@ -56,6 +57,7 @@ def opened(study: Study, base: BaseName) -> Iterator[Bench]:
         The bench; its model is closed afterwards.
     """
     folder = unadapted(study) if base == "unadapted" else str(adapted(study, base))
+    study.done(f"base-{base}")
     own = study.settings.model.model_copy(update={"base": folder})
     model = TorchModel(load_base(own), study.tasks, settings=own, slots=1)
     try:

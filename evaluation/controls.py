@@ -57,7 +57,7 @@ def _shares(person: Person) -> Mapping[str, float]:
 
 
 def _distance(a: Mapping[str, float], b: Mapping[str, float]) -> float:
-    return sum(abs(a.get(output, 0.0) - b.get(output, 0.0)) for output in {*a, *b})
+    return sum(abs(a.get(output, 0.0) - b.get(output, 0.0)) for output in sorted({*a, *b}))
 
 
 def _chance(seed: int, user: str) -> random.Random:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +16,7 @@ from evaluation import controls
 from evaluation.analyses import Analysed, Extra, analyse, with_text_task
 from evaluation.arms import Arms, Array, Table, choice_arms, fit_fusion
 from evaluation.bases import Study, curve, opened
+from evaluation.budget import Progress, measured, options, phases
 from evaluation.corpus import Item, by_user
 from evaluation.history import Past, check_pasts, pasts
 from evaluation.methods import PREFIX, MethodResult, merged, run_methods
@@ -50,6 +51,7 @@ class Plan:
     methods: bool = False
     analyses: bool = False
     sisters: tuple[Item, ...] = ()
+    progress: Progress | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,7 @@ def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, emb
         )
     if plan.final:
         _log_opening(plan)
+    _announce(plan, folds, items, settings, tasks)
     pasts_of = [_pasts(fold, vectors, embedder, settings) for fold in folds]
     outcomes = []
     for seed in plan.seeds:
@@ -109,10 +112,31 @@ def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, emb
         for fold, past in zip(folds, pasts_of, strict=True):
             folder = plan.folder / f"{fold.name}-seed-{seed}"
             folder.mkdir(exist_ok=True)
-            study = Study(fold, past, settings, tasks, folder, plan.recipe, seed, plan.say)
+            study = Study(
+                fold, past, settings, tasks, folder, plan.recipe, seed, plan.say, _done(plan, fold.name, seed)
+            )
             parts.append(_fold(plan, study, Extra(vectors, embedder, plan.sisters)))
         outcomes.append(_outcome(seed, parts))
     return outcomes
+
+
+def _announce(plan: Plan, folds: Sequence[Fold], items: Sequence[Item], settings: Settings, tasks: Tasks) -> None:
+    """Measure the machine and say how long all this will take."""
+    if plan.progress is None:
+        return
+    rates = measured(items, settings, tasks)
+    chosen = options(settings, plan.recipe, all_arms=plan.all_arms, methods=plan.methods, analyses=plan.analyses)
+    plan.progress.begin({
+        f"{fold.name}, seed {seed}, {phase}": seconds
+        for fold in folds
+        for seed in plan.seeds
+        for phase, seconds in phases(fold, rates, chosen).items()
+    })  # fmt: skip
+
+
+def _done(plan: Plan, fold: str, seed: int) -> Callable[[str], None]:
+    progress = plan.progress
+    return lambda phase: progress.done(f"{fold}, seed {seed}, {phase}") if progress is not None else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,15 +171,18 @@ def _fold(plan: Plan, study: Study, extra: Extra) -> _Part:
     with opened(study, "plain") as bench:
         plain = base_scores(bench, people, "base-scores")
         followed = follow(bench, people)
+        study.done("follow")
         variants = compared(study, bench, every=plan.all_arms or plan.analyses)
         held = variants.held
         _add_controls(study, bench, held)
+        study.done("controls")
     for p in fold.target:
         held[p.user_id]["frozen"] = followed[f"{p.user_id}/frozen"]
     methods = run_methods(study) if plan.methods else {}
     for name, result in methods.items():
         for user, scores in result.scores.items():
             held[user][PREFIX + name] = scores
+    study.done("methods")
     tables = {
         p.user_id: Table(
             p,
@@ -177,6 +204,7 @@ def _fold(plan: Plan, study: Study, extra: Extra) -> _Part:
     if plan.analyses:
         own = {t.person.user_id: {**t.held, "none": t.base[t.person.cut :]} for t in targets}
         analysed = analyse(study, own, extra)
+        study.done("analyses")
     curves: dict[str, list[float]] = {variant: curve(study, variant) for variant in VARIANTS}
     return _Part(targets, arms, variants.chosen, curves, variants.cut_share, methods, analysed)
 

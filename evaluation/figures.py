@@ -15,6 +15,8 @@ ARMS_FIGURE, LENGTH_FIGURE, WITHIN_FIGURE, ADAPTION_FIGURE = (
 )
 _DOTS = 120
 """Resolution, dots an inch."""
+_APART = 0.04
+"""Between the intervals of two arms, in rows."""
 
 
 def draw(result: Mapping[str, Any], folder: Path) -> dict[str, str]:
@@ -39,7 +41,7 @@ def draw(result: Mapping[str, Any], folder: Path) -> dict[str, str]:
     for title, name, paint in _pictures(result):
         figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
         paint(axes)
-        axes.set_title(f"{title}: {result['task']}" + ("" if result["evidence"] else " (shortened: not evidence)"))
+        axes.set_title(f"{title}\n{result['task']}" + ("" if result["evidence"] else " (shortened: not evidence)"))
         axes.grid(alpha=0.3)
         found[title] = f"figures/{result['task']}-{name}.png"
         figure.savefig(folder / found[title], dpi=_DOTS, metadata={"Software": None})
@@ -75,9 +77,10 @@ def _arms(axes: Any, arms: Mapping[str, Any], metric: str) -> None:
 
 def _lines(axes: Any, rows: Sequence[Mapping[str, Any]], metric: str, label: str) -> None:
     """Draw arms over rows, with intervals; the base and what is compared with it."""
-    for shift, arm in enumerate(a for a in ("none", FOLLOW, "oppu", "evidence", "fused") if any(a in r for r in rows)):
+    arms = [a for a in ("none", FOLLOW, "oppu", "evidence", "fused") if any(a in row for row in rows)]
+    for number, arm in enumerate(arms):
         points = [(at, row[arm]) for at, row in enumerate(rows) if arm in row]
-        x = [at + 0.06 * (shift - 1.5) for at, _ in points]
+        x = [at + _APART * (number - (len(arms) - 1) / 2) for at, _ in points]
         means = [p["mean"] for _, p in points]
         below = [max(0.0, p["mean"] - p["ci"][0]) for _, p in points]
         above = [max(0.0, p["ci"][1] - p["mean"]) for _, p in points]

@@ -174,6 +174,7 @@ def _add(
 
     for user, scores in stage(bench, f"{name}-scores", compute).items():
         held[user][name] = scores
+    study.done(name)
 
 
 def _recent(study: Study, bench: Bench, people: Sequence[Person], held: Held) -> float | None:
@@ -196,6 +197,7 @@ def _recent(study: Study, bench: Bench, people: Sequence[Person], held: Held) ->
     offered, kept = scores.pop("")
     for user, own in scores.items():
         held[user][RECENT] = own
+    study.done(RECENT)
     return float(1 - kept / offered) if offered else None
 
 

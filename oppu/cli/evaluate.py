@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from evaluation.corpus import Item
 
 QUICK_USERS = 8
-MINUTES_A_THOUSAND = 2.5
-"""Rough cost on two cores of one seed with all controls, a thousand items of the followed users."""
 
 
 @click.command()
@@ -54,7 +52,8 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
     as_json: bool,
 ) -> None:
     """Compare all arms and controls of TASK on users' own events, and write tables and tests to OUT."""
-    from evaluation.corpus import by_user, load
+    from evaluation.budget import Progress
+    from evaluation.corpus import load
     from evaluation.experiment import Plan, run
     from evaluation.quick import shortened
     from evaluation.report import markdown, summarise, write
@@ -74,11 +73,9 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
     bounds = Bounds(min_target, min_calibrate)
     if quick:
         items, bounds = shortened(items, bounds)
-    followed = sum(len(own) for own in by_user(items).values() if len(own) >= min_calibrate)
-    say(f"{len(items)} items; about {followed / 1000 * MINUTES_A_THOUSAND * len(seeds):.0f} minutes without --quick")
     name = f"{task}-{'final' if final else 'dev'}-{recipe.digest()}{'-quick' if quick else ''}"
     plan = Plan(task, out / name, seeds, recipe, bounds, final, QUICK_USERS if quick else None, say)
-    plan = replace(plan, all_arms=all_arms, methods=methods, analyses=analyses)
+    plan = replace(plan, all_arms=all_arms, methods=methods, analyses=analyses, progress=Progress(say))
     if analyses:
         plan = replace(plan, sisters=_sisters(events, task, tasks))
     outcomes = run(plan, items, settings, tasks, compose.embedder(settings))
