@@ -15,7 +15,7 @@ import numpy as np
 
 from oppu.errors import ConfigError
 from oppu.fusion import length
-from oppu.lm.blend import CACHE_EXPERTS, EXPERTS, Blend, Texts, shares
+from oppu.lm.blend import EXPERTS, Blend, Texts, shares
 from retriever.port import Hit
 
 FILE = "text_fusion.json"
@@ -70,10 +70,27 @@ class TextFusion:
 
 
 DEFAULT = TextFusion(
-    alone={"base": (2.0, 0.0, 0.0), **dict.fromkeys(CACHE_EXPERTS, (0.0, 0.0, 0.0))},
-    beside={"base": (1.0, 0.0, 0.0), "adapter": (0.0, 1.0, 0.0), **dict.fromkeys(CACHE_EXPERTS, (0.0, 0.0, 0.0))},
+    alone={
+        "base": (2.9, 0.1, 0.0),
+        "knn": (-0.7, -0.2, 0.0),
+        "knn_next": (-0.2, -0.1, 0.2),
+        "prior": (-0.8, -0.3, 0.0),
+        "prior_next": (0.2, 0.1, 0.9),
+        "input": (0.0, 0.0, 0.0),
+        "input_next": (0.7, 0.3, 0.5),
+    },
+    beside={
+        "base": (1.4, 0.2, 0.0),
+        "adapter": (1.2, 1.6, 0.0),
+        "knn": (-0.6, -0.3, 0.0),
+        "knn_next": (-0.3, -0.2, 0.1),
+        "prior": (-0.9, -0.6, 0.0),
+        "prior_next": (0.0, 0.0, 0.8),
+        "input": (-0.2, -0.2, 0.0),
+        "input_next": (0.4, 0.3, 0.4),
+    },
 )
-"""Where nothing was fitted: rounded from a fit on the offline base."""
+"""Where nothing was fitted: rounded from a fit on the offline base and 16 users of 21 to 38 headlines."""
 
 
 def load_text_fusion(path: Path) -> TextFusion:
