@@ -128,11 +128,12 @@ class Decoder:
         with torch.no_grad(), use():
             self._cache = model(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
 
-    def step(self) -> torch.Tensor:
-        """Return ``[n, vocabulary]``."""
+    def run(self, steps: int) -> torch.Tensor:
+        """Decode so many times as one batch; return the last ``[n, vocabulary]``."""
         with torch.no_grad(), self._use():
-            out = self._model(input_ids=self._last, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self._cache.crop(-1)
+            for _ in range(steps):
+                out = self._model(input_ids=self._last, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+                self._cache.crop(-1)
         logits: torch.Tensor = out.logits[:, -1]
         return logits
 
@@ -185,8 +186,8 @@ class Peft:
         logits: torch.Tensor = out.logits[:, -1]
         return logits
 
-    def decode_by_set_adapter(self, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Return a step that decodes one token for each user in turn, every user with a cache of its own."""
+    def decode_by_set_adapter(self, ids: torch.Tensor, steps: int) -> Callable[[], torch.Tensor]:
+        """Return what decodes for each user in turn, every user with a cache of its own."""
 
         def using(name: str) -> Callable[[], AbstractContextManager[None]]:
             @contextmanager
@@ -197,12 +198,12 @@ class Peft:
             return use
 
         rows = [Decoder(self.model, ids[user : user + 1], using(name)) for user, name in enumerate(self.names)]
-        return lambda: torch.cat([row.step() for row in rows])
+        return lambda: torch.cat([row.run(steps) for row in rows])
 
-    def decode_by_adapter_names(self, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Return a step that decodes one token for all users in one call."""
-        call = functools.partial(self.model, adapter_names=self.names)
-        return Decoder(call, ids, nullcontext).step
+    def decode_by_adapter_names(self, ids: torch.Tensor, steps: int) -> Callable[[], torch.Tensor]:
+        """Return what decodes for all users in one call a step."""
+        decoder = Decoder(functools.partial(self.model, adapter_names=self.names), ids, nullcontext)
+        return lambda: decoder.run(steps)
 
     def _load(self, name: str, tensors: Tensors) -> None:
         own: Mapping[str, nn.Parameter] = dict(self.model.named_parameters())

@@ -32,6 +32,10 @@ class Timing:
         """The middle one."""
         return statistics.median(self.seconds)
 
+    def each(self, count: int) -> "Timing":
+        """Return the timing of one of so many equal parts."""
+        return Timing(tuple(seconds / count for seconds in self.seconds))
+
     @property
     def spread(self) -> float:
         """Half the distance of the quartiles over the median; 0 with fewer than two repeats."""

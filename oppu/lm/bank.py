@@ -10,7 +10,7 @@ row. Slot 0 is the zero adapter and never written. Names and shapes outside are 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -79,12 +79,14 @@ class _Mix:
     """The rows of a batch by adapter: ``plain`` rows of slot 0 first, then runs of equal slots.
 
     ``slots`` ``[k]`` holds a slot a run; ``ends`` are the runs' last rows plus one where they differ in length
-    (empty: all have ``n / k`` rows).
+    (empty: all have ``n / k`` rows). ``kept`` are the weights by group that a next forward of the same batch finds
+    gathered; ``None`` where they were gathered once and not kept.
     """
 
     plain: int
     slots: torch.Tensor
     ends: tuple[int, ...]
+    kept: dict[int, torch.Tensor | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +104,8 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class _Inner:
-    """What the layers of a group have in common for one input ``x``: the gathered weights and ``A x`` of all of them,
-    ``[k, n / k · t, r · layers]``, or ``[n · t, r · layers]`` where runs differ in length."""
+    """What the layers of a group have in common for one input ``x``: the gathered weights and ``scale · A x`` of all of
+    them, ``[k, n / k · t, r · layers]``, or ``[n · t, r · layers]`` where runs differ in length."""
 
     group: int
     x: torch.Tensor
@@ -265,14 +267,14 @@ class SlotBank:
             return y + torch.cat([torch.zeros_like(y[: mix.plain]), own]) if mix.plain else y + own
         rest = y[mix.plain :]
         if mix.ends or b.dtype != y.dtype:
-            rest += self._outer(mix, inner, b).view(rest.shape)
+            rest += self._outer(mix, inner, b).view(rest.shape).to(rest.dtype)
         else:  # y is the layer's own and fresh: adding in place saves two copies
-            rest.view(len(b), -1, place.out).baddbmm_(inner, b, alpha=self.scale)
+            rest.view(len(b), -1, place.out).baddbmm_(inner, b)
         return y
 
     def _shared(self, mix: _Mix, place: _Place, x: torch.Tensor) -> _Inner:
-        """Gather a group's weights and multiply the input by all its A."""
-        weights = self._gathered(place.group, mix.slots)
+        """Gather a group's weights and multiply the input by all its A, and by the scale."""
+        weights = self._weights(mix, place.group)
         learns = torch.is_grad_enabled() and weights.requires_grad
         own = x[mix.plain :]
         if learns or x.shape[1] >= _NARROW_TOKENS:
@@ -282,17 +284,17 @@ class SlotBank:
         if mix.ends:
             runs = enumerate(zip((0, *mix.ends), mix.ends, strict=False))
             inner = torch.cat([own[first:end].flatten(0, 1) @ a[run].T for run, (first, end) in runs])
-        else:  # this order of the product is the CPU's faster one for few rows
-            inner = torch.bmm(a, own.reshape(len(a), -1, place.wide).transpose(1, 2)).transpose(1, 2)
-        return _Inner(place.group, x, weights, inner)
+        else:
+            inner = torch.bmm(own.reshape(len(a), -1, place.wide), a.transpose(1, 2))
+        return _Inner(place.group, x, weights, inner * self.scale)
 
     def _outer(self, mix: _Mix, inner: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Return ``scale · B A x`` under each run's ``b`` ``[k, r, out]``, all rows and positions in order."""
+        """Return ``inner`` under each run's ``b`` ``[k, r, out]``, all rows and positions in order."""
         if not mix.ends:
-            return torch.bmm(inner * self.scale, b)
+            return torch.bmm(inner, b)
         each = len(inner) // mix.ends[-1]
         runs = enumerate(zip((0, *mix.ends), mix.ends, strict=False))
-        return torch.cat([(inner[first * each : end * each] * self.scale) @ b[run] for run, (first, end) in runs])
+        return torch.cat([inner[first * each : end * each] @ b[run] for run, (first, end) in runs])
 
     def _mixed(self, slots: Sequence[int]) -> _Mix:
         plain = next(row for row, slot in enumerate(slots) if slot)
@@ -305,15 +307,30 @@ class SlotBank:
         ends = tuple(accumulate(length for _, length in runs)) if len(lengths) > 1 else ()
         return _Mix(plain, chosen, ends)
 
-    def _gathered(self, group: int, chosen: torch.Tensor) -> torch.Tensor:
-        """Return a group's weights ``[k, size]``; to serve, in memory that every group of its size uses again."""
+    def _weights(self, mix: _Mix, group: int) -> torch.Tensor:
+        """Return a group's weights ``[k, size]`` for a batch.
+
+        The first forward of a batch gathers into memory that stays in the CPU's cache. With a second one it is known
+        to be decoding: then they are gathered for good, and the steps that follow only multiply.
+        """
         weights = self.weights[group]
         if torch.is_grad_enabled() and weights.requires_grad:
-            return weights.index_select(0, chosen)
+            return weights.index_select(0, mix.slots)
+        found = mix.kept.get(group)
+        if found is not None:
+            return found
+        if group not in mix.kept:
+            mix.kept[group] = None
+            return self._gathered(weights.detach(), mix.slots)
+        found = mix.kept[group] = weights.detach().index_select(0, mix.slots)
+        return found
+
+    def _gathered(self, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Gather into memory that every group of this size uses again."""
         buffer = self._buffers.get(weights.shape[1])
         if buffer is None or len(buffer) < len(chosen):
             buffer = self._buffers[weights.shape[1]] = weights.new_empty(len(chosen), weights.shape[1])
-        return torch.index_select(weights.detach(), 0, chosen, out=buffer[: len(chosen)])
+        return torch.index_select(weights, 0, chosen, out=buffer[: len(chosen)])
 
     def _of(self, slot: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return one slot's A ``[r, in]`` and B ``[out, r]`` of every layer, views."""

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from oppu.lm.attention import plain_attention
 from oppu.lm.base import LoadedBase
 from oppu.lm.encoding import Reading, Target
 from oppu.lm.last_block import LastBlock
@@ -22,6 +22,7 @@ from oppu.lm.scoring import aim_log_probs
 _CPU_TOKENS, _GPU_TOKENS = 4_096, 32_768
 """Most padded tokens of one forward: on a CPU, a training step's activations stay within some hundred megabytes."""
 _PLAIN_ATTENTION_TOKENS = 192
+"""Up to so many, all products of a row's positions lie in memory without harm."""
 _FORWARD_SHARE = 8
 """A forward's fixed cost, as a part of its most tokens; see ``buckets``."""
 
@@ -80,17 +81,12 @@ class Runner:
         """Return logits in at least float32."""
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def _attention(self, length: int) -> AbstractContextManager[Any]:
-        """Choose the plain kernel for training short bfloat16 sequences on a CPU.
-
-        There the fused kernel's backward takes six times as long (57 against 9 ms for 32 rows of 40 tokens).
-        """
+    def _attention(self, length: int) -> AbstractContextManager[None]:
+        """Choose the plain products for training short bfloat16 sequences on a CPU."""
         half = torch.is_autocast_enabled("cpu") or self.base.dtype == torch.bfloat16
         short = length <= _PLAIN_ATTENTION_TOKENS
-        if half and short and self.base.device.type == "cpu" and torch.is_grad_enabled():
-            chosen: AbstractContextManager[Any] = sdpa_kernel(SDPBackend.MATH)
-            return chosen
-        return nullcontext()
+        plain = half and short and self.base.device.type == "cpu" and torch.is_grad_enabled()
+        return plain_attention() if plain else nullcontext()
 
     @contextmanager
     def _picking(self, positions: Sequence[tuple[int, ...]]) -> Iterator[None]:

@@ -24,6 +24,7 @@ def test_a_timing_is_its_median_and_the_relative_half_distance_of_its_quartiles(
     assert time.median == 3.0
     assert time.spread == pytest.approx((4.0 - 2.0) / 2 / 3.0)
     assert Timing((1.0,)).spread == 0.0
+    assert Timing((2.0, 8.0)).each(4) == Timing((0.5, 2.0))
     assert rounded(0.123456) == 0.123
 
 

@@ -140,6 +140,25 @@ def test_a_bfloat16_base_on_a_cpu_keeps_its_adapters_in_float32(make_base: Make,
     assert torch.equal(mixed[1], run(base, ids(2))[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("slots", [[1, 2, 3], [0, 2, 2], [1] * 9 + [2] * 4], ids=["a row each", "plain", "runs"])
+def test_a_batch_keeps_the_versions_that_it_began_to_decode_with(
+    slots: list[int], dtype: torch.dtype, make_base: Make, make_adapter: Make
+) -> None:
+    base = make_base("llama", dtype)
+    bank = new_bank(base)
+    for slot in (1, 2, 3):
+        bank.load(slot, make_adapter(base.model, slot))
+    rows = ids(len(slots), 3)
+    with bank.use(slots):
+        steps = [run(base, rows), run(base, rows)]
+        bank.load(2, make_adapter(base.model, 9))
+        steps.append(run(base, rows))
+        assert all(torch.equal(step, steps[0]) for step in steps)
+    with bank.use(slots):
+        assert not torch.equal(run(base, rows), steps[0])
+
+
 def test_read_gives_back_what_was_loaded(make_base: Make, make_adapter: Make) -> None:
     base = make_base()
     tensors = make_adapter(base.model, 1)
