@@ -32,8 +32,6 @@ from oppu.settings import Settings
 from oppu.tasks import Tasks
 from oppu.values import Vector
 
-CONTROLS = ("permuted", "volume")
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -251,17 +249,16 @@ def _outcome(seed: int, parts: Sequence[_Part]) -> Outcome:
 def _add_controls(study: Study, bench: Bench, held: Mapping[str, dict[str, Array]]) -> None:
     """Score the held-back items with the adapters of every control, on the plain base."""
     people = study.fold.target
-    parts: dict[str, dict[str, Sequence[Item]]] = {
-        "permuted": {p.user_id: controls.permuted(p, bench.seed) for p in people},
-        "volume": {p.user_id: controls.volume_matched(p, people, bench.seed) for p in people},
-        "union": {"everybody": [i for p in people for i in p.train]},
-    }
-    for name in CONTROLS if len(people) > 1 else CONTROLS[:1]:
-        _add(bench, study.fold, name, _trained(bench, name, parts[name]), held)
-    if len(people) > 1:
-        _add_strangers(study, bench, held)
-        everybody = _trained(bench, "union", parts["union"])["everybody"]
-        _add(bench, study.fold, "union", {p.user_id: everybody for p in people}, held)
+    permuted = {p.user_id: controls.permuted(p, bench.seed) for p in people}
+    _add(bench, study.fold, "permuted", _trained(bench, "permuted", permuted), held)
+    if len(people) == 1:
+        return  # a crossed fold: nobody else's adapter stands on this base
+    volume = {p.user_id: controls.volume_matched(p, people, bench.seed) for p in people}
+    _add(bench, study.fold, "volume", _trained(bench, "volume", volume), held)
+    _add_strangers(study, bench, held)
+    union = [i for p in people for i in p.train]
+    everybody = _trained(bench, "union", {"everybody": union})["everybody"]
+    _add(bench, study.fold, "union", {p.user_id: everybody for p in people}, held)
 
 
 def _trained(bench: Bench, name: str, parts: Mapping[str, Sequence[Item]]) -> dict[str, dict[str, NDArray[Any]]]:
