@@ -23,9 +23,9 @@ from inference.adapters import AdapterShelf
 from inference.host_cache import HostCache
 from oppu.cli.compose import ADAPTER_READERS
 from oppu.clock import SystemClock
-from oppu.lm.bank import AdapterBank
 from oppu.lm.base import LoadedBase
 from oppu.lm.port import AdapterRef, Tensors
+from oppu.lm.residence import AdapterBank
 from oppu.metrics import fresh
 from oppu.privacy import UserHash
 from oppu.registry import AdapterRegistry

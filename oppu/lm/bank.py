@@ -3,12 +3,12 @@
 Target layers that read the same input (query and value of one block) share one tensor, a slot a row, that holds their
 A ``[r, in]`` and the transposes of their B ``[out, r]``: what a batch needs of it is gathered in one copy, into memory
 that stays in the cache, and all A meet the input in one product. A hook adds ``scale · B A x`` of its slot to every
-row. Slot 0 is the zero adapter and never written. Names and shapes outside are PEFT's. ``SlotBank`` holds tensors;
-``AdapterBank`` decides which version lies in which slot.
+row. Slot 0 is the zero adapter and never written. Names and shapes outside are PEFT's. Which version lies in which
+slot is decided in ``residence``.
 """
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
@@ -19,13 +19,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from oppu.errors import AdapterUnreadable, Backpressure, ConfigError
-from oppu.lm.port import AdapterRef, Tensors
+from oppu.errors import AdapterUnreadable, ConfigError
+from oppu.lm.port import Tensors
 
 _AUTOMATIC = (("q_proj", "v_proj"), ("query", "value"), ("c_attn",), ("query_key_value",), ("qkv_proj",))
 """Query and value, by the names that model families give them; the first that is found is taken."""
 _PREFIX = "base_model.model."
-_PINNED_RETRY_SECONDS = 0.1
 _NARROW_TOKENS = 16
 """From so many tokens a row a CPU multiplies faster in the base's narrower type; below, converting costs more."""
 _LOOP_ROWS = 4
@@ -336,92 +335,6 @@ class SlotBank:
         """Return one slot's A ``[r, in]`` and B ``[out, r]`` of every layer, views."""
         factors = [_factors(self.weights[p.group][slot : slot + 1], p, self.rank) for p in self._places]
         return [a[0] for a, _ in factors], [b[0].T for _, b in factors]
-
-
-class AdapterBank:
-    """Which adapter version lies in which slot: least recently used goes first, never one that is pinned."""
-
-    def __init__(self, bank: SlotBank, on_event: Callable[[str], None] = lambda _: None) -> None:
-        """Manage a bank's slots.
-
-        Args:
-            bank: The tensors.
-            on_event: Told ``hit``, ``miss``, ``load`` or ``evict``.
-        """
-        self._bank = bank
-        self._on_event = on_event
-        self._slots: OrderedDict[AdapterRef, int] = OrderedDict()
-        self._free = list(range(bank.slots, 0, -1))
-        self._pins: Counter[AdapterRef] = Counter()
-
-    def __len__(self) -> int:
-        return len(self._slots)
-
-    def __contains__(self, ref: AdapterRef) -> bool:
-        known = ref in self._slots
-        self._on_event("hit" if known else "miss")
-        return known
-
-    def touch(self, refs: Iterable[AdapterRef]) -> None:
-        """Count versions as used just now; those that are not in the bank are passed over."""
-        for ref in refs:
-            if ref in self._slots:
-                self._slots.move_to_end(ref)
-
-    def install(self, ref: AdapterRef, tensors: Tensors) -> None:
-        """Write a version into a slot; one that is there already is the same and stays.
-
-        Args:
-            ref: Names the version.
-            tensors: The adapter's weights; ``None`` = the base alone.
-
-        Raises:
-            AdapterUnreadable: It does not fit this base; no slot has changed hands.
-            Backpressure: Every slot is in use.
-        """
-        if ref in self._slots:
-            self._slots.move_to_end(ref)
-            return
-        victim = None if self._free else self._victim()
-        slot = self._free[-1] if victim is None else self._slots[victim]
-        self._bank.load(slot, tensors)
-        if victim is None:
-            self._free.pop()
-        else:
-            del self._slots[victim]
-            self._on_event("evict")
-        self._slots[ref] = slot
-        self._on_event("load")
-
-    @contextmanager
-    def pinned(self, refs: Iterable[AdapterRef]) -> Iterator[dict[AdapterRef, int]]:
-        """Hold versions in their slots.
-
-        Args:
-            refs: Every one must be resident.
-
-        Yields:
-            Their slots.
-
-        Raises:
-            KeyError: One is not resident.
-        """
-        held = list(dict.fromkeys(refs))
-        slots = {ref: self._slots[ref] for ref in held}
-        self._pins.update(held)
-        for ref in held:
-            self._slots.move_to_end(ref)
-        try:
-            yield slots
-        finally:
-            self._pins.subtract(held)
-            self._pins = +self._pins
-
-    def _victim(self) -> AdapterRef:
-        for ref in self._slots:
-            if self._pins[ref] <= 0:
-                return ref
-        raise Backpressure(_PINNED_RETRY_SECONDS)
 
 
 def _placed(targets: Mapping[str, nn.Module], rank: int) -> tuple[list[_Place], list[int]]:

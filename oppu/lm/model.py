@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from oppu.errors import AdapterUnreadable
-from oppu.lm.bank import AdapterBank, SlotBank, adapter_config, find_targets
+from oppu.lm.bank import SlotBank, adapter_config, find_targets
 from oppu.lm.base import LoadedBase
 from oppu.lm.blend import Texts, foreseen
 from oppu.lm.encoding import Encoder, Reading
@@ -23,6 +23,7 @@ from oppu.lm.forward import Runner, buckets, target_losses
 from oppu.lm.generation import Writing, greedy
 from oppu.lm.port import AdapterRef, Example, Row, Scored, Tensors, TrainConfig, Trained, TrainJob
 from oppu.lm.prompts import Ids
+from oppu.lm.residence import AdapterBank
 from oppu.lm.scoring import Trie, aim_log_probs, allowed_log_probs
 from oppu.lm.training import Calls, slots_for, train_slots
 from oppu.settings import ModelSettings
