@@ -104,11 +104,16 @@ def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, emb
         _log_opening(plan)
     outcomes = []
     for seed in plan.seeds:
-        found: list[tuple[list[Table], Arms]] = [
-            _fold(plan, fold, seed, settings, tasks, embedder, vectors) for fold in folds
-        ]
-        tables = [table for part, _ in found for table in part]
-        outcomes.append(Outcome(seed, tuple(t.person for t in tables), _joined([a for _, a in found]), tuple(tables)))
+        found = [_fold(plan, fold, seed, settings, tasks, embedder, vectors) for fold in folds]
+        tables = [table for targets, *_ in found for table in targets]
+        written = [arms for *_, arms in found if arms is not None]
+        if written:
+            arms = _joined(written)
+        else:  # weights are fitted over all folds: a user left out alone would have only their own events to go by
+            kind = tasks[plan.task].kind
+            fusion = fit_fusion([table for targets, others, _ in found for table in (*targets, *others)], kind)
+            arms = choice_arms(tables, fusion, kind)
+        outcomes.append(Outcome(seed, tuple(t.person for t in tables), arms, tuple(tables)))
     return outcomes
 
 
@@ -120,7 +125,8 @@ def _fold(
     tasks: Tasks,
     embedder: Embedder,
     vectors: Mapping[str, Vector],
-) -> tuple[list[Table], Arms]:
+) -> tuple[list[Table], list[Table], Arms | None]:
+    """Return the tables of a fold's target and calibrate users, and of a text task its arms."""
     folder = plan.folder / f"{fold.name}-seed-{seed}"
     folder.mkdir(exist_ok=True)
     base = adapted(fold, settings, tasks, folder, plan.recipe, seed, plan.say)
@@ -145,12 +151,11 @@ def _fold(
         for p in people
     }
     targets = [tables[p.user_id] for p in fold.target]
-    if fold.target[0].items[0].choices:
-        arms = choice_arms(targets, fit_fusion([tables[p.user_id] for p in people]), tasks[plan.task].kind)
-    else:
+    arms = None
+    if not fold.target[0].items[0].choices:
         arms = text_run(bench, tables, _adapters(bench, fold, followed), PROMPTS)
     bench.model.close()
-    return targets, arms
+    return targets, [tables[p.user_id] for p in fold.calibrate], arms
 
 
 def _adapters(bench: Bench, fold: Fold, followed: Mapping[str, Array]) -> dict[str, dict[str, Tensors]]:
