@@ -61,18 +61,31 @@ class Arms:
     texts: Mapping[str, list[list[str]]] = field(default_factory=dict, repr=False)
 
 
-def fit_fusion(tables: Sequence[Table]) -> Fusion:
-    """Fit both stacks on calibrate users' items and on targets' items before their cut."""
+def fit_fusion(tables: Sequence[Table], kind: Kind = "choice") -> Fusion:
+    """Fit both stacks on calibrate users' items and on targets' items before their cut.
+
+    Args:
+        tables: Of all of them, of all folds: each user's scores are those of a base that has not seen him.
+        kind: Of the task; ratings are fitted in their order.
+
+    Returns:
+        The fit. No item is used that says the same as some user's held-back one.
+
+    Raises:
+        ConfigError: No user has items after an adapter's first training.
+    """
+    closed = {group for t in tables for group in t.person.groups[t.person.cut :]}
     seen = [
         Seen(table.sources(at), item.choices.index(item.output), table.pasts[at].count)
         for table in tables
         for at, item in enumerate(table.person.train)
-        if table.pasts[at].count
+        if table.pasts[at].count and table.person.groups[at] not in closed
     ]
     adapted = [item for item in seen if item.sources["adapter"] is not None]
     if not adapted:
         raise ConfigError("calibration: expected some user with more items than an adapter's first training takes")
-    alone, beside = fit(seen, EVIDENCE), fit(adapted, ("adapter",))
+    order = _by_value(tables[0].person.items[0]) if kind == "rating" else None
+    alone, beside = fit(seen, EVIDENCE, order), fit(adapted, ("adapter",), order)
     truths = [[stack.scores(i.sources, i.events)[i.right] for stack in (alone, beside)] for i in adapted]
     return Fusion(alone, beside, mixture_share(np.array(truths), [i.events for i in adapted]))
 
@@ -192,6 +205,10 @@ def _fixed(table: Table, choose: Callable[[Sequence[str]], str]) -> Array:
             given = choose(seen) if seen else item.choices[0]
             rows.append([0.0 if choice == given else -20.0 for choice in item.choices])
     return np.array(rows)
+
+
+def _by_value(item: Item) -> list[int]:
+    return sorted(range(len(item.choices)), key=lambda at: float(item.choices[at]))
 
 
 def _commonest(seen: Sequence[str]) -> str:

@@ -77,7 +77,11 @@ def calibrate(items: Sequence[Item], settings: Settings, tasks: Tasks, embedder:
         )
         for p in people
     ]
-    fitted = fit_fusion(tables) if said is None else fit_text_fusion([foreseen(table, said) for table in tables])
+    fitted = (
+        fit_fusion(tables, tasks[items[0].task].kind)
+        if said is None
+        else fit_text_fusion([foreseen(table, said) for table in tables])
+    )
     return Calibrated(fitted, sum(len(p.items) for p in people), len(people))
 
 

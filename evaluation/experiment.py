@@ -114,7 +114,7 @@ def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, emb
                 fold, past, settings, tasks, folder, plan.recipe, seed, plan.say, _done(plan, fold.name, seed)
             )
             parts.append(_fold(plan, study, Extra(vectors, embedder, plan.sisters)))
-        outcomes.append(_outcome(seed, parts))
+        outcomes.append(_outcome(plan, seed, parts, tasks))
     return outcomes
 
 
@@ -139,10 +139,11 @@ def _done(plan: Plan, fold: str, seed: int) -> Callable[[str], None]:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One fold's share of an outcome."""
+    """One fold's share of an outcome: its targets' tables, its calibrate users', and of a text task the arms."""
 
     tables: list[Table]
-    arms: Arms
+    others: list[Table]
+    arms: Arms | None
     chosen: Chosen
     curves: dict[str, list[float]]
     cut_share: float | None
@@ -193,10 +194,8 @@ def _fold(plan: Plan, study: Study, extra: Extra) -> _Part:
         for p in people
     }
     targets = [tables[p.user_id] for p in fold.target]
-    if targets[0].person.items[0].choices:
-        kind = study.tasks.require(plan.task).kind
-        arms = choice_arms(targets, fit_fusion(list(tables.values())), kind)
-    else:
+    arms = None
+    if not targets[0].person.items[0].choices:
         arms = _text_arms(study, tables, followed, variants.chosen)
     analysed = None
     if plan.analyses:
@@ -204,7 +203,8 @@ def _fold(plan: Plan, study: Study, extra: Extra) -> _Part:
         analysed = analyse(study, own, extra)
         study.done("analyses")
     curves: dict[str, list[float]] = {variant: curve(study, variant) for variant in VARIANTS}
-    return _Part(targets, arms, variants.chosen, curves, variants.cut_share, methods, analysed)
+    others = [tables[p.user_id] for p in fold.calibrate]
+    return _Part(targets, others, arms, variants.chosen, curves, variants.cut_share, methods, analysed)
 
 
 def _text_arms(study: Study, tables: Mapping[str, Table], followed: Mapping[str, Array], chosen: Chosen) -> Arms:
@@ -230,13 +230,19 @@ def _adapters(study: Study, bench: Bench, followed: Mapping[str, Array]) -> dict
     return {"oppu": {**weights_of(study, bench, "oppu", people)}, "fused": {**heads}}
 
 
-def _outcome(seed: int, parts: Sequence[_Part]) -> Outcome:
+def _outcome(plan: Plan, seed: int, parts: Sequence[_Part], tasks: Tasks) -> Outcome:
     tables = tuple(table for part in parts for table in part.tables)
+    written = [part.arms for part in parts if part.arms is not None]
+    if written:
+        arms = _joined(written)
+    else:  # weights are fitted over all folds: a user left out alone would have only their own events to go by
+        kind = tasks.require(plan.task).kind
+        arms = choice_arms(tables, fit_fusion([*tables, *(t for part in parts for t in part.others)], kind), kind)
     shares = [part.cut_share for part in parts if part.cut_share is not None]
     return Outcome(
         seed,
         tuple(t.person for t in tables),
-        _joined([part.arms for part in parts]),
+        arms,
         tables,
         tuple(part.chosen for part in parts),
         {f"{part.chosen.fold}/{name}": losses for part in parts for name, losses in part.curves.items()},

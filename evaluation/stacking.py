@@ -27,12 +27,16 @@ class Seen:
     events: int
 
 
-def fit(items: Sequence[Seen], names: Sequence[str]) -> Stack:
-    """Fit coefficients by mean log loss.
+def fit(items: Sequence[Seen], names: Sequence[str], order: Sequence[int] | None = None) -> Stack:
+    """Fit coefficients by mean log loss; of ratings, by the mean ranked probability score.
+
+    That score (Epstein, Journal of Applied Meteorology 8, 1969) sums the squared distances of the cumulated
+    distribution: unlike the log loss it knows which wrong ratings are near, by which a median is judged.
 
     Args:
         items: All with the same number of choices.
         names: The sources to use.
+        order: Of ratings, the choices from the lowest to the highest.
 
     Returns:
         The stack.
@@ -50,10 +54,20 @@ def fit(items: Sequence[Seen], names: Sequence[str]) -> Stack:
 
     def loss() -> torch.Tensor:
         logits = torch.einsum("nsc,s->nc", features, weights)
-        return torch.nn.functional.cross_entropy(logits, right) + _RIDGE * ((weights - begin) ** 2).sum()
+        ridge = _RIDGE * ((weights - begin) ** 2).sum()
+        if order is None:
+            return torch.nn.functional.cross_entropy(logits, right) + ridge
+        return _ranked_score(logits[:, list(order)], torch.tensor(list(order)).argsort()[right]) + ridge
 
     found = minimised(weights, loss)
     return Stack({n: (float(found[k]), float(found[k + len(names)])) for k, n in enumerate(names)})
+
+
+def _ranked_score(logits: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
+    """Return the mean ranked probability score of ``[n, c]`` logits in order of value; ``rank`` ``[n]`` was right."""
+    reached = (torch.arange(logits.shape[1]) >= rank[:, None]).to(logits.dtype)
+    score: torch.Tensor = ((logits.softmax(-1).cumsum(-1) - reached) ** 2).sum(-1).mean()
+    return score
 
 
 def mixture_share(truths: Array, events: Sequence[int]) -> tuple[float, float]:

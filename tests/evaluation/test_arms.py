@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from evaluation import controls
-from evaluation.arms import Table, choice_arms, log_loss, macro_f1, right
+from evaluation.arms import Table, answer, choice_arms, fit_fusion, log_loss, macro_f1, right, squared_error
+from evaluation.corpus import Item
 from evaluation.history import Past
 from evaluation.splits import Person
+from evaluation.stacking import Seen, fit
 from oppu.fusion import MOST_SHARE, Fusion, Stack, log_softmax
 from tests.evaluation.world import LABELS, item
 
@@ -139,3 +141,47 @@ def test_a_choice_is_normalised_after_a_source_is_added() -> None:
     for name in ("prior", "knn", "oppu+prior", "evidence", "fused", "unweighed"):
         for row in arms.held[name][0]:
             np.testing.assert_allclose(row, log_softmax(row), atol=1e-9)
+
+
+class TestRatings:
+    def rated(self, output: str) -> Item:
+        return replace(item("u", 0, output=output), choices=("5", "1", "3"))
+
+    def test_the_median_so_far_and_the_mean_squared_error(self) -> None:
+        items = tuple(replace(item("u", at, output="135"[at % 3]), choices=("5", "1", "3")) for at in range(9))
+        own = Person("u", items, tuple(range(9)), 7)
+        past = [Past(at, None, None, (), "") for at in range(9)]
+        flat = np.zeros((9, 3))
+        arms = choice_arms([Table(own, past, flat, flat, {}, 1)], FUSION, "rating")
+        assert [answer(i, s, "rating") for i, s in zip(own.test, arms.held["median"][0], strict=True)] == ["3", "3"]
+        scores = np.log([[0.5, 0.5, 1e-12], [1e-12, 1e-12, 1.0]])
+        assert squared_error([self.rated("5"), self.rated("3")], scores) == pytest.approx([4.0, 0.0])
+
+    def test_a_fit_in_order_prefers_what_is_near(self) -> None:
+        near, far = np.log([0.1, 0.1, 0.8]), np.log([0.45, 0.45, 0.1])  # of 5, 1, 3
+        seen = [Seen({"base": near, "knn": far}, at % 2, 9) for at in range(60)]  # 5 and 1 in turn
+        by_log = fit(seen, ("base", "knn"))
+        ordered = fit(seen, ("base", "knn"), order=[1, 2, 0])
+        share = [float(np.exp(s.scores(seen[0].sources, 9))[2]) for s in (by_log, ordered)]
+        assert share[0] < share[1]  # the middle costs half of what the wrong end does
+
+    def test_the_order_of_the_choices_changes_no_fit(self) -> None:
+        chance = np.random.default_rng(0)
+        said = [np.log(chance.dirichlet(np.ones(3))) for _ in range(80)]
+        plain = [Seen({"base": s}, int(s.argmax()), 9) for s in said]
+        turned = [Seen({"base": s[[2, 0, 1]]}, [1, 2, 0][int(s.argmax())], 9) for s in said]
+        one, other = fit(plain, ("base",), order=[0, 1, 2]), fit(turned, ("base",), order=[1, 2, 0])
+        assert one.coefficients["base"] == pytest.approx(other.coefficients["base"], rel=1e-3)
+
+
+def test_what_some_user_holds_back_is_not_fitted_on() -> None:
+    own, other = person("u", 40, 30, "a"), person("v", 40, 30, "b")
+    shared = replace(other, groups=own.groups[30:] + other.groups[10:])  # v's first ten say what u holds back
+    tables = [table(own, "a", "b"), table(shared, "a", "b")]
+    groups_apart = replace(other, groups=tuple(range(100, 140)))
+    apart = [tables[0], table(groups_apart, "a", "b")]
+    assert fit_fusion(tables) != fit_fusion(apart)
+    short = replace(groups_apart, items=other.items[10:], groups=groups_apart.groups[10:], cut=20)
+    rest = apart[1]
+    kept = Table(short, rest.pasts[10:], rest.base[10:], rest.follow[10:], {}, 0)
+    assert fit_fusion(tables) == fit_fusion([tables[0], kept])
