@@ -58,7 +58,7 @@ class Runner:
             ``[t, vocabulary]`` float32 (or the base's wider type), positions in the order of the readings.
         """
         ids = self.padded([reading.ids for reading in readings])
-        with self._picking([reading.positions for reading in readings]), self._attention(ids.shape[1]):
+        with self._picking([reading.positions for reading in readings], ids.shape[1]), self._attention(ids.shape[1]):
             out = self.base.model(input_ids=ids, use_cache=False, **self.positions(ids))
         return self.widened(out.logits[0])
 
@@ -89,13 +89,13 @@ class Runner:
         return plain_attention() if plain else nullcontext()
 
     @contextmanager
-    def _picking(self, positions: Sequence[tuple[int, ...]]) -> Iterator[None]:
+    def _picking(self, positions: Sequence[tuple[int, ...]], length: int) -> Iterator[None]:
         """Let the next forward give the hidden states of some positions of each row only."""
         device = self.base.device
         rows = [row for row, own in enumerate(positions) for _ in own]
         columns = [column for own in positions for column in own]
-        if self._last.known:
-            most = max(len(own) for own in positions)
+        most = max(len(own) for own in positions)
+        if self._last.known and most < length:
             self._last.read = torch.tensor([[*own, *own[-1:] * (most - len(own))] for own in positions], device=device)
             columns = [place for own in positions for place in range(len(own))]
         self._picked = torch.tensor(rows, device=device), torch.tensor(columns, device=device)
