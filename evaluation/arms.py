@@ -16,7 +16,7 @@ from evaluation.history import Past
 from evaluation.splits import Person
 from evaluation.stacking import Seen, fit, mixture_share
 from oppu.errors import ConfigError
-from oppu.fusion import Fusion, earn, log_softmax, pick
+from oppu.fusion import DEFAULT, Fusion, earn, log_softmax, pick
 from oppu.tasks import Kind
 
 Array = NDArray[np.float64]
@@ -66,7 +66,7 @@ def fit_fusion(tables: Sequence[Table], kind: Kind = "choice") -> Fusion:
 
     Args:
         tables: Of all of them, of all folds: each user's scores are those of a base that has not seen him.
-        kind: Of the task; ratings are fitted in their order.
+        kind: Of the task; ratings are fitted in their order, and their adapter has its built-in share.
 
     Returns:
         The fit. No item is used that says the same as some user's held-back one.
@@ -86,6 +86,8 @@ def fit_fusion(tables: Sequence[Table], kind: Kind = "choice") -> Fusion:
         raise ConfigError("calibration: expected some user with more items than an adapter's first training takes")
     order = _by_value(tables[0].person.items[0]) if kind == "rating" else None
     alone, beside = fit(seen, EVIDENCE, order), fit(adapted, ("adapter",), order)
+    if kind == "rating":  # log losses of ratings ask for less of the adapter than their medians are best with
+        return Fusion(alone, beside, DEFAULT.share)
     truths = [[stack.scores(i.sources, i.events)[i.right] for stack in (alone, beside)] for i in adapted]
     return Fusion(alone, beside, mixture_share(np.array(truths), [i.events for i in adapted]))
 

@@ -11,7 +11,7 @@ from evaluation.corpus import Item
 from evaluation.history import Past
 from evaluation.splits import Person
 from evaluation.stacking import Seen, fit
-from oppu.fusion import MOST_SHARE, Fusion, Stack, log_softmax
+from oppu.fusion import DEFAULT, MOST_SHARE, Fusion, Stack, log_softmax
 from tests.evaluation.world import LABELS, item
 
 
@@ -172,6 +172,17 @@ class TestRatings:
         turned = [Seen({"base": s[[2, 0, 1]]}, [1, 2, 0][int(s.argmax())], 9) for s in said]
         one, other = fit(plain, ("base",), order=[0, 1, 2]), fit(turned, ("base",), order=[1, 2, 0])
         assert one.coefficients["base"] == pytest.approx(other.coefficients["base"], rel=1e-3)
+
+
+def test_a_ratings_adapter_keeps_its_built_in_share() -> None:
+    own = person("u", 40, 30)
+    items = tuple(replace(i, output="135"[at % 3], choices=("5", "1", "3")) for at, i in enumerate(own.items))
+    flat, told = (
+        np.log(np.full((40, 3), 1 / 3)),
+        np.log([[0.9 if c == i.output else 0.05 for c in i.choices] for i in items]),
+    )
+    rated = Table(replace(own, items=items), [Past(at, None, None, (), "") for at in range(40)], flat, told, {}, 1)
+    assert fit_fusion([rated], "rating").share == DEFAULT.share != fit_fusion([rated], "choice").share
 
 
 def test_what_some_user_holds_back_is_not_fitted_on() -> None:
