@@ -16,7 +16,8 @@ from oppu.lm.hardware import fast_bfloat16
 logger = logging.getLogger(__name__)
 
 OFFLINE = "offline"
-_BATCH = 64
+_BATCH = 32
+"""Texts of one forward: sorted by length within a call, so that short ones are not padded to the longest of all."""
 _HASH_BLOCK_BYTES = 1 << 20
 _CONTENT = (
     "**/*.safetensors",
