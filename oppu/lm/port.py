@@ -55,7 +55,11 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One training pair. ``choices`` empty means free text: loss over the output's tokens."""
+    """One training pair. ``choices`` empty means free text: loss over the output's tokens.
+
+    A blank ``output`` that is none of the choices means that there is no pair, only a text of the user's own: the loss
+    is the next-token loss over ``input``, without a prompt around it.
+    """
 
     task: str
     input: str = field(repr=False)
