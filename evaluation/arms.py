@@ -15,8 +15,7 @@ from evaluation.corpus import Item
 from evaluation.history import Past
 from evaluation.splits import Person
 from evaluation.stacking import Seen, fit, mixture_share
-from inference.fusion import Fusion, Trust, log_softmax, mix
-from oppu.errors import ConfigError
+from inference.fusion import DEFAULT, FLOOR, Fusion, Trust, log_softmax, mix
 from oppu.tasks import Kind
 
 Array = NDArray[np.float64]
@@ -39,13 +38,13 @@ class Table:
     adapted: int
 
     def sources(self, at: int) -> dict[str, Array | None]:
-        """Return what each source says of item ``at``."""
-        past = self.pasts[at]
+        """Return what each source says of item ``at``, ``[c]`` of its own choices."""
+        past, choices = self.pasts[at], len(self.person.items[at].choices)
         return {
-            "base": self.base[at],
+            "base": self.base[at][:choices],
             "knn": None if past.knn is None else np.log(past.knn),
             "prior": None if past.prior is None else np.log(past.prior),
-            "adapter": self.follow[at] if at >= self.adapted else None,
+            "adapter": self.follow[at][:choices] if at >= self.adapted else None,
         }
 
 
@@ -60,17 +59,21 @@ class Arms:
 
 
 def fit_fusion(tables: Sequence[Table]) -> Fusion:
-    """Fit both stacks on calibrate users' items and on targets' items before their cut."""
+    """Fit both stacks on calibrate users' items and on targets' items before their cut.
+
+    What has no items to be fitted on, stays as it is built in.
+    """
     seen = [
         Seen(table.sources(at), item.choices.index(item.output), table.pasts[at].count)
         for table in tables
         for at, item in enumerate(table.person.train)
-        if table.pasts[at].count
+        if table.pasts[at].count and item.answered
     ]
+    alone = fit(seen, EVIDENCE) if seen else DEFAULT.alone
     adapted = [item for item in seen if item.sources["adapter"] is not None]
     if not adapted:
-        raise ConfigError("calibration: expected some user with more items than an adapter's first training takes")
-    alone, beside = fit(seen, EVIDENCE), fit(adapted, ("adapter",))
+        return Fusion(alone, DEFAULT.beside, DEFAULT.share)
+    beside = fit(adapted, ("adapter",))
     truths = [[stack.scores(i.sources, i.events)[i.right] for stack in (alone, beside)] for i in adapted]
     return Fusion(alone, beside, mixture_share(np.array(truths), [i.events for i in adapted]))
 
@@ -119,11 +122,15 @@ def right(items: Sequence[Item], scores: Array, kind: Kind) -> Array:
 
 
 def log_loss(items: Sequence[Item], scores: Array) -> Array:
-    """Return each choice item's log loss ``[n]``, nats."""
-    return np.array([-s[i.choices.index(i.output)] for i, s in zip(items, scores, strict=True)])
+    """Return each choice item's log loss ``[n]``, nats; an output that is none of the choices costs ``-FLOOR``."""
+    return np.array([-_truth(i, s) for i, s in zip(items, scores, strict=True)])
 
 
-def macro_f1(items: Sequence[Item], scores: Array) -> float:
+def _truth(item: Item, scores: Array) -> float:
+    return float(scores[item.choices.index(item.output)]) if item.answered else FLOOR
+
+
+def macro_f1(items: Sequence[Item], scores: Sequence[Array] | Array) -> float:
     """Return the mean F1 over the labels that occur among outputs or answers."""
     answers = [i.choices[int(s[: len(i.choices)].argmax())] for i, s in zip(items, scores, strict=True)]
     truth, given = Counter(i.output for i in items), Counter(answers)
@@ -136,7 +143,7 @@ def _stream(table: Table, fusion: Fusion) -> tuple[dict[str, Array], float]:
     """Answer all of a user's items in order, as the service would; trust moves at the end of each day, by that
     day's outcomes."""
     trust, weights = Trust(), fusion.weights(0)
-    found = {name: np.empty_like(table.base) for name in ("evidence", "fused", "trusted")}
+    found = {name: np.full_like(table.base, -np.inf) for name in ("evidence", "fused", "trusted")}
     waiting: list[Array] = []
     items = table.person.items
     for at, item in enumerate(items):
@@ -145,21 +152,26 @@ def _stream(table: Table, fusion: Fusion) -> tuple[dict[str, Array], float]:
                 weights = trust.after(weights, losses, fusion.weights(table.pasts[at].count))
             waiting.clear()
         sources, count = table.sources(at), table.pasts[at].count
-        found["evidence"][at] = fusion.alone.scores({**sources, "adapter": None}, count)
-        found["fused"][at] = fusion.scores(sources, count)
+        own = slice(len(item.choices))
+        found["evidence"][at, own] = fusion.alone.scores({**sources, "adapter": None}, count)
+        found["fused"][at, own] = fusion.scores(sources, count)
         found["trusted"][at] = found["evidence"][at]
         if sources["adapter"] is not None:
-            experts = [found["evidence"][at], fusion.beside.scores(sources, count)]
-            found["trusted"][at] = mix(weights, experts)
-            truth = item.choices.index(item.output)
-            waiting.append(np.array([-expert[truth] for expert in experts]))
+            experts = [found["evidence"][at, own], fusion.beside.scores(sources, count)]
+            found["trusted"][at, own] = mix(weights, experts)
+            if not item.bare:
+                waiting.append(np.array([-_truth(item, expert) for expert in experts]))
     return found, float(weights[1])
 
 
 def _logs(table: Table, cut: int, source: str) -> Array:
     """Return a source's log probabilities on the held-back items, 0 where it has nothing to say."""
     rows = [table.sources(at)[source] for at in range(cut, len(table.person.items))]
-    return np.stack([np.zeros(table.base.shape[1]) if row is None else row for row in rows])
+    found = np.zeros((len(rows), table.base.shape[1]))
+    for at, row in enumerate(rows):
+        if row is not None:
+            found[at, : len(row)] = row
+    return found
 
 
 def _sum(scores: Array, more: Array) -> Array:
@@ -168,14 +180,15 @@ def _sum(scores: Array, more: Array) -> Array:
 
 def _fixed(table: Table, *, majority: bool) -> Array:
     """Answer with the user's commonest output so far, or with the last one (rating: so far's median)."""
-    items, rows = table.person.items, []
+    items, cut = table.person.items, table.person.cut
+    found = np.full((len(items) - cut, table.base.shape[1]), -np.inf)
     first: dict[object, int] = {}
     for at, item in enumerate(items):
-        seen = [i.output for i in items[: first.setdefault(item.day, at)]]
-        if at >= table.person.cut:
+        seen = [i.output for i in items[: first.setdefault(item.day, at)] if not i.bare]
+        if at >= cut:
             answer = (Counter(seen).most_common(1)[0][0] if majority else seen[-1]) if seen else item.choices[0]
-            rows.append([0.0 if choice == answer else -20.0 for choice in item.choices])
-    return np.array(rows)
+            found[at - cut, : len(item.choices)] = [0.0 if choice == answer else FLOOR for choice in item.choices]
+    return found
 
 
 def _median(item: Item, scores: Array) -> float:

@@ -4,17 +4,19 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
-from evaluation import controls
+from evaluation import controls, inputs
 from evaluation.arms import Arms, Array, Table, choice_arms, fit_fusion
 from evaluation.corpus import Item
 from evaluation.history import Past, check_pasts, pasts
-from evaluation.splits import Bounds, Fold, Person, check, make_folds
+from evaluation.leaks import check
+from evaluation.roles import Bounds
+from evaluation.splits import Fold, Person, make_folds
 from evaluation.training import (
     Bench,
     Recipe,
@@ -49,7 +51,11 @@ CONTROLS = ("oppu", "permuted", "volume")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to run, and where its stages are kept."""
+    """What to run, and where its stages are kept.
+
+    ``sisters`` are other tasks' items of the same articles; ``profiles`` written profiles by user, which stand in the
+    prompt in place of the statistics one.
+    """
 
     task: str
     folder: Path
@@ -59,6 +65,8 @@ class Plan:
     final: bool
     users: int | None
     say: Say
+    sisters: tuple[Item, ...] = field(default=(), repr=False)
+    profiles: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +97,8 @@ def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, emb
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
     vectors = _embedded(plan, items, embedder)
-    folds = make_folds(items, np.stack([vectors[i.item_id] for i in items]), plan.bounds, final=plan.final)
+    stacked = np.stack([vectors[i.item_id] for i in items])
+    folds = make_folds(items, stacked, plan.bounds, final=plan.final, sisters=plan.sisters)
     folds = [replace(fold, target=fold.target[: plan.users]) for fold in folds]
     for fold in folds:
         check(fold, vectors)
@@ -98,6 +107,7 @@ def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, emb
             f"{fold.name}: {len(fold.adapt)} items adapt the base, {len(fold.calibrate)} users calibrate, "
             f"{len(fold.target)} targets with {queries} queries"
         )
+    inputs.keep(plan.folder, items, plan.bounds, settings, {"profiles": dict(plan.profiles)})
     if plan.final:
         _log_opening(plan)
     outcomes = []
@@ -126,6 +136,8 @@ def _fold(
     bench = Bench(fold, TorchModel(load_base(own), tasks, settings=own, slots=1), folder, plan.recipe, seed, plan.say)
     people = (*fold.target, *fold.calibrate)
     past = {p.user_id: pasts(p.items, vectors, embedder, settings.retriever) for p in people}
+    for user in past.keys() & plan.profiles.keys():
+        past[user] = [replace(one, line=plan.profiles[user]) for one in past[user]]
     for p in people:
         check_pasts(p.items, past[p.user_id])
     plain = base_scores(bench, people, "base-scores", past)
@@ -168,13 +180,16 @@ def _held(
         "volume": {p.user_id: controls.volume_matched(p, fold.target, bench.seed) for p in fold.target},
         "union": {"everybody": [i for p in fold.target for i in p.train]},
     }
-    for name in CONTROLS if len(fold.target) > 1 else ("oppu", "permuted"):
+    for name in CONTROLS:
+        if not all(parts[name].values()):
+            continue  # nobody else's items to draw from
         _add(bench, fold, name, train_once(bench, name, parts[name]), held)
     if len(fold.target) > 1:
         _add_strangers(bench, fold, held)
         everybody = train_once(bench, "union", parts["union"])["everybody"]
         _add(bench, fold, "union", {p.user_id: everybody for p in fold.target}, held)
-    return held
+    common = set.intersection(*(set(own) for own in held.values()))
+    return {user: {name: own[name] for name in own if name in common} for user, own in held.items()}
 
 
 def _add(

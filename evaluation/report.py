@@ -78,7 +78,7 @@ def write(result: Mapping[str, Any], outcomes: Sequence[Outcome], kind: Kind, fo
     """Write ``TASK.json`` and ``TASK.md`` and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     data, page = folder / f"{result['task']}.json", folder / f"{result['task']}.md"
-    data.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    data.write_text(json.dumps(_plain(result), indent=1) + "\n", encoding="utf-8")
     page.write_text(markdown(result) + _examples(outcomes[0], kind), encoding="utf-8")
     return data, page
 
@@ -119,6 +119,15 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _plain(value: Any) -> Any:
+    """Return a value for JSON, which has no word for what is not a number (one user's detectable effect)."""
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
 def _tests(merits: Mapping[str, Sequence[Array]], of: Sequence[int], arms: Mapping[str, Any]) -> dict[str, Contrast]:
     pairs: dict[str, tuple[str, str]] = {}
     if "oppu" in merits:
@@ -151,10 +160,11 @@ def _prequential(outcomes: Sequence[Outcome], kind: Kind, of: Sequence[int]) -> 
         for name, (low, high) in spans.items():
             parts = []
             for at, person in enumerate(people):
-                items = person.items[low:high]
+                asked = [k for k, item in enumerate(person.items) if low <= k < high and not item.bare]
+                items = [person.items[k] for k in asked]
                 gains = []
                 for o in outcomes:
-                    fused, evidence = (o.arms.stream[arm][at][low:high] for arm in ("fused", "evidence"))
+                    fused, evidence = (o.arms.stream[arm][at][asked] for arm in ("fused", "evidence"))
                     if measure:
                         gains.append(log_loss(items, evidence) - log_loss(items, fused))
                     else:
@@ -180,7 +190,7 @@ def _losses(outcome: Outcome, name: str) -> list[Array]:
 
 def _f1(outcome: Outcome, name: str) -> float:
     items = [item for p in outcome.people for item in p.test]
-    return macro_f1(items, np.concatenate(outcome.arms.held[name]))
+    return macro_f1(items, [row for scores in outcome.arms.held[name] for row in scores])
 
 
 def _less(a: Sequence[Array], b: Sequence[Array]) -> list[Array]:
@@ -206,7 +216,9 @@ def _examples(outcome: Outcome, kind: Kind) -> str:
         before, after = (right(person.test, arms[name][at], kind) for name in ("evidence", "fused"))
         for k, item in enumerate(person.test):
             if before[k] != after[k]:
-                answers = [item.choices[int(arms[name][at][k].argmax())] for name in ("evidence", "fused")]
+                answers = [
+                    item.choices[int(arms[name][at][k][: len(item.choices)].argmax())] for name in ("evidence", "fused")
+                ]
                 text = " ".join(item.input.split())[:110].replace("|", "/")
                 row = f"| {text} | {item.output} | {answers[0]} | {answers[1]} |"
                 (mended if after[k] > before[k] else spoilt).append(row)

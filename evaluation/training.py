@@ -89,10 +89,13 @@ def adapted(fold: Fold, settings: Settings, tasks: Tasks, folder: Path, recipe: 
         say: Told of progress.
 
     Returns:
-        The folder of the best base.
+        The folder of the best base; the configured one where there is nobody to adapt it on.
     """
+    if not fold.adapt:
+        say("base: nobody's items to adapt it on, it is used as it is")
+        return Path(settings.model.base)
     losses: list[float] = []
-    judged = [example(i) for p in fold.calibrate for i in p.items]
+    judged = [example(i) for p in fold.calibrate for i in p.items if i.answered]
     for epochs in range(1, recipe.base_epochs + 1):
         out = folder / f"base-{epochs}"
         if not (out / "oppu.json").exists():
@@ -153,7 +156,7 @@ def score(model: TorchModel, examples: Sequence[Example], tensors: Tensors | Non
     """Return ``[n, c]`` log probabilities of the choices, or ``[n, 1]`` minus the loss an output token for text."""
     if not examples:
         return np.zeros((0, 1))
-    if not examples[0].choices:
+    if not any(e.choices for e in examples):
         return -model.losses(examples, tensors)[:, None]
     found = model.scores(examples, tensors)
     table = np.full((len(found), max(map(len, found))), -np.inf)
@@ -292,8 +295,11 @@ def chunks_of(items: Sequence[Item], size: int) -> list[tuple[int, int]]:
 
 def _increment(bench: Bench, person: Person, begin: int, end: int, head: Tensors | None) -> TrainJob:
     chance = random.Random(_seed(bench.seed, person.user_id) + begin)  # noqa: S311 - a reproducible sample
-    older = list(person.items[max(0, begin - 8 * bench.recipe.replay) : begin])
-    mixed = [*person.items[begin:end], *chance.sample(older, min(bench.recipe.replay, len(older)))]
+    older = [i for i in person.items[max(0, begin - 8 * bench.recipe.replay) : begin] if i.learnable]
+    mixed = [
+        *(i for i in person.items[begin:end] if i.learnable),
+        *chance.sample(older, min(bench.recipe.replay, len(older))),
+    ]
     chance.shuffle(mixed)
     return TrainJob(UserId(person.user_id), head, tuple(map(example, mixed)), _seed(bench.seed, person.user_id))
 

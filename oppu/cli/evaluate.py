@@ -3,6 +3,7 @@
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -18,6 +19,12 @@ MINUTES_A_THOUSAND = 2.5
 @click.argument("task")
 @click.option("--events", type=click.Path(path_type=Path), required=True, help="Events, or a LaMP or OPPU JSON file.")
 @click.option("--outputs", type=click.Path(path_type=Path), help="LaMP's file of gold outputs.")
+@click.option("--population", type=click.Path(path_type=Path), help="Users who adapt the base; targets are --events'.")
+@click.option("--population-outputs", type=click.Path(path_type=Path), help="LaMP's gold outputs of --population.")
+@click.option("--population-before-test", is_flag=True, help="Adapt the base on items before the first test's day.")
+@click.option("--sister", "sisters", type=click.Path(path_type=Path), multiple=True, help="Same articles, other task.")
+@click.option("--profiles", type=click.Path(path_type=Path), help="Written profiles, a JSON list of {id, output}.")
+@click.option("--labels", type=click.Path(path_type=Path), help="The task's labels, one a line.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Work folder; a killed run goes on here.")
 @click.option("--seed", "seeds", type=int, multiple=True, default=(0,), show_default=True, help="May be repeated.")
 @click.option("--min-target", type=click.IntRange(5), default=50, show_default=True, help="Items of a target user.")
@@ -31,40 +38,50 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
     /,
     task: str,
     events: Path,
-    outputs: Path | None,
     out: Path,
     seeds: tuple[int, ...],
     min_target: int,
     min_calibrate: int,
+    population_before_test: bool,
     quick: bool,
     final: bool,
     as_json: bool,
+    **files: Any,
 ) -> None:
     """Compare all arms and controls of TASK on users' own events, and write tables and tests to OUT."""
-    from evaluation.corpus import by_user, load
+    from evaluation.corpus import by_user
     from evaluation.experiment import Plan, run
+    from evaluation.material import Files, gather
     from evaluation.report import markdown, summarise, write
-    from evaluation.splits import Bounds
+    from evaluation.roles import Bounds
     from evaluation.training import Recipe
 
     settings, began = session.settings, time.monotonic()
     tasks = compose.tasks(settings)
     if task not in tasks:
         raise ConfigError(f"TASK: expected one of {', '.join(sorted(tasks))}")
-    items = load(events, task, tasks, outputs=outputs)
+    bounds = Bounds(min_target, min_calibrate, before_test=population_before_test)
+    material = gather(Files(events, **files), tasks[task], bounds, final=final)
+    items = material.items
 
     def say(text: str) -> None:
         click.echo(f"[{time.monotonic() - began:6.0f} s] {text}", err=True)
 
     recipe = Recipe(base_epochs=1, passes=1, chunk_passes=1, strangers=1) if quick else Recipe()
-    bounds = Bounds(min_target, min_calibrate)
     followed = sum(len(own) for own in by_user(items).values() if len(own) >= min_calibrate)
     say(f"{len(items)} items; about {followed / 1000 * MINUTES_A_THOUSAND * len(seeds):.0f} minutes without --quick")
-    name = f"{task}-{'final' if final else 'dev'}-{recipe.digest()}{'-quick' if quick else ''}"
-    plan = Plan(task, out / name, seeds, recipe, bounds, final, QUICK_USERS if quick else None, say)
+    say(", ".join(f"{name} {value}" for name, value in material.notes.items()))
+    variant = f"{'-before-test' if population_before_test else ''}{'-quick' if quick else ''}"
+    name = f"{task}-{'final' if final else 'dev'}-{recipe.digest()}{variant}"
+    users = QUICK_USERS if quick else None
+    plan = Plan(
+        task, out / name, seeds, recipe, material.bounds, final, users, say, material.sisters, material.profiles
+    )
     outcomes = run(plan, items, settings, tasks, compose.embedder(settings))
     command = " ".join(["oppu evaluate", *(f"'{a}'" if " " in a else a for a in _arguments(events))])
     result = summarise(plan, outcomes, tasks[task].kind, settings.model.base, command)
+    unknown = sum(item.choices != () and not item.answered for p in outcomes[0].people for item in p.test)
+    result["data"] = {**material.notes, "queries_of_unknown_label": unknown}
     data, page = write(result, outcomes, tasks[task].kind, out)
     emit({**result, "json": str(data), "markdown": str(page)}, as_json=as_json, text=markdown(result))
     say(f"written: {data}, {page}")

@@ -13,7 +13,7 @@ from evaluation.calibration import calibrate
 from evaluation.corpus import Item
 from evaluation.experiment import Outcome, Plan, run
 from evaluation.report import summarise, write
-from evaluation.splits import Bounds
+from evaluation.roles import Bounds
 from evaluation.training import Recipe
 from inference.fusion import DEFAULT, FILE
 from oppu.cli import cli, compose
