@@ -156,7 +156,7 @@ def _labelled(
     known = given or task.labels
     source = "file" if given else "task"
     if not given and not {key(output) for output in seen} <= {key(label) for label in task.labels}:
-        known, source = _commonest([*task.labels, *seen], {key(output) for output in seen}, key), "training events"
+        known, source = _commonest(seen, task.labels, key), "training events"
     spelt = {key(label): label for label in reversed(known)}
     labels = tuple(
         sorted(spelt.values(), key=float) if task.kind == "rating" else dict.fromkeys(spelt[key(x)] for x in known)
@@ -169,13 +169,13 @@ def _labelled(
     ], source
 
 
-def _commonest(spellings: Iterable[str], wanted: set[object], key: Key) -> list[str]:
-    """Return one spelling for each wanted label, the commonest; sorted."""
-    counts = Counter(spellings)
+def _commonest(outputs: Sequence[str], labels: Sequence[str], key: Key) -> list[str]:
+    """Return each output's spelling once, a label's where it is one, else the commonest; sorted."""
+    counts = Counter(outputs)
+    spelt = {key(label): label for label in labels}
     best: dict[object, str] = {}
     for text in sorted(counts, key=lambda text: (-counts[text], text)):
-        if key(text) in wanted:
-            best.setdefault(key(text), text)
+        best.setdefault(key(text), spelt.get(key(text), text))
     return sorted(best.values())
 
 
