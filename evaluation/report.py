@@ -10,6 +10,7 @@ import numpy as np
 
 from evaluation.arms import Array, log_loss, macro_f1, right
 from evaluation.experiment import PROMPTS, Outcome, Plan
+from evaluation.presets import PRESETS
 from evaluation.splits import clusters
 from evaluation.statistics import Contrast, contrast, holm, mean_interval
 from evaluation.training import Recipe
@@ -60,7 +61,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
     return {
         "task": plan.task,
         "final": plan.final,
-        "evidence": plan.users is None and plan.recipe == Recipe(),
+        "evidence": plan.users is None and plan.recipe in (Recipe(), *(p.recipe for p in PRESETS.values())),
         "users": len(people),
         "queries": sum(len(p.test) for p in people),
         "metric": METRICS[kind],

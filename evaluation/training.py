@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +40,8 @@ class Recipe:
     """Everything that was chosen, before the test part was opened; its hash names the run.
 
     ``passes`` and ``learning_rate`` are the paper's full training; ``chunk`` new items with ``replay`` older ones,
-    ``chunk_passes`` times at ``chunk_learning_rate``, are the service's increments.
+    ``chunk_passes`` times at ``chunk_learning_rate``, are the service's increments. The base is adapted for 1, 2, …
+    ``base_epochs`` epochs until more do not help, or with ``base_search`` off for ``base_epochs``.
     """
 
     base_epochs: int = 4
@@ -55,6 +56,9 @@ class Recipe:
     chunk_passes: int = 2
     chunk_learning_rate: float = 2e-3
     strangers: int = 3
+    base_method: Literal["full", "lora"] = "full"
+    base_search: bool = True
+    schedule: Literal["constant", "linear"] = "constant"
 
     def digest(self) -> str:
         """Return a hash of all fields."""
@@ -96,7 +100,8 @@ def adapted(fold: Fold, settings: Settings, tasks: Tasks, folder: Path, recipe: 
         return Path(settings.model.base)
     losses: list[float] = []
     judged = [example(i) for p in fold.calibrate for i in p.items if i.answered]
-    for epochs in range(1, recipe.base_epochs + 1):
+    first = 1 if recipe.base_search else recipe.base_epochs
+    for epochs in range(first, recipe.base_epochs + 1):
         out = folder / f"base-{epochs}"
         if not (out / "oppu.json").exists():
             _adapt(fold, settings, tasks, out, replace(recipe, base_epochs=epochs), seed, say)
@@ -108,7 +113,7 @@ def adapted(fold: Fold, settings: Settings, tasks: Tasks, folder: Path, recipe: 
         if losses[-1] > min(losses):
             break
     (folder / "base.json").write_text(json.dumps({"calibrate_loss_by_epochs": losses}) + "\n", encoding="utf-8")
-    return folder / f"base-{1 + losses.index(min(losses))}"
+    return folder / f"base-{first + losses.index(min(losses))}"
 
 
 def _tempered_loss(model: TorchModel, judged: Sequence[Example]) -> float:
@@ -123,7 +128,9 @@ def _tempered_loss(model: TorchModel, judged: Sequence[Example]) -> float:
 
 
 def _adapt(fold: Fold, settings: Settings, tasks: Tasks, out: Path, recipe: Recipe, seed: int, say: Say) -> None:
-    config = AdaptConfig("full", recipe.base_epochs, recipe.base_learning_rate, recipe.base_batch, seed=seed)
+    config = AdaptConfig(
+        recipe.base_method, recipe.base_epochs, recipe.base_learning_rate, recipe.base_batch, seed=seed
+    )
 
     def progress(done: int, steps: int, loss: float) -> None:
         if done % max(1, steps // 5) == 0:
@@ -227,7 +234,8 @@ def train_once(bench: Bench, name: str, parts: Mapping[str, Sequence[Item]]) -> 
     Returns:
         Weights by user.
     """
-    config = TrainConfig(bench.recipe.learning_rate, bench.recipe.weight_decay, bench.recipe.passes, bench.recipe.batch)
+    recipe = bench.recipe
+    config = TrainConfig(recipe.learning_rate, recipe.weight_decay, recipe.passes, recipe.batch, recipe.schedule)
     users = sorted(parts)
     weights: dict[str, dict[str, NDArray[Any]]] = {}
     for first in range(0, len(users), _AT_ONCE):

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ MINUTES_A_THOUSAND = 2.5
 @click.option("--seed", "seeds", type=int, multiple=True, default=(0,), show_default=True, help="May be repeated.")
 @click.option("--min-target", type=click.IntRange(5), default=50, show_default=True, help="Items of a target user.")
 @click.option("--min-calibrate", type=click.IntRange(3), default=20, show_default=True)
+@click.option("--preset", type=click.Choice(["oppu"]), help="OPPU's released hyper-parameters: docs/reproduce.md.")
 @click.option("--quick", is_flag=True, help=f"The first {QUICK_USERS} targets and short training: not evidence.")
 @click.option("--final", is_flag=True, help="Open the held-back last fifth; it is written down that this was done.")
 @json_option
@@ -43,6 +45,7 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
     min_target: int,
     min_calibrate: int,
     population_before_test: bool,
+    preset: str | None,
     quick: bool,
     final: bool,
     as_json: bool,
@@ -52,6 +55,7 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
     from evaluation.corpus import by_user
     from evaluation.experiment import Plan, run
     from evaluation.material import Files, gather
+    from evaluation.presets import PRESETS
     from evaluation.report import markdown, summarise, write
     from evaluation.roles import Bounds
     from evaluation.training import Recipe
@@ -67,7 +71,11 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
     def say(text: str) -> None:
         click.echo(f"[{time.monotonic() - began:6.0f} s] {text}", err=True)
 
-    recipe = Recipe(base_epochs=1, passes=1, chunk_passes=1, strangers=1) if quick else Recipe()
+    recipe = Recipe()
+    if preset is not None:
+        recipe, settings = PRESETS[preset].recipe, PRESETS[preset].settings(settings)
+    if quick:
+        recipe = replace(recipe, base_epochs=1, passes=1, chunk_passes=1, strangers=1)
     followed = sum(len(own) for own in by_user(items).values() if len(own) >= min_calibrate)
     say(f"{len(items)} items; about {followed / 1000 * MINUTES_A_THOUSAND * len(seeds):.0f} minutes without --quick")
     say(", ".join(f"{name} {value}" for name, value in material.notes.items()))
@@ -81,7 +89,7 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
     command = " ".join(["oppu evaluate", *(f"'{a}'" if " " in a else a for a in _arguments(events))])
     result = summarise(plan, outcomes, tasks[task].kind, settings.model.base, command)
     unknown = sum(item.choices != () and not item.answered for p in outcomes[0].people for item in p.test)
-    result["data"] = {**material.notes, "queries_of_unknown_label": unknown}
+    result["data"] = {**material.notes, "queries_of_unknown_label": unknown, "preset": preset}
     data, page = write(result, outcomes, tasks[task].kind, out)
     emit({**result, "json": str(data), "markdown": str(page)}, as_json=as_json, text=markdown(result))
     say(f"written: {data}, {page}")

@@ -6,7 +6,7 @@ Invariant: a row's answer depends on that row and its adapter only, never on its
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,12 +81,13 @@ class TrainJob:
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """Optimisation of one update (AdamW, linear warm-up of 10 %)."""
+    """Optimisation of one update: AdamW, linear warm-up of 10 %, then a constant rate or a linear decay to zero."""
 
     learning_rate: float
     weight_decay: float
     passes: int
     batch: int
+    schedule: Literal["constant", "linear"] = "constant"
 
 
 @dataclass(frozen=True, slots=True)

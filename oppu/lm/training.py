@@ -53,23 +53,26 @@ class SlotAdamW:
         self.finite = torch.ones(slots, dtype=torch.bool, device=device)
 
     @torch.no_grad()
-    def step(self, slots: Sequence[int], warm_up: Sequence[int]) -> None:
+    def step(self, slots: Sequence[int], warm_up: Sequence[int], total: Sequence[int] | None = None) -> None:
         """Update some slots from the stacks' gradients, which are cleared.
 
         Args:
             slots: The slots that had rows in this step.
             warm_up: Steps over which each slot's learning rate rises to its full value.
+            total: Each slot's steps in all, towards whose end the rate falls to zero; ``None``: it stays.
         """
         rows = torch.tensor(slots, device=self._count.device)
         rises = torch.tensor(warm_up, dtype=torch.float64, device=rows.device)
+        ends = rises.new_full(rises.shape, torch.inf) if total is None else torch.tensor(total).to(rises)
         grads = [_taken(stack.grad, stack, rows) for stack in self._stacks]
         norms = torch.stack([grad.flatten(1).norm(dim=1) for grad in grads]).norm(dim=0)
         self.finite[rows] &= norms.isfinite()
         keep = self.finite[rows]
-        rows, rises, norms = rows[keep], rises[keep], norms[keep]
+        rows, rises, ends, norms = rows[keep], rises[keep], ends[keep], norms[keep]
         self._count[rows] += 1
         count = self._count[rows]
-        rate = self._learning_rate * (count / rises).clamp(max=1.0)
+        falls = torch.where(ends.isinf(), 1.0, (ends - count + 1) / (ends - rises).clamp(min=1.0))
+        rate = self._learning_rate * (count / rises).clamp(max=1.0).minimum(falls)
         clip = (CLIP_NORM / (norms + _CLIP_EPSILON)).clamp(max=1.0)
         for at, grad in enumerate(grads):
             self._update(at, rows, grad[keep] * _beside(clip, grad), count, rate)
@@ -130,7 +133,8 @@ def train_slots(
             break
         for course, loss in zip(active, _backward(runner, bank, active, step, heartbeat), strict=True):
             sums[course.slot - 1] += loss
-        optimizer.step([course.slot for course in active], [course.warm_up for course in active])
+        totals = [course.steps for course in active] if config.schedule == "linear" else None
+        optimizer.step([course.slot for course in active], [course.warm_up for course in active], totals)
     return [_result(course, bank, optimizer, total) for course, total in zip(courses, sums, strict=True)]
 
 

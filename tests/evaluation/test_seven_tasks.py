@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from evaluation.presets import PRESETS
 from oppu.errors import ConfigError
+from oppu.settings import Settings
 from tests.evaluation.makers import MAKERS, citation_with_choices, lines, rows
 
 pytestmark = [pytest.mark.slow]
@@ -128,3 +130,14 @@ def test_ratings_of_other_scales(
     result = evaluate("product_rating", lines(tmp_path / "e.jsonl", made))
     assert (result["data"]["choices"], result["data"]["labels_from"]) == (choices, source)
     assert result["data"]["items_left_out"] == sum(row["output"] == "none" for row in made)
+
+
+def test_the_papers_preset(evaluate: Run, tmp_path: Path) -> None:
+    result = evaluate("movie_tagging", lines(tmp_path / "e.jsonl", rows("movie_tagging", COUNTS)), "--preset", "oppu")
+    recipe = result["recipe"]
+    assert (recipe["learning_rate"], recipe["batch"], recipe["schedule"]) == (1e-4, 16, "linear")
+    assert (recipe["base_method"], recipe["base_epochs"], recipe["base_search"]) == ("lora", 1, False)
+    assert result["data"]["preset"] == "oppu" and result["evidence"] is False
+    settings = PRESETS["oppu"].settings(Settings.load(model={"base": "mine", "lora_rank": 3}))
+    assert (settings.model.base, settings.model.lora_rank, settings.model.lora_alpha) == ("mine", 8, 8.0)
+    assert (settings.retriever.mode, settings.model.max_tokens) == ("bm25", 2048)
