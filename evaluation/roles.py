@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from evaluation.corpus import Item
 from oppu.errors import ConfigError
 
-CROSS_FOLDS = 5
+LEAVE_ONE_OUT, CROSS_FOLDS = 6, 5
+"""Up to so many targets each are left out alone; more are left out in so many parts."""
 _HELPFUL_TARGETS = 12
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -55,6 +56,7 @@ def roles(people: Mapping[str, list[Item]], most: Mapping[str, int], bounds: Bou
         return {"all": others | dict.fromkeys(targets, "target")}
     if len(targets) < bounds.folds_below:
         others = dict.fromkeys(others, "adapt")
+    if len(targets) <= LEAVE_ONE_OUT:
         folds = {f"without-{_plain(user)}": [user] for user in targets}
     else:
         folds = {f"fold-{k}": targets[k::CROSS_FOLDS] for k in range(CROSS_FOLDS)}

@@ -269,6 +269,12 @@ class TestFewUsers:
                               replace(BOUNDS, folds_below=12), final=True)]  # fmt: skip
         assert len(made) == 2 and [[p.user_id for p in f.calibrate] for f in first] == [["t1"], ["t0"]]
 
+    def test_more_than_six_are_left_out_in_five_parts(self) -> None:
+        items = people({f"t{n}": 25 for n in range(7)} | {"c0": 10})
+        made = make_folds(items, stacked(items), replace(BOUNDS, folds_below=12), final=True)
+        assert [len(fold.target) for fold in made] == [2, 2, 1, 1, 1]
+        assert all("c0" in {i.user_id for i in fold.adapt} for fold in made)
+
     def test_many_targets_and_nobody_else_are_crossed_in_five(self) -> None:
         made = folds(people({f"t{n:02}": 20 for n in range(12)}))
         assert [fold.name for fold in made] == [f"fold-{k}" for k in range(5)]
