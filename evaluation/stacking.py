@@ -31,16 +31,20 @@ def fit(items: Sequence[Seen], names: Sequence[str]) -> Stack:
     """Fit coefficients by mean log loss.
 
     Args:
-        items: All with the same number of choices.
+        items: At least one; choices that an item lacks of the longest have no part in its softmax.
         names: The sources to use.
 
     Returns:
         The stack.
     """
-    blank = np.zeros(len(next(s for s in items[0].sources.values() if s is not None)))
-    said = np.stack(
-        [[np.maximum(blank if (x := item.sources[n]) is None else x, FLOOR) for n in names] for item in items]
-    )  # [n, s, c]
+    counts = np.array([len(next(s for s in item.sources.values() if s is not None)) for item in items])
+    said = np.zeros((len(items), len(names), counts.max()))  # [n, s, c]
+    for at, item in enumerate(items):
+        for k, name in enumerate(names):
+            source = item.sources[name]
+            if source is not None:
+                said[at, k, : counts[at]] = np.maximum(source, FLOOR)
+    absent = torch.from_numpy(np.arange(counts.max()) >= counts[:, None])
     lengths = torch.tensor([length(item.events) for item in items])[:, None, None]
     table = torch.from_numpy(said)
     features = torch.cat([table, table * lengths], dim=1)
@@ -49,7 +53,7 @@ def fit(items: Sequence[Seen], names: Sequence[str]) -> Stack:
     weights = begin.clone().requires_grad_(True)
 
     def loss() -> torch.Tensor:
-        logits = torch.einsum("nsc,s->nc", features, weights)
+        logits = torch.einsum("nsc,s->nc", features, weights).masked_fill(absent, -torch.inf)
         return torch.nn.functional.cross_entropy(logits, right) + _RIDGE * ((weights - begin) ** 2).sum()
 
     found = minimised(weights, loss)
