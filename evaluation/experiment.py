@@ -46,8 +46,8 @@ PROMPTS: Mapping[str, tuple[int, bool]] = {
     "profile-retrieval-1": (1, True),
 }
 """Prompt-only arms: items of the past and the profile's line in the prompt."""
-QUICK_FOLDS = 3
-"""Of a run on some of the users: each fold adapts a base of its own."""
+QUICK_FOLDS, QUICK_ITEMS = 3, 1500
+"""Of a run on some of the users: each fold adapts a base of its own, on at most so many items."""
 CONTROLS = ("oppu", "permuted", "volume")
 
 
@@ -102,7 +102,7 @@ def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, emb
     stacked = np.stack([vectors[i.item_id] for i in items])
     folds = make_folds(items, stacked, plan.bounds, final=plan.final, sisters=plan.sisters)
     if plan.users is not None:
-        folds = [replace(fold, target=fold.target[: plan.users]) for fold in folds[:QUICK_FOLDS]]
+        folds = [_shortened(fold, plan.users) for fold in folds[:QUICK_FOLDS]]
     for fold in folds:
         check(fold, vectors)
         queries = sum(len(p.test) for p in fold.target)
@@ -221,6 +221,10 @@ def _add_strangers(bench: Bench, fold: Fold, held: dict[str, dict[str, Array]]) 
         user, _, number = key.rpartition("|")
         last = int(number) == len(names[user]) - 1
         held[user]["stranger-nearest" if last else f"stranger-{number}"] = scores
+
+
+def _shortened(fold: Fold, users: int) -> Fold:
+    return replace(fold, target=fold.target[:users], calibrate=fold.calibrate[:users], adapt=fold.adapt[:QUICK_ITEMS])
 
 
 def _embedded(plan: Plan, items: Sequence[Item], embedder: Embedder) -> dict[str, Vector]:

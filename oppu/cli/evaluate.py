@@ -31,7 +31,7 @@ MINUTES_A_THOUSAND = 2.5
 @click.option("--min-target", type=click.IntRange(5), default=50, show_default=True, help="Items of a target user.")
 @click.option("--min-calibrate", type=click.IntRange(3), default=20, show_default=True)
 @click.option("--preset", type=click.Choice(["oppu"]), help="OPPU's released hyper-parameters: docs/reproduce.md.")
-@click.option("--quick", is_flag=True, help=f"The first {QUICK_USERS} targets and short training: not evidence.")
+@click.option("--quick", is_flag=True, help=f"{QUICK_USERS} targets, short training: not evidence.")
 @click.option("--final", is_flag=True, help="Open the held-back last fifth; it is written down that this was done.")
 @json_option
 @click.pass_obj
@@ -53,11 +53,11 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Compare all arms and controls of TASK on users' own events, and write tables and tests to OUT."""
     from evaluation.corpus import by_user
-    from evaluation.experiment import Plan, run
+    from evaluation.experiment import QUICK_ITEMS, Plan, run
     from evaluation.material import Files, gather
     from evaluation.presets import PRESETS
     from evaluation.report import markdown, summarise, write
-    from evaluation.roles import Bounds
+    from evaluation.roles import Bounds, some_users
     from evaluation.training import Recipe
 
     settings, began = session.settings, time.monotonic()
@@ -76,8 +76,10 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
         recipe, settings = PRESETS[preset].recipe, PRESETS[preset].settings(settings)
     if quick:
         recipe = replace(recipe, base_epochs=1, passes=1, chunk_passes=1, strangers=1)
-    followed = sum(len(own) for own in by_user(items).values() if len(own) >= min_calibrate)
-    say(f"{len(items)} items; about {followed / 1000 * MINUTES_A_THOUSAND * len(seeds):.0f} minutes without --quick")
+        items = tuple(some_users(items, material.bounds, users=QUICK_USERS, adapt_items=QUICK_ITEMS))
+    followed = sum(len(own) for own in by_user(material.items).values() if len(own) >= min_calibrate)
+    minutes = followed / 1000 * MINUTES_A_THOUSAND * len(seeds)
+    say(f"{len(material.items)} items; about {minutes:.0f} minutes without --quick")
     say(", ".join(f"{name} {value}" for name, value in material.notes.items()))
     variant = f"{'-before-test' if population_before_test else ''}{'-quick' if quick else ''}"
     name = f"{task}-{'final' if final else 'dev'}-{recipe.digest()}{variant}"
