@@ -23,7 +23,7 @@ from evaluation.leaks import check
 from evaluation.material import settled
 from evaluation.methods import PREFIX, MethodResult, merged, run_methods
 from evaluation.prompting import VARIANTS, example
-from evaluation.quick import FOLDS
+from evaluation.quick import FOLDS, shortened
 from evaluation.roles import Bounds
 from evaluation.splits import Fold, Person, make_folds, sharing
 from evaluation.text import text_run
@@ -105,7 +105,7 @@ def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, emb
     stacked = np.stack([vectors[i.item_id] for i in items])
     folds = make_folds(items, stacked, plan.bounds, final=plan.final, sisters=sharing(items, plan.sisters))
     if plan.users is not None:
-        folds = [replace(fold, target=fold.target[: plan.users]) for fold in folds[:FOLDS]]
+        folds = [shortened(fold, plan.users) for fold in folds[:FOLDS]]
     for fold in folds:
         check(fold, vectors)
         queries = sum(len(p.test) for p in fold.target)

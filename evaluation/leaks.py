@@ -27,13 +27,14 @@ def check(fold: Fold, vectors: Mapping[str, Vectors]) -> None:
 
 def _sides(fold: Fold, vectors: Mapping[str, Vectors]) -> Iterable[str]:
     held = [i for p in fold.target for i in p.test]
-    own = [i for p in (*fold.target, *fold.calibrate) for i in p.items]
-    used = [*fold.adapt, *(i for p in fold.target for i in p.train), *(i for p in fold.calibrate for i in p.items)]
-    if _overlap(held, used, vectors):
+    rest = [*(i for p in fold.target for i in p.train), *(i for p in fold.calibrate for i in p.items)]
+    own, used = [*held, *rest], [*rest, *fold.adapt]
+    near = _near(held, rest, fold.adapt)
+    if near & {(0, 1), (0, 2)} or _overlap(held, used, vectors):
         yield "an item of some test part, or a near-duplicate, is also learnt or calibrated on"
     if any(normal(item.input) in fold.held for item in used):
         yield "an item of a sister task's test part is learnt or calibrated on"
-    if _overlap(own, fold.adapt, vectors) or _users(own) & _users(fold.adapt):
+    if near & {(0, 2), (1, 2)} or _overlap(own, fold.adapt, vectors) or _users(own) & _users(fold.adapt):
         yield "the base would be adapted on a target's or calibrate user's item"
     if {p.user_id for p in fold.target} & {p.user_id for p in fold.calibrate}:
         yield "a target would be calibrated on"
@@ -55,14 +56,18 @@ def _users(items: Iterable[Item]) -> set[str]:
     return {item.user_id for item in items}
 
 
+def _near(*parts: Sequence[Item]) -> set[tuple[int, int]]:
+    """Return which parts, by number, share near-duplicates by their word sequences."""
+    of = [number for number, part in enumerate(parts) for _ in part]
+    pairs = similar_grams([item.input for part in parts for item in part])
+    return {(min(of[a], of[b]), max(of[a], of[b])) for a, b in pairs}
+
+
 def _overlap(held: Sequence[Item], used: Sequence[Item], vectors: Mapping[str, Vectors]) -> bool:
     texts = {normal(item.input) for item in used}
     if any(normal(item.input) in texts for item in held):
         return True
     if not held or not used:
         return False
-    pairs = similar_grams([item.input for item in (*held, *used)])
-    if any((a < len(held)) != (b < len(held)) for a, b in pairs):
-        return True
     mine, others = (np.stack([vectors[i.item_id] for i in some]) for some in (held, used))
     return any((mine[k : k + BLOCK] @ others.T > SAME_COSINE).any() for k in range(0, len(mine), BLOCK))

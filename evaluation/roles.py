@@ -2,10 +2,10 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from evaluation.corpus import Item
+from evaluation.corpus import Item, by_user
 from oppu.errors import ConfigError
 
 LEAVE_ONE_OUT, CROSS_FOLDS = 6, 5
@@ -66,6 +66,31 @@ def roles(people: Mapping[str, list[Item]], most: Mapping[str, int], bounds: Bou
         held = dict.fromkeys(parts[(at + 1) % len(parts)], "calibrate") | dict.fromkeys(out, "target")
         crossing[name] = others | dict.fromkeys(targets, "adapt") | held
     return crossing
+
+
+def some_users(items: Sequence[Item], bounds: Bounds, *, users: int, adapt_items: int) -> list[Item]:
+    """Return the items of some users, for a first look that takes minutes.
+
+    Args:
+        items: Of one task, oldest first.
+        bounds: Who can be what.
+        users: How many calibrate users are kept, and targets; of these so many that few are not taken for all.
+        adapt_items: About how many items adapt the base.
+
+    Returns:
+        The items of the users who come first by name, in the given order.
+    """
+    people = by_user(items)
+    targets = [u for u, own in people.items() if len(own) >= bounds.target and u not in bounds.population]
+    rest = bounds.population or people
+    others = {u: _role(u, len(own), bounds) for u, own in people.items() if u not in targets and u in rest}
+    kept = {*targets[: max(users, bounds.folds_below)], *[u for u, r in others.items() if r == "calibrate"][:users]}
+    for user in (u for u, role in others.items() if role == "adapt"):
+        if adapt_items <= 0:
+            break
+        kept.add(user)
+        adapt_items -= len(people[user])
+    return [item for item in items if item.user_id in kept]
 
 
 def _role(user: str, count: int, bounds: Bounds) -> str:

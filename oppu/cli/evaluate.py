@@ -29,7 +29,7 @@ QUICK_USERS = 8
 @click.option("--min-target", type=click.IntRange(5), default=50, show_default=True, help="Items of a target user.")
 @click.option("--min-calibrate", type=click.IntRange(3), default=20, show_default=True)
 @click.option("--preset", type=click.Choice(["oppu"]), help="OPPU's released hyper-parameters: docs/reproduce.md.")
-@click.option("--quick", is_flag=True, help=f"The first {QUICK_USERS} targets and short training: not evidence.")
+@click.option("--quick", is_flag=True, help=f"{QUICK_USERS} targets, short training: not evidence.")
 @click.option("--all-arms", is_flag=True, help="Also OPPU with k=2 and 4, profile with k=1, and without adaption.")
 @click.option("--methods", is_flag=True, help="Also LoRA, IA3 and prompt tuning, one user after the other.")
 @click.option("--analyses", is_flag=True, help="Also the paper's analyses; all arms run.")
@@ -60,9 +60,9 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
     from evaluation.experiment import Plan, run
     from evaluation.material import Files, gather
     from evaluation.presets import PRESETS
-    from evaluation.quick import alongside, shortened
+    from evaluation.quick import ADAPT_ITEMS
     from evaluation.report import markdown, summarise, write
-    from evaluation.roles import Bounds
+    from evaluation.roles import Bounds, some_users
     from evaluation.training import Recipe
 
     settings, began = session.settings, time.monotonic()
@@ -76,19 +76,18 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
     def say(text: str) -> None:
         click.echo(f"[{time.monotonic() - began:6.0f} s] {text}", err=True)
 
-    recipe, bounds, others = Recipe(), material.bounds, material.others
+    recipe = Recipe()
     if preset is not None:
         recipe, settings = PRESETS[preset].recipe, PRESETS[preset].settings(settings)
     say(", ".join(f"{name} {value}" for name, value in material.notes.items()))
     if quick:
         recipe = replace(recipe, base_epochs=1, passes=1, chunk_passes=1, strangers=1)
-        items, bounds = shortened(items, bounds)
-        others = alongside(items, others)
+        items = tuple(some_users(items, material.bounds, users=QUICK_USERS, adapt_items=ADAPT_ITEMS))
     variant = f"{'-before-test' if population_before_test else ''}{'-quick' if quick else ''}"
     name = f"{task}-{'final' if final else 'dev'}-{recipe.digest()}{variant}"
-    plan = Plan(task, out / name, seeds, recipe, bounds, final, QUICK_USERS if quick else None, say)
+    plan = Plan(task, out / name, seeds, recipe, material.bounds, final, QUICK_USERS if quick else None, say)
     plan = replace(plan, all_arms=all_arms, methods=methods, analyses=analyses, progress=Progress(say))
-    plan = replace(plan, sisters=others, profiles=material.profiles)
+    plan = replace(plan, sisters=material.others, profiles=material.profiles)
     outcomes = run(plan, items, settings, tasks, compose.embedder(settings))
     command = " ".join(["oppu evaluate", *(f"'{a}'" if " " in a else a for a in _arguments(events))])
     result = summarise(plan, outcomes, tasks[task].kind, settings.model.base, command)

@@ -10,7 +10,7 @@ from evaluation import splits
 from evaluation.corpus import Item
 from evaluation.duplicates import normal, same_groups
 from evaluation.leaks import check
-from evaluation.roles import Bounds
+from evaluation.roles import Bounds, some_users
 from evaluation.splits import Fold, Person, clusters, cut_index, make_folds, not_tested
 from oppu.errors import ConfigError
 from tests.evaluation.world import START, item, people, stacked, vectors
@@ -295,6 +295,17 @@ class TestFewUsers:
         assert {p.user_id for p in only([*day, *people({"t1": 25, "s0": 5})]).target} == {"t1"}
         with pytest.raises(ConfigError, match="no target has items on both sides"):
             folds(day)
+
+
+def test_a_first_look_takes_some_users_and_leaves_nobody_elses_role_changed() -> None:
+    counts = {f"t{n:02}": 25 for n in range(20)} | {f"c{n:02}": 10 for n in range(30)} | {f"s{n}": 3 for n in range(9)}
+    items, bounds = people(counts), replace(BOUNDS, folds_below=12)
+    some = some_users(items, bounds, users=4, adapt_items=60)
+    assert [i for i in items if i in some] == some
+    [whole], [part] = (make_folds(part, stacked(part), bounds, final=True) for part in (items, some))
+    assert [p.user_id for p in part.target] == [p.user_id for p in whole.target][:12]
+    assert [p.user_id for p in part.calibrate] == [p.user_id for p in whole.calibrate][:4]
+    assert 60 <= len(part.adapt) < 70 and set(part.adapt) < set(whole.adapt)
 
 
 def test_items_without_an_output_are_trained_on_and_never_asked_about() -> None:
