@@ -153,3 +153,17 @@ def test_on_bases_of_other_families(
     monkeypatch.setenv("OPPU_MODEL__BASE", str(tmp_path / family))
     result = evaluate("product_rating", lines(tmp_path / "e.jsonl", rows("product_rating", COUNTS)))
     assert result["users"] == 2 and result["base"] == str(tmp_path / family)
+
+
+@pytest.mark.parametrize("task", ["citation", "tweet_paraphrase"])
+def test_everything_that_can_be_asked_for_on_histories_without_outputs(
+    evaluate: Run, tmp_path: Path, task: str
+) -> None:
+    made = rows(task, COUNTS, make=citation_with_choices) if task == "citation" else rows(task, COUNTS)
+    bare = [row | {"output": ""} if int(row["event_id"].split("-")[1]) < 14 else row for row in made]
+    result = evaluate(
+        task, lines(tmp_path / "e.jsonl", bare), "--final", "--all-arms", "--methods", "--analyses", "--preset", "oppu"
+    )
+    assert result["users"] == 2 and {"oppu-2", "peft-lora", "chosen-oppu"} <= result["arms"].keys()
+    assert {"history formats", "behaviour shift", "by history length"} <= result["analyses"].keys()
+    assert result["adaption"] == {}  # one number of epochs: nothing was searched for
