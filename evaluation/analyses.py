@@ -16,20 +16,19 @@ from evaluation import controls
 from evaluation.arms import Array, right
 from evaluation.bases import Study, opened
 from evaluation.corpus import Item, by_user
+from evaluation.duplicates import SAME_COSINE, normal
 from evaluation.history import pasts
 from evaluation.prompting import Asked, example, examples
-from evaluation.splits import SAME_COSINE, Person, normal
+from evaluation.splits import Person
 from evaluation.training import Bench, full_config, score, stage, train_once
 from oppu.embedder import Embedder
+from oppu.lm.encoding import is_bare
 from oppu.lm.port import Example, TrainJob
-from oppu.tasks import Task, Tasks
 from oppu.values import UserId, Vector
 
 LEVELS = (10, 25, 50, 100, 200)
 """Newest training events an adapter learns, in the analysis within users."""
 FORMAT_K, SHIFT_K = 4, 2
-TEXT_TOKENS = 128
-"""Tokens of an input that next-token training learns, in histories without outputs."""
 WITHIN, FORMATS, SHIFT, UNADAPTED_BASE, ALL_TASKS, COST = (
     "activity within users",
     "history formats",
@@ -61,22 +60,11 @@ class Analysed:
     cost: NDArray[np.float64]
 
 
-def with_text_task(tasks: Tasks, task: str) -> Tasks:
-    """Add the task of next-token training on a task's inputs: what precedes an input, then the input itself."""
-    head = tasks[task].prompt.partition("{input}")[0].strip() or "text:"
-    return Tasks({**tasks, text_task(task): Task(text_task(task), "text", "{input}", head, max_new_tokens=TEXT_TOKENS)})
-
-
-def text_task(task: str) -> str:
-    """Return the name of a task's text task."""
-    return f"{task} (text)"
-
-
 def analyse(study: Study, held: Mapping[str, Mapping[str, Array]], extra: Extra) -> Analysed:
     """Run every analysis that needs a model.
 
     Args:
-        study: The fold and seed; its tasks have the task's text task.
+        study: The fold and seed.
         held: The fold's arms by user, ``oppu-unadapted`` among them.
         extra: Embeddings, and items of other tasks.
 
@@ -172,9 +160,9 @@ def _formats_in_adapters(run: _Run, bench: Bench) -> None:
     parts = {p.user_id: list(map(example, p.train)) for p in run.people}
     run.add((FORMATS, "pairs", ADAPTER), {p.user_id: run.held[p.user_id]["oppu"] for p in run.people})
     run.add((FORMATS, "nothing", ADAPTER), {p.user_id: run.held[p.user_id]["none"] for p in run.people})
-    blind = {user: [replace(e, input="") for e in own] for user, own in parts.items()}
+    blind = {user: [replace(e, input="") for e in own if not is_bare(e)] for user, own in parts.items()}
     run.adapters(bench, (FORMATS, "outputs only", ADAPTER), blind)
-    texts = {user: [Example(text_task(e.task), "", e.input) for e in own] for user, own in parts.items()}
+    texts = {user: [Example(e.task, e.input, "") for e in own] for user, own in parts.items()}
     run.adapters(bench, (FORMATS, "inputs only", ADAPTER), texts)
     others = _strangers(run)
     strange = {user: list(map(example, other.train)) for user, other in others.items()}

@@ -8,6 +8,7 @@ import numpy as np
 from evaluation.analyses import ADAPTER, COST, PROMPT, WITHIN, Merits
 from evaluation.arms import Array, right
 from evaluation.experiment import Outcome
+from evaluation.splits import Person
 from evaluation.statistics import contrast, mean_interval
 from oppu.tasks import Kind
 
@@ -124,16 +125,23 @@ def _by_length(outcomes: Sequence[Outcome], kind: Kind) -> Rows:
     for o in outcomes:
         own = {"none": [t.base for t in o.tables], FOLLOW: [t.follow for t in o.tables], **o.arms.stream}
         for arm, scores in own.items():
-            merits = [right(p.items, s, kind) for p, s in zip(o.people, scores, strict=True)]
+            merits = [_merits(p, s, kind) for p, s in zip(o.people, scores, strict=True)]
             streams.setdefault(arm, []).append(merits)
     means = {arm: [np.mean(same, axis=0) for same in zip(*seeds, strict=True)] for arm, seeds in streams.items()}
     found = []
     for low, high in zip(BOUNDS, BOUNDS[1:], strict=False):
-        some = [at for at, p in enumerate(outcomes[0].people) if len(p.items) > low]
+        own = {arm: [users[low:high][~np.isnan(users[low:high])] for users in every] for arm, every in means.items()}
+        some = [at for at in range(len(outcomes[0].people)) if all(len(users[at]) for users in own.values())]
         if some:
-            found.append(
-                _row(_band(low, high), {arm: [own[at][low:high] for at in some] for arm, own in means.items()})
-            )
+            found.append(_row(_band(low, high), {arm: [users[at] for at in some] for arm, users in own.items()}))
+    return found
+
+
+def _merits(person: Person, scores: Array, kind: Kind) -> Array:
+    """Return the merit of every item ``[n]``, NaN where it has no output."""
+    asked = [at for at, item in enumerate(person.items) if not item.bare]
+    found = np.full(len(person.items), np.nan)
+    found[asked] = right([person.items[at] for at in asked], scores[asked], kind)
     return found
 
 

@@ -15,8 +15,7 @@ from evaluation.corpus import Item
 from evaluation.history import Past
 from evaluation.splits import Person
 from evaluation.stacking import Seen, fit, mixture_share
-from oppu.errors import ConfigError
-from oppu.fusion import DEFAULT, Fusion, earn, log_softmax, pick
+from oppu.fusion import DEFAULT, FLOOR, Fusion, earn, log_softmax, pick
 from oppu.tasks import Kind
 
 Array = NDArray[np.float64]
@@ -28,7 +27,8 @@ EVIDENCE = ("base", "knn", "prior")
 class Table:
     """One user's scores, all ``[n, c]``, or ``[q, c]`` for models that only saw the held-back items (``held``).
 
-    ``follow`` is the base's own before item ``adapted``: nothing was learnt yet.
+    ``c`` is of the longest choices, with -inf beyond an item's own. ``follow`` is the base's own before item
+    ``adapted``: nothing was learnt yet.
     """
 
     person: Person
@@ -39,13 +39,13 @@ class Table:
     adapted: int
 
     def sources(self, at: int) -> dict[str, Array | None]:
-        """Return what each source says of item ``at``."""
-        past = self.pasts[at]
+        """Return what each source says of item ``at``, ``[c]`` of its own choices."""
+        past, choices = self.pasts[at], len(self.person.items[at].choices)
         return {
-            "base": self.base[at],
+            "base": self.base[at][:choices],
             "knn": None if past.knn is None else np.log(past.knn),
             "prior": None if past.prior is None else np.log(past.prior),
-            "adapter": self.follow[at] if at >= self.adapted else None,
+            "adapter": self.follow[at][:choices] if at >= self.adapted else None,
         }
 
 
@@ -64,28 +64,28 @@ class Arms:
 def fit_fusion(tables: Sequence[Table], kind: Kind = "choice") -> Fusion:
     """Fit both stacks on calibrate users' items and on targets' items before their cut.
 
+    What has no items to be fitted on stays as it is built in.
+
     Args:
         tables: Of all of them, of all folds: each user's scores are those of a base that has not seen him.
         kind: Of the task; ratings are fitted in their order, and their adapter has its built-in share.
 
     Returns:
         The fit. No item is used that says the same as some user's held-back one.
-
-    Raises:
-        ConfigError: No user has items after an adapter's first training.
     """
     closed = {group for t in tables for group in t.person.groups[t.person.cut :]}
     seen = [
         Seen(table.sources(at), item.choices.index(item.output), table.pasts[at].count)
         for table in tables
         for at, item in enumerate(table.person.train)
-        if table.pasts[at].count and table.person.groups[at] not in closed
+        if table.pasts[at].count and item.answered and table.person.groups[at] not in closed
     ]
+    order = _by_value(tables[0].person.items[0]) if kind == "rating" else None
+    alone = fit(seen, EVIDENCE, order) if seen else DEFAULT.alone
     adapted = [item for item in seen if item.sources["adapter"] is not None]
     if not adapted:
-        raise ConfigError("calibration: expected some user with more items than an adapter's first training takes")
-    order = _by_value(tables[0].person.items[0]) if kind == "rating" else None
-    alone, beside = fit(seen, EVIDENCE, order), fit(adapted, ("adapter",), order)
+        return Fusion(alone, DEFAULT.beside, DEFAULT.share)
+    beside = fit(adapted, ("adapter",), order)
     if kind == "rating":  # log losses of ratings ask for less of the adapter than their medians are best with
         return Fusion(alone, beside, DEFAULT.share)
     truths = [[stack.scores(i.sources, i.events)[i.right] for stack in (alone, beside)] for i in adapted]
@@ -141,9 +141,9 @@ def right(items: Sequence[Item], scores: Array, kind: Kind) -> Array:
 
 def squared_error(items: Sequence[Item], scores: Array) -> Array:
     """Return each rating's squared error ``[n]``, of the mean of its distribution."""
-    values = np.array([[float(choice) for choice in i.choices] for i in items])
-    means = (np.exp(scores) * values).sum(axis=1) / np.exp(scores).sum(axis=1)
-    found: Array = (means - np.array([float(i.output) for i in items])) ** 2
+    shares = [np.exp(log_softmax(s[: len(i.choices)])) for i, s in zip(items, scores, strict=True)]
+    means = [float(share @ np.array(i.choices, dtype=np.float64)) for i, share in zip(items, shares, strict=True)]
+    found: Array = (np.array(means) - np.array([float(i.output) for i in items])) ** 2
     return found
 
 
@@ -154,11 +154,15 @@ def answer(item: Item, scores: Array, kind: Kind) -> str:
 
 
 def log_loss(items: Sequence[Item], scores: Array) -> Array:
-    """Return each choice item's log loss ``[n]``, nats."""
-    return np.array([-s[i.choices.index(i.output)] for i, s in zip(items, scores, strict=True)])
+    """Return each choice item's log loss ``[n]``, nats; an output that is none of the choices costs ``-FLOOR``."""
+    return np.array([-_truth(i, s) for i, s in zip(items, scores, strict=True)])
 
 
-def macro_f1(items: Sequence[Item], scores: Array) -> float:
+def _truth(item: Item, scores: Array) -> float:
+    return float(scores[item.choices.index(item.output)]) if item.answered else FLOOR
+
+
+def macro_f1(items: Sequence[Item], scores: Sequence[Array] | Array) -> float:
     """Return the mean F1 over the labels that occur among outputs or answers."""
     answers = [i.choices[int(s[: len(i.choices)].argmax())] for i, s in zip(items, scores, strict=True)]
     truth, given = Counter(i.output for i in items), Counter(answers)
@@ -171,7 +175,7 @@ def _stream(table: Table, fusion: Fusion) -> tuple[dict[str, Array], float]:
     """Answer all of a user's items in order, as the service would; what the adapter has earned moves at the end of
     each day, by that day's outcomes."""
     earned, waiting = 0.0, list[float]()
-    found = {name: np.empty_like(table.base) for name in ("evidence", "fused", "unweighed")}
+    found = {name: np.full_like(table.base, -np.inf) for name in ("evidence", "fused", "unweighed")}
     items = table.person.items
     for at, item in enumerate(items):
         if at and item.day != items[at - 1].day:
@@ -179,10 +183,12 @@ def _stream(table: Table, fusion: Fusion) -> tuple[dict[str, Array], float]:
                 earned = earn(earned, gain)
             waiting.clear()
         sources, count = table.sources(at), table.pasts[at].count
-        found["evidence"][at] = fusion.alone.scores({**sources, "adapter": None}, count)
-        found["fused"][at] = fusion.scores(sources, count, earned)
-        found["unweighed"][at] = fusion.scores(sources, count)
-        if sources["adapter"] is not None and count:
+        own = slice(len(item.choices))
+        found["evidence"][at, own] = fusion.alone.scores({**sources, "adapter": None}, count)
+        found["fused"][at, own] = fusion.scores(sources, count, earned)
+        found["unweighed"][at, own] = fusion.scores(sources, count)
+        beside = sources["knn"] is not None or sources["prior"] is not None
+        if sources["adapter"] is not None and beside and item.answered:
             waiting.append(fusion.gain(sources, count, item.choices.index(item.output)))
     return found, float(fusion.weights(len(items), earned)[1])
 
@@ -190,7 +196,11 @@ def _stream(table: Table, fusion: Fusion) -> tuple[dict[str, Array], float]:
 def _logs(table: Table, cut: int, source: str) -> Array:
     """Return a source's log probabilities on the held-back items, 0 where it has nothing to say."""
     rows = [table.sources(at)[source] for at in range(cut, len(table.person.items))]
-    return np.stack([np.zeros(table.base.shape[1]) if row is None else row for row in rows])
+    found = np.zeros((len(rows), table.base.shape[1]))
+    for at, row in enumerate(rows):
+        if row is not None:
+            found[at, : len(row)] = row
+    return found
 
 
 def _sum(scores: Array, more: Array) -> Array:
@@ -199,14 +209,15 @@ def _sum(scores: Array, more: Array) -> Array:
 
 def _fixed(table: Table, choose: Callable[[Sequence[str]], str]) -> Array:
     """Answer with what is chosen of the user's outputs so far."""
-    items, rows = table.person.items, []
+    items, cut = table.person.items, table.person.cut
+    found = np.full((len(items) - cut, table.base.shape[1]), -np.inf)
     first: dict[object, int] = {}
     for at, item in enumerate(items):
-        seen = [i.output for i in items[: first.setdefault(item.day, at)]]
-        if at >= table.person.cut:
+        seen = [i.output for i in items[: first.setdefault(item.day, at)] if not i.bare]
+        if at >= cut:
             given = choose(seen) if seen else item.choices[0]
-            rows.append([0.0 if choice == given else -20.0 for choice in item.choices])
-    return np.array(rows)
+            found[at - cut, : len(item.choices)] = [0.0 if choice == given else FLOOR for choice in item.choices]
+    return found
 
 
 def _by_value(item: Item) -> list[int]:

@@ -71,22 +71,26 @@ def adapted(study: Study, variant: Variant) -> Path:
 
     Each number of epochs is a run of its own, whose rate decays to zero; the curve is kept in ``base.json``. The
     loss is taken at its best temperature, since fusion scales a base's scores anyhow, and in the variant's prompts.
+    Without ``base_search`` of the recipe the last number of epochs is the only one.
 
     Args:
         study: Whose adapt items are learnt; the loss of its calibrate items decides.
         variant: What stands in the prompts.
 
     Returns:
-        The folder of the best base.
+        The folder of the best base; the configured one where there is nobody to adapt it on.
     """
-    folder = study.folder / f"base-{variant}"
+    if not study.fold.adapt:
+        study.say(f"base {variant}: nobody's items to adapt it on, it is used as it is")
+        return Path(study.settings.model.base)
+    folder, first = study.folder / f"base-{variant}", 1 if study.recipe.base_search else study.recipe.base_epochs
     if (folder / CURVE).exists():
-        losses = curve(study, variant)
-        return folder / str(1 + losses.index(min(losses)))
+        losses = _kept(folder)
+        return folder / str(first + losses.index(min(losses)))
     folder.mkdir(exist_ok=True)
-    judged = [e for p in study.fold.calibrate for e in drawn(p.items, study.pasts[p.user_id], variant, study.seed)]
+    judged = _judged(study, variant)
     losses = []
-    for epochs in range(1, study.recipe.base_epochs + 1):
+    for epochs in range(first, study.recipe.base_epochs + 1):
         out = folder / str(epochs)
         if not (out / RECIPE).exists():
             adapt_once(study, _learnt(study, variant), out, epochs, f"base {variant}")
@@ -98,22 +102,37 @@ def adapted(study: Study, variant: Variant) -> Path:
         if losses[-1] > min(losses):
             break
     _write(folder / CURVE, json.dumps({"calibrate_loss_by_epochs": losses}) + "\n")
-    return folder / str(1 + losses.index(min(losses)))
+    return folder / str(first + losses.index(min(losses)))
 
 
 def curve(study: Study, variant: Variant) -> list[float]:
-    """Return the calibrate users' loss after each number of epochs, of a base that was adapted."""
-    text = (study.folder / f"base-{variant}" / CURVE).read_text(encoding="utf-8")
+    """Return the calibrate users' loss after 1, 2, … epochs; empty where no number was searched for."""
+    if not study.fold.adapt or not study.recipe.base_search:
+        return []
+    return _kept(study.folder / f"base-{variant}")
+
+
+def _kept(folder: Path) -> list[float]:
+    text = (folder / CURVE).read_text(encoding="utf-8")
     return [float(loss) for loss in json.loads(text)["calibrate_loss_by_epochs"]]
+
+
+def _judged(study: Study, variant: Variant) -> list[Example]:
+    """Return the calibrate users' items that have an answer to be judged by."""
+    found = []
+    for person in study.fold.calibrate:
+        made = drawn(person.items, study.pasts[person.user_id], variant, study.seed)
+        found += [one for item, one in zip(person.items, made, strict=True) if item.answered]
+    return found
 
 
 def unadapted(study: Study) -> str:
     """Return the base before task adaption.
 
     The offline base learns to read left to right first, from the inputs alone, in as many epochs as the plain base
-    had; any other base is taken as it is.
+    had; any other base is taken as it is, as is the offline one where there is nobody to learn from.
     """
-    if study.settings.model.base != OFFLINE:
+    if study.settings.model.base != OFFLINE or not study.fold.adapt:
         return study.settings.model.base
     out = study.folder / "base-unadapted"
     if not (out / RECIPE).exists():
@@ -125,7 +144,7 @@ def unadapted(study: Study) -> str:
 def adapt_once(
     study: Study, examples: Sequence[Example], out: Path, epochs: int, name: str, *, answers: bool = True
 ) -> None:
-    """Adapt all weights of the study's base for a number of epochs, and write the result.
+    """Adapt the study's base by the recipe's method for a number of epochs, and write the result.
 
     Args:
         study: Base, rates and seed.
@@ -136,7 +155,8 @@ def adapt_once(
         answers: Whether the outputs are learnt, or the inputs' text only.
     """
     recipe = study.recipe
-    config = AdaptConfig("full", epochs, recipe.base_learning_rate, recipe.base_batch, seed=study.seed, answers=answers)
+    rate, batch = recipe.base_learning_rate, recipe.base_batch
+    config = AdaptConfig(recipe.base_method, epochs, rate, batch, seed=study.seed, answers=answers)
 
     def progress(done: int, steps: int, loss: float) -> None:
         if done % max(1, steps // 5) == 0:

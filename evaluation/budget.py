@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 from evaluation.analyses import LEVELS
 from evaluation.corpus import Item
@@ -44,13 +45,16 @@ class Rates:
     score: float
 
 
-def measured(items: Sequence[Item], settings: Settings, tasks: Tasks) -> Rates:
+def measured(
+    items: Sequence[Item], settings: Settings, tasks: Tasks, method: Literal["full", "lora"] = "full"
+) -> Rates:
     """Time a batch or two of each kind of work, after one that warms up.
 
     Args:
         items: Some to try it on.
         settings: Names the base.
         tasks: The known tasks.
+        method: How the base is adapted.
 
     Returns:
         The rates.
@@ -72,7 +76,7 @@ def measured(items: Sequence[Item], settings: Settings, tasks: Tasks) -> Rates:
             tasks,
             made,
             Path(folder) / "base",
-            config=AdaptConfig("full", 3, 1e-5, _SAMPLE),
+            config=AdaptConfig(method, 3, 1e-5, _SAMPLE),
             settings=settings.model,
             progress=lambda _done, _all, _loss: marks.append(time.perf_counter()),
         )
@@ -125,7 +129,8 @@ def phases(fold: Fold, rates: Rates, chosen: Options) -> dict[str, float]:
     found["controls"] = 3 * work.trained(PLAIN) + (1 + recipe.strangers) * work.prompted(PLAIN)
     if chosen.all_arms:
         found[UNADAPTED] = work.prompted(PLAIN)
-        found["base-unadapted"] = work.base("plain") / recipe.base_epochs if chosen.offline else 0.0
+        runs = recipe.base_epochs if recipe.base_search else 1
+        found["base-unadapted"] = work.base("plain") / runs if chosen.offline else 0.0
     if chosen.methods:
         tries = len(METHODS) * (work.trained(PLAIN) + len(RATES) * work.judged())
         found["methods"] = _PEFT_FACTOR * tries
@@ -144,12 +149,12 @@ class _Work:
     chosen: Options
 
     def base(self, variant: Variant) -> float:
-        """Every number of epochs is a run of its own, judged by the calibrate users."""
-        asked = _USUAL[variant]
-        epochs = self.chosen.recipe.base_epochs
-        judged = [i for p in self.fold.calibrate for i in p.items]
-        runs = self._tokens(self.fold.adapt, asked) * epochs * (epochs + 1) / 2 * self.rates.adapt
-        return runs + epochs * self._tokens(judged, asked) * self.rates.score
+        """Every number of epochs that is tried is a run of its own, judged by the calibrate users."""
+        asked, recipe = _USUAL[variant], self.chosen.recipe
+        tried = range(1 if recipe.base_search else recipe.base_epochs, recipe.base_epochs + 1)
+        judged = [i for p in self.fold.calibrate for i in p.items if i.answered] if self.fold.adapt else []
+        runs = self._tokens(self.fold.adapt, asked) * sum(tried) * self.rates.adapt
+        return runs + len(tried) * self._tokens(judged, asked) * self.rates.score
 
     def every(self) -> float:
         """Return the tokens of all items of targets and calibrate users."""

@@ -10,17 +10,29 @@ from evaluation.splits import Person
 
 
 def permuted(person: Person, seed: int) -> list[Item]:
-    """Return a user's training items with the outputs shuffled among them."""
-    outputs = [item.output for item in person.train]
-    _chance(seed, person.user_id).shuffle(outputs)
-    return [replace(item, output=output) for item, output in zip(person.train, outputs, strict=True)]
+    """Return a user's training items with the outputs shuffled among them; where choices differ by item, their places.
+
+    Items without an output stay as they are.
+    """
+    paired = [item for item in person.train if not item.bare]
+    chance = _chance(seed, person.user_id)
+    if len({item.choices for item in paired}) > 1:
+        places = [item.choices.index(item.output) for item in paired]
+        chance.shuffle(places)
+        outputs = [i.choices[at % len(i.choices)] for i, at in zip(paired, places, strict=True)]
+    else:
+        outputs = [item.output for item in paired]
+        chance.shuffle(outputs)
+    drawn = iter(outputs)
+    return [item if item.bare else replace(item, output=next(drawn)) for item in person.train]
 
 
 def volume_matched(person: Person, people: Sequence[Person], seed: int) -> list[Item]:
     """Return as many items of each output as the user has, drawn from other users' training parts.
 
     An output that nobody else gave is replaced by items of any output; other people's text outputs are never the
-    same, so there only the number is matched. Co-authors, who share a group with the user, are left out.
+    same, so there only the number is matched. Co-authors, who share a group with the user, are left out; where nobody
+    else is there, nothing is returned.
     """
     own = set(person.groups)
     others = [p for p in people if p.user_id != person.user_id and not own & set(p.groups)]
@@ -28,6 +40,8 @@ def volume_matched(person: Person, people: Sequence[Person], seed: int) -> list[
     every = [item for p in others for item in p.train]
     for item in every:
         pool[item.output].append(item)
+    if not every:
+        return []
     chance = _chance(seed, person.user_id)
     drawn: list[Item] = []
     for output, count in sorted(Counter(item.output for item in person.train).items()):

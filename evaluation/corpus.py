@@ -1,30 +1,36 @@
 """Items to experiment on, from this project's event format or from the benchmarks' published layouts.
 
-``load`` tells the layouts apart by their shape. LaMP: ``questions`` (a list of {id, input, profile}) with
-``outputs`` ({golds: [{id, output}]}) in a second file. OPPU: one list of {user_id, profile, query} in one file
-(``user_others.json``, ``user_top_100_history.json``). Published items without a date count as one a day, in order.
+``read`` tells the layouts apart by their shape (``evaluation.published`` reads the benchmarks'). Invariants: an
+item's id is unique; a user's repeated event is one item; texts have no space around them. What may be answered is
+not decided here but for ``load``, which takes a task as the service does.
 """
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date
 from pathlib import Path
-from typing import Any
 
 from oppu.errors import ConfigError, InvalidRecord
 from oppu.tasks import Tasks
 from oppu.wire import BehaviorEvent
 
-_FIRST_DAY = date(2000, 1, 1)
-_OUTPUT_FIELDS = ("output", "gold", "score", "category", "tag", "title", "abstract", "text")
-_INPUT_FIELDS = ("input", "text", "abstract", "description", "title")
+
+class _Recorded(BehaviorEvent):
+    """An event of a file: a history may hold texts without an output."""
+
+    output: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One thing a user did. ``day`` orders and separates; ``output`` is empty in histories that have none."""
+    """One thing a user did. ``day`` orders and separates.
+
+    ``choices`` are empty for texts; a blank ``output`` means that there is no pair, only the text in ``input``;
+    ``query`` that the layout itself holds the item back as a question.
+    """
 
     item_id: str
     user_id: str = field(repr=False)
@@ -33,10 +39,26 @@ class Item:
     input: str = field(repr=False)
     output: str = field(repr=False)
     choices: tuple[str, ...] = field(default=(), repr=False)
+    query: bool = False
+
+    @property
+    def bare(self) -> bool:
+        """Whether it is a text without an output."""
+        return not self.output
+
+    @property
+    def answered(self) -> bool:
+        """Whether its output can be given as an answer."""
+        return not self.bare and (not self.choices or self.output in self.choices)
+
+    @property
+    def learnable(self) -> bool:
+        """Whether a model may learn it: not where its label is none of the choices."""
+        return self.bare or self.answered
 
 
 def load(path: Path, task: str, tasks: Tasks, *, outputs: Path | None = None) -> list[Item]:
-    """Read the items of one task, oldest first.
+    """Read the items of one task, oldest first, as strictly as the service takes events.
 
     Args:
         path: Events as JSON lines (gzip by name), or a LaMP or OPPU JSON file.
@@ -50,22 +72,60 @@ def load(path: Path, task: str, tasks: Tasks, *, outputs: Path | None = None) ->
     Raises:
         ConfigError: Naming file, line and field.
     """
+    return prepared([i for i in read(path, task, outputs=outputs) if i.task == task], task, tasks)
+
+
+def read(path: Path, task: str, *, outputs: Path | None = None) -> list[Item]:
+    """Read the items of a file, of all tasks, in the file's order.
+
+    Args:
+        path: As for ``load``.
+        task: What a benchmark's file is taken to be of.
+        outputs: LaMP's file of gold outputs.
+
+    Returns:
+        The items, without choices where the file has none.
+
+    Raises:
+        ConfigError: Naming file, line and field.
+    """
+    from evaluation.published import published
+
     try:
         content = path.read_bytes()
-        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
-        gold = json.loads(outputs.read_text(encoding="utf-8")) if outputs is not None else None
-    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"events: cannot read {path}: {error}") from error
-    items = _published(text, task, gold) if text.lstrip().startswith("[") else of_events(_events(text, path), task)
-    return prepared(items, task, tasks)
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
+        gold = json.loads(outputs.read_text(encoding="utf-8-sig")) if outputs is not None else None
+        rows = json.loads(text) if text.lstrip().startswith("[") else None
+    except (OSError, EOFError, ValueError) as error:
+        raise ConfigError(
+            f"events: cannot read {path if outputs is None else f'{path} or {outputs}'}: {error}"
+        ) from error
+    made = published(rows, task, gold) if rows is not None else of_events(_events(text, path))
+    return unique(made)
 
 
-def of_events(events: Iterable[BehaviorEvent], task: str) -> list[Item]:
-    """Return one task's events as items."""
+def of_events(events: Iterable[BehaviorEvent]) -> list[Item]:
+    """Return events as items."""
     return [
-        Item(e.event_id, e.user_id, task, e.occurred_at.astimezone(UTC).date(), e.input, e.output, e.choices or ())
+        Item(e.event_id, e.user_id, e.task, e.occurred_at.astimezone(UTC).date(), e.input, e.output, e.choices or ())
         for e in events
-        if e.task == task
+    ]
+
+
+def unique(items: Iterable[Item]) -> list[Item]:
+    """Keep the first of a user's items of one id and task, and give what shares an id with others one of its own."""
+    first: dict[tuple[str, str, str], Item] = {}
+    for item in items:
+        first.setdefault((item.user_id, item.task, item.item_id), item)
+    count = Counter((item.task, item.item_id) for item in first.values())
+    return [
+        replace(
+            item,
+            item_id=item.item_id if count[item.task, item.item_id] == 1 else f"{item.user_id}/{item.item_id}",
+            output=item.output.strip(),
+            choices=tuple(choice.strip() for choice in item.choices),
+        )
+        for item in first.values()
     ]
 
 
@@ -107,49 +167,9 @@ def by_user(items: Iterable[Item]) -> dict[str, list[Item]]:
 
 
 def _events(text: str, path: Path) -> Iterator[BehaviorEvent]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # a text may hold other ends of lines
         if line.strip():
             try:
-                yield BehaviorEvent.model_validate_json(line)
+                yield _Recorded.model_validate_json(line)
             except ValueError as error:
                 raise ConfigError(f"events: {path.name} line {number}: {error}") from error
-
-
-def _published(text: str, task: str, gold: Mapping[str, Any] | None) -> list[Item]:
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"events: not JSON: {error}") from error
-    answers = {str(row["id"]): str(row["output"]) for row in (gold or {}).get("golds", [])}
-    items: list[Item] = []
-    for number, row in enumerate(rows):
-        if not isinstance(row, Mapping) or "profile" not in row:
-            raise ConfigError(f"events: entry {number}: expected an object with profile")
-        user = str(row.get("user_id", row.get("id")))
-        queries = row.get("query") if isinstance(row.get("query"), Sequence) else [row]
-        made = [_item(entry, user, task, answers) for entry in (*row["profile"], *(queries or ()))]
-        items += [_dated(item, at) for at, item in enumerate(m for m in made if m is not None)]
-    return items
-
-
-def _item(entry: Mapping[str, Any], user: str, task: str, answers: Mapping[str, str]) -> Item | None:
-    """Return a history entry or query as an item; ``None`` for a query whose gold output is not known."""
-    identity = str(entry.get("id", ""))
-    source = next((name for name in _INPUT_FIELDS if entry.get(name)), None)
-    if source is None:
-        raise ConfigError(f"events: user {user}, entry {identity}: expected one of {', '.join(_INPUT_FIELDS)}")
-    target = next((name for name in _OUTPUT_FIELDS if entry.get(name) and name != source), None)
-    output = answers.get(identity, str(entry[target]) if target is not None else "")
-    if "profile" in entry and not output:
-        return None
-    day = _FIRST_DAY
-    if entry.get("date"):
-        day = datetime.fromisoformat(str(entry["date"])).date()
-    return Item(f"{user}/{identity}", user, task, day, str(entry[source]), output)
-
-
-def _dated(item: Item, at: int) -> Item:
-    if item.day != _FIRST_DAY:
-        return item
-    day = _FIRST_DAY + timedelta(days=at)
-    return replace(item, day=day)

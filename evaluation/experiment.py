@@ -12,18 +12,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation import controls
-from evaluation.analyses import Analysed, Extra, analyse, with_text_task
+from evaluation import controls, inputs
+from evaluation.analyses import Analysed, Extra, analyse
 from evaluation.arms import Arms, Array, Table, choice_arms, fit_fusion
 from evaluation.bases import Study, curve, opened
 from evaluation.budget import Progress, measured, options, phases
 from evaluation.corpus import Item, by_user
 from evaluation.history import Past, check_pasts, pasts
+from evaluation.leaks import check
+from evaluation.material import settled
 from evaluation.methods import PREFIX, MethodResult, merged, run_methods
 from evaluation.prompting import VARIANTS, example
-from evaluation.splits import Bounds, Fold, Person, check, make_folds
+from evaluation.quick import FOLDS, shortened
+from evaluation.roles import Bounds
+from evaluation.splits import Fold, Person, make_folds, sharing
 from evaluation.text import text_run
-from evaluation.training import Bench, Recipe, Say, base_scores, chunks_of, follow, score, stage, train_once
+from evaluation.training import Bench, Recipe, Say, base_scores, chunks_of, follow, score, stage, train_once, widened
 from evaluation.variants import PROMPTED, Chosen, compared, judges, weights_of
 from evaluation.writing import Writer, lengths, write
 from oppu.embedder import Embedder
@@ -35,7 +39,12 @@ from oppu.values import Vector
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to run, and where its stages are kept."""
+    """What to run, and where its stages are kept.
+
+    ``sisters`` are the other tasks' items, as read: those of tasks that share an article with this one decide who is
+    what and which side it lies on, and the analyses learn users' own. ``profiles`` are written profiles by user, which
+    stand in the prompt in place of the statistics one. ``users`` limits each fold's targets, and the folds.
+    """
 
     task: str
     folder: Path
@@ -48,7 +57,8 @@ class Plan:
     all_arms: bool = False
     methods: bool = False
     analyses: bool = False
-    sisters: tuple[Item, ...] = ()
+    sisters: tuple[Item, ...] = field(default=(), repr=False)
+    profiles: Mapping[str, str] = field(default_factory=dict, repr=False)
     progress: Progress | None = None
 
 
@@ -89,10 +99,11 @@ def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, emb
         ConfigError: The items do not suffice, or a split leaks.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
-    tasks = with_text_task(tasks, plan.task)
     vectors = _embedded(plan, items, embedder)
-    folds = make_folds(items, np.stack([vectors[i.item_id] for i in items]), plan.bounds, final=plan.final)
-    folds = [replace(fold, target=fold.target[: plan.users]) for fold in folds]
+    stacked = np.stack([vectors[i.item_id] for i in items])
+    folds = make_folds(items, stacked, plan.bounds, final=plan.final, sisters=sharing(items, plan.sisters))
+    if plan.users is not None:
+        folds = [shortened(fold, plan.users) for fold in folds[:FOLDS]]
     for fold in folds:
         check(fold, vectors)
         queries = sum(len(p.test) for p in fold.target)
@@ -100,10 +111,12 @@ def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, emb
             f"{fold.name}: {len(fold.adapt)} items adapt the base, {len(fold.calibrate)} users calibrate, "
             f"{len(fold.target)} targets with {queries} queries"
         )
+    inputs.keep(plan.folder, items, plan.bounds, settings, _more(plan))
     if plan.final:
         _log_opening(plan)
     _announce(plan, folds, items, settings, tasks)
-    pasts_of = [_pasts(fold, vectors, embedder, settings) for fold in folds]
+    pasts_of = [_pasts(fold, vectors, embedder, settings, plan.profiles) for fold in folds]
+    others = settled(plan.sisters, tasks, plan.bounds, final=plan.final) if plan.analyses else []
     outcomes = []
     for seed in plan.seeds:
         parts = []
@@ -113,16 +126,22 @@ def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, emb
             study = Study(
                 fold, past, settings, tasks, folder, plan.recipe, seed, plan.say, _done(plan, fold.name, seed)
             )
-            parts.append(_fold(plan, study, Extra(vectors, embedder, plan.sisters)))
+            parts.append(_fold(plan, study, Extra(vectors, embedder, others)))
         outcomes.append(_outcome(plan, seed, parts, tasks))
     return outcomes
+
+
+def _more(plan: Plan) -> dict[str, object]:
+    """Return what decides results beside items, bounds and settings."""
+    sisters = [(i.task, i.item_id, i.user_id, str(i.day), i.input, i.output, i.query) for i in plan.sisters]
+    return {"profiles": dict(plan.profiles), "other tasks": sisters}
 
 
 def _announce(plan: Plan, folds: Sequence[Fold], items: Sequence[Item], settings: Settings, tasks: Tasks) -> None:
     """Measure the machine and say how long all this will take."""
     if plan.progress is None:
         return
-    rates = measured(items, settings, tasks)
+    rates = measured(items, settings, tasks, plan.recipe.base_method)
     chosen = options(settings, plan.recipe, all_arms=plan.all_arms, methods=plan.methods, analyses=plan.analyses)
     plan.progress.begin({
         f"{fold.name}, seed {seed}, {phase}": seconds
@@ -152,15 +171,17 @@ class _Part:
 
 
 def _pasts(
-    fold: Fold, vectors: Mapping[str, Vector], embedder: Embedder, settings: Settings
+    fold: Fold, vectors: Mapping[str, Vector], embedder: Embedder, settings: Settings, profiles: Mapping[str, str]
 ) -> dict[str, Sequence[Past]]:
-    """Look up the past of every item of a fold, each user's by its own items."""
+    """Look up the past of every item of a fold, each user's by its own items; a written profile has the line."""
     own: dict[str, Sequence[Item]] = {**by_user(fold.adapt)}
     own |= {p.user_id: p.items for p in (*fold.target, *fold.calibrate)}
     found: dict[str, Sequence[Past]] = {}
     for user, items in own.items():
         found[user] = pasts(items, vectors, embedder, settings.retriever)
         check_pasts(items, found[user])
+        if user in profiles:
+            found[user] = [replace(one, line=profiles[user]) for one in found[user]]
     return found
 
 
@@ -182,17 +203,9 @@ def _fold(plan: Plan, study: Study, extra: Extra) -> _Part:
         for user, scores in result.scores.items():
             held[user][PREFIX + name] = scores
     study.done("methods")
-    tables = {
-        p.user_id: Table(
-            p,
-            study.pasts[p.user_id],
-            plain[p.user_id],
-            followed[p.user_id],
-            held.get(p.user_id, {}),
-            chunks_of(p.items, plan.recipe.chunk)[0][1],
-        )
-        for p in people
-    }
+    common = set.intersection(*map(set, held.values()))  # few have as many strangers as others
+    own_arms = {user: {name: arms[name] for name in arms if name in common} for user, arms in held.items()}
+    tables = {p.user_id: _table(plan, study, p, (plain, followed), own_arms.get(p.user_id, {})) for p in people}
     targets = [tables[p.user_id] for p in fold.target]
     arms = None
     if not targets[0].person.items[0].choices:
@@ -203,8 +216,20 @@ def _fold(plan: Plan, study: Study, extra: Extra) -> _Part:
         analysed = analyse(study, own, extra)
         study.done("analyses")
     curves: dict[str, list[float]] = {variant: curve(study, variant) for variant in VARIANTS}
+    curves = {variant: losses for variant, losses in curves.items() if losses}
     others = [tables[p.user_id] for p in fold.calibrate]
     return _Part(targets, others, arms, variants.chosen, curves, variants.cut_share, methods, analysed)
+
+
+def _table(
+    plan: Plan, study: Study, person: Person, scores: tuple[Mapping[str, Array], ...], held: Mapping[str, Array]
+) -> Table:
+    """Gather a user's scores (of the base, and of the adapter that followed), all as wide as the longest choices."""
+    width = max(len(item.choices) for item in person.items)
+    base, follow = (widened(own[person.user_id], width) for own in scores)
+    wide = {name: widened(own, width) for name, own in held.items()} if width else held
+    begun = chunks_of(person.items, plan.recipe.chunk)[0][1]
+    return Table(person, study.pasts[person.user_id], base, follow, wide, begun)
 
 
 def _text_arms(study: Study, tables: Mapping[str, Table], followed: Mapping[str, Array], chosen: Chosen) -> Arms:
@@ -260,7 +285,8 @@ def _add_controls(study: Study, bench: Bench, held: Mapping[str, dict[str, Array
     if len(people) == 1:
         return  # a crossed fold: nobody else's adapter stands on this base
     volume = {p.user_id: controls.volume_matched(p, people, bench.seed) for p in people}
-    _add(bench, study.fold, "volume", _trained(bench, "volume", volume), held)
+    if all(volume.values()):  # else somebody has nobody else's items to draw from
+        _add(bench, study.fold, "volume", _trained(bench, "volume", volume), held)
     _add_strangers(study, bench, held)
     union = [i for p in people for i in p.train]
     everybody = _trained(bench, "union", {"everybody": union})["everybody"]

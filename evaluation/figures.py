@@ -54,8 +54,9 @@ def _pictures(result: Mapping[str, Any]) -> list[tuple[str, str, Callable[[Any],
     found: list[tuple[str, str, Callable[[Any], None]]] = [
         (ARMS_FIGURE, "arms", lambda axes: _arms(axes, result["arms"], metric)),
         (LENGTH_FIGURE, "length", lambda axes: _lines(axes, rows[LENGTH], metric, "user's events before")),
-        (ADAPTION_FIGURE, "adaption", lambda axes: _curves(axes, result["adaption"])),
     ]
+    if result["adaption"]:
+        found.append((ADAPTION_FIGURE, "adaption", lambda axes: _curves(axes, result["adaption"])))
     if rows.get(WITHIN):
         found.append((WITHIN_FIGURE, "within", lambda axes: _lines(axes, rows[WITHIN], metric, "training events")))
     return found

@@ -114,7 +114,7 @@ def _best_rate(study: Study, tuner: "Tuner") -> float:
         total = 0.0
         for person in people:
             _train(study, tuner, person, rate)
-            total += float(tuner.losses([example(i) for i in person.test]).sum())
+            total += float(tuner.losses([example(i) for i in person.test if i.answered]).sum())
         losses.append(total if math.isfinite(total) else math.inf)
     return rates[losses.index(min(losses))] if losses else study.recipe.learning_rate
 
@@ -122,8 +122,9 @@ def _best_rate(study: Study, tuner: "Tuner") -> float:
 def _train(study: Study, tuner: "Tuner", person: Person, rate: float) -> int:
     """Train a user's module afresh; return how many examples were seen, each pass counted."""
     own = shuffled([example(i) for i in person.train], study.seed, person.user_id)
-    tuner.train(own, rate, study.recipe.weight_decay, study.recipe.passes, study.recipe.batch)
-    return study.recipe.passes * len(own)
+    recipe = study.recipe
+    tuner.train(own, rate, recipe.weight_decay, recipe.passes, recipe.batch, linear=recipe.schedule == "linear")
+    return recipe.passes * len(own)
 
 
 class Tuner:
@@ -152,8 +153,11 @@ class Tuner:
             self._model.save_pretrained(folder)
             return (Path(folder) / "adapter_model.safetensors").stat().st_size
 
-    def train(self, examples: Sequence[Example], rate: float, decay: float, passes: int, batch: int) -> None:
-        """Train from the beginning: AdamW, linear warm-up over a tenth of the steps, norm clipped, as the bank does."""
+    def train(
+        self, examples: Sequence[Example], rate: float, decay: float, passes: int, batch: int, *, linear: bool = False
+    ) -> None:
+        """Train from the beginning, as the bank does: AdamW, norm clipped, linear warm-up over a tenth of the steps,
+        then a constant rate or one that falls to zero."""
         with torch.no_grad():
             for parameter, value in zip(self._own, self._begin, strict=True):
                 parameter.copy_(value)
@@ -162,7 +166,8 @@ class Tuner:
         warm_up = max(1, math.ceil(_WARM_UP_SHARE * len(batches)))
         optimizer = torch.optim.AdamW(self._own, lr=rate, weight_decay=decay)
         for step, part in enumerate(batches, start=1):
-            optimizer.param_groups[0]["lr"] = rate * min(1.0, step / warm_up)
+            falls = (len(batches) - step + 1) / max(1, len(batches) - warm_up) if linear else 1.0
+            optimizer.param_groups[0]["lr"] = rate * min(1.0, step / warm_up, falls)
             for group in buckets([len(t.ids) for t in part], self._runner.tokens):
                 losses = target_losses(self._runner, [part[at] for at in group], [0] * len(group))
                 torch.autograd.backward(losses.sum() / len(part))

@@ -1,47 +1,48 @@
-"""A run of minutes: few users, short histories, a small population to adapt on. Never evidence. Pure."""
+"""A run of minutes: few folds and users, short histories, a small population to adapt on. Never evidence. Pure."""
 
-import hashlib
-from collections.abc import Sequence
 from dataclasses import replace
 
-from evaluation.corpus import Item, by_user
-from evaluation.splits import Bounds
+from evaluation.corpus import Item
+from evaluation.splits import Fold, Person
 
-TARGETS, FEW_TARGETS, OTHERS = 8, 3, 12
-"""Target users; those where the base is crossed (each has a base of his own); users who can calibrate."""
-ADAPT_CHARACTERS = 150_000
-"""Inputs of the population that the base is adapted on."""
+FOLDS = 3
+"""Each adapts bases of its own."""
+ADAPT_ITEMS, ADAPT_CHARACTERS = 1500, 150_000
+"""At most so many items, of about so many characters, adapt a base."""
 USER_CHARACTERS, LEAST_ITEMS, MOST_ITEMS = 30_000, 60, 100
+"""A user's items are cut so that they are read in about the same time whatever their length."""
+_TEST_SHARE = 5
+"""One item in so many of those that are kept is asked about."""
 
 
-def shortened(items: Sequence[Item], bounds: Bounds) -> tuple[list[Item], Bounds]:
-    """Draw a small part of the users, by hash, with their newest items.
+def shortened(fold: Fold, users: int) -> Fold:
+    """Cut a fold to its first users, their items around the cut, and as much of what adapts the base as is read soon.
+
+    Sides stay as they are: what the whole fold holds back, or leaves closed, is not learnt here either.
 
     Args:
-        items: Of one task, oldest first.
-        bounds: Who can be what in the whole.
+        fold: The whole.
+        users: Most targets, and most calibrate users.
 
     Returns:
-        The part, in order, and bounds by which its users have the roles that they would have in the whole.
+        The part.
     """
-    people = by_user(items)
-    order = sorted(people, key=lambda user: hashlib.sha256(f"quick:{user}".encode()).digest())
-    targets = [user for user in order if len(people[user]) >= bounds.target]
-    others = [user for user in order if bounds.calibrate <= len(people[user]) < bounds.target]
-    crossed = len(targets) < bounds.folds_below
-    kept = [*targets[: FEW_TARGETS if crossed else TARGETS], *others[:OTHERS]]
-    chosen = {item.item_id for user in kept for item in _newest(people[user], bounds)}
-    room = ADAPT_CHARACTERS
-    for user in order:
-        if len(people[user]) < bounds.calibrate and room > 0:
-            own = _newest(people[user], bounds)
-            chosen |= {item.item_id for item in own}
-            room -= sum(len(item.input) for item in own)
-    return [i for i in items if i.item_id in chosen], replace(bounds, folds_below=bounds.folds_below if crossed else 0)
+    target, calibrate = (tuple(_short(p) for p in people[:users]) for people in (fold.target, fold.calibrate))
+    return replace(fold, target=target, calibrate=calibrate, adapt=_small(fold.adapt))
 
 
-def _newest(own: Sequence[Item], bounds: Bounds) -> Sequence[Item]:
-    """Return so many of the newest items that they are read in about the same time whatever their length."""
-    size = max(1, sum(len(item.input) for item in own) // len(own))
-    fit = min(MOST_ITEMS, max(LEAST_ITEMS, USER_CHARACTERS // size))
-    return own[-max(fit, bounds.target) :]
+def _short(person: Person) -> Person:
+    """Keep the newest training items and the first that are held back."""
+    size = max(1, sum(len(item.input) for item in person.items) // len(person.items))
+    most = min(MOST_ITEMS, max(LEAST_ITEMS, USER_CHARACTERS // size))
+    end = person.cut + min(len(person.test), max(most // _TEST_SHARE, most - person.cut))
+    kept = slice(max(0, end - most), end)
+    return Person(person.user_id, person.items[kept], person.groups[kept], person.cut - kept.start)
+
+
+def _small(items: tuple[Item, ...]) -> tuple[Item, ...]:
+    room, kept = ADAPT_CHARACTERS, 0
+    while kept < min(len(items), ADAPT_ITEMS) and room > 0:
+        room -= len(items[kept].input)
+        kept += 1
+    return items[:kept]

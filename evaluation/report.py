@@ -14,6 +14,7 @@ from evaluation.arms import Array, answer, log_loss, macro_f1, right, squared_er
 from evaluation.experiment import Outcome, Plan
 from evaluation.figures import draw
 from evaluation.methods import PREFIX
+from evaluation.presets import PRESETS
 from evaluation.sections import sections
 from evaluation.splits import Person, clusters
 from evaluation.statistics import CASE_STUDY_BELOW, Contrast, block_interval, contrast, holm, mean_interval
@@ -73,7 +74,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
     return {
         "task": plan.task,
         "final": plan.final,
-        "evidence": plan.users is None and plan.recipe == Recipe(),
+        "evidence": plan.users is None and plan.recipe in (Recipe(), *(p.recipe for p in PRESETS.values())),
         "users": len(people),
         "queries": sum(len(p.test) for p in people),
         "metric": METRICS[kind],
@@ -102,7 +103,7 @@ def write(result: Mapping[str, Any], outcomes: Sequence[Outcome], kind: Kind, fo
     folder.mkdir(parents=True, exist_ok=True)
     data, page = folder / f"{result['task']}.json", folder / f"{result['task']}.md"
     result = {**result, "figures": draw(result, folder)}
-    data.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    data.write_text(json.dumps(_plain(result), indent=1) + "\n", encoding="utf-8")
     page.write_text(markdown(result) + _examples(outcomes[0], kind), encoding="utf-8")
     return data, page
 
@@ -159,6 +160,15 @@ def _test_rows(tests: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _plain(value: Any) -> Any:
+    """Return a value for JSON, which has no word for what is not a number (one user's detectable effect)."""
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
 def _spread(seeds: Sequence[float]) -> str:
     return f"{min(seeds):.3f} to {max(seeds):.3f}" if len(seeds) > 1 else ""
 
@@ -212,10 +222,11 @@ def _prequential(outcomes: Sequence[Outcome], kind: Kind) -> dict[str, list[Arra
         for name, (low, high) in spans.items():
             parts = []
             for at, person in enumerate(people):
-                items = person.items[low:high]
+                asked = [k for k, item in enumerate(person.items) if low <= k < high and not item.bare]
+                items = [person.items[k] for k in asked]
                 gains = []
                 for o in outcomes:
-                    fused, evidence = (o.arms.stream[arm][at][low:high] for arm in ("fused", "evidence"))
+                    fused, evidence = (o.arms.stream[arm][at][asked] for arm in ("fused", "evidence"))
                     if measure:
                         gains.append(log_loss(items, evidence) - log_loss(items, fused))
                     else:
@@ -260,7 +271,7 @@ def _losses(outcome: Outcome, name: str) -> list[Array]:
 
 def _f1(outcome: Outcome, name: str) -> float:
     items = [item for p in outcome.people for item in p.test]
-    return macro_f1(items, np.concatenate(outcome.arms.held[name]))
+    return macro_f1(items, [row for scores in outcome.arms.held[name] for row in scores])
 
 
 def _less(a: Sequence[Array], b: Sequence[Array]) -> list[Array]:

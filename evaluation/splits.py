@@ -1,29 +1,24 @@
 """Who is what, and which item lies on which side (protocol section 1). Pure, given the items' embeddings.
 
-Users fall by hash and number of items into adapt, calibrate and target. Invariant: items that say the same (equal
+Users fall by hash and number of items into adapt, calibrate and target. Invariants: items that say the same (equal
 text, near-duplicates) form one group, and a group lies on one side only: a target's test wins over calibrate, that
 over a target's training part, that over adapt; what loses is dropped. Within a user a group's first item is kept.
+Role and cut of a user are those of all tasks that share its items (sister tasks), so that an article lies on the same
+side whichever task is asked about.
 """
 
-import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import date
 from enum import IntEnum
 
-import numpy as np
-from numpy.typing import NDArray
-
 from evaluation.corpus import Item, by_user
+from evaluation.duplicates import Vectors, normal, same_groups
+from evaluation.roles import Bounds, roles
 from oppu.errors import ConfigError
 
 TRAIN_SHARE = 0.8
-SAME_COSINE, SAME_JACCARD, GRAM = 0.95, 0.5, 8
-_COMMON_GRAM = 200
-"""A gram in more items than this is a phrase of the trade and makes no two items the same."""
-_BLOCK = 2048
-
-Vectors = NDArray[np.float32]
 
 
 class Side(IntEnum):
@@ -57,24 +52,53 @@ class Person:
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """One base's users: the base is adapted on ``adapt``, everything is chosen on ``calibrate``."""
+    """One base's users: the base is adapted on ``adapt``, everything is chosen on ``calibrate``.
+
+    ``held`` are the normalised inputs of sister tasks' test parts; ``before`` the day that all of ``adapt`` precedes,
+    where that was asked for.
+    """
 
     name: str
     adapt: tuple[Item, ...] = field(repr=False)
     calibrate: tuple[Person, ...] = field(repr=False)
     target: tuple[Person, ...] = field(repr=False)
+    held: frozenset[str] = field(default=frozenset(), repr=False)
+    before: date | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
-    """Who can be what: least number of items; few targets are crossed, each fold leaving some out."""
+class _Days:
+    """A user's items are opened before ``end`` and held back from ``cut`` on; ``None``: never."""
 
-    target: int = 50
-    calibrate: int = 20
-    folds_below: int = 12
+    end: date | None
+    cut: date | None
+
+    def opened(self, items: Iterable[Item]) -> list[Item]:
+        return [item for item in items if self.end is None or item.day < self.end]
+
+    def tested(self, item: Item) -> bool:
+        return self.cut is not None and item.day >= self.cut
 
 
-def make_folds(items: Sequence[Item], vectors: Vectors, bounds: Bounds, *, final: bool) -> list[Fold]:
+_ALL = _Days(None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class _World:
+    """What every fold divides: each user's items, their groups, and the days that divide a target's. ``most`` is the
+    number of items of each user in the task where he has most."""
+
+    people: Mapping[str, list[Item]]
+    groups: Mapping[str, int]
+    days: Mapping[str, _Days]
+    sisters: tuple[Item, ...]
+    most: Mapping[str, int]
+    bounds: Bounds
+
+
+def make_folds(
+    items: Sequence[Item], vectors: Vectors, bounds: Bounds, *, final: bool, sisters: Sequence[Item] = ()
+) -> list[Fold]:
     """Divide users and items.
 
     Args:
@@ -82,48 +106,67 @@ def make_folds(items: Sequence[Item], vectors: Vectors, bounds: Bounds, *, final
         vectors: ``[n, dim] float32`` unit embeddings of the inputs.
         bounds: Who can be what.
         final: Whether the last fifth is opened; else it does not exist, and the fifth before it is held back.
+        sisters: Items of other tasks with some of the same inputs.
 
     Returns:
-        One fold, or one for each target where there are few.
+        One fold, or several that leave targets out by turns, where there are few or nobody else to adapt a base on.
 
     Raises:
-        ConfigError: Nobody has enough items to be a target.
+        ConfigError: Nobody can be a target, or nobody's items divide.
     """
     groups = dict(zip((item.item_id for item in items), same_groups([i.input for i in items], vectors), strict=True))
     people = by_user(items)
-    targets = [user for user, own in people.items() if len(own) >= bounds.target]
-    if not targets:
-        raise ConfigError(f"events: expected some user with at least {bounds.target} items")
-    if len(targets) < bounds.folds_below:
-        roles = [(f"without-{user}", _crossed(people, targets, user)) for user in targets]
-    else:
-        roles = [("all", {user: _role(user, len(own), bounds) for user, own in people.items()})]
-    return [_fold(name, people, role, groups, final=final) for name, role in roles]
+    days = _days(items, sisters, final=final)
+    world = _World(people, groups, days, tuple(sisters), _most(items, sisters), bounds)
+    folds = [_fold(name, world, role) for name, role in roles(people, world.most, bounds).items()]
+    folds = [fold for fold in folds if fold.target]
+    if not folds:
+        bare = "; histories without outputs are asked about by their file's queries alone, with --final"
+        raise ConfigError(
+            "events: no target has items on both sides of a day that divides them"
+            + (bare if all(item.bare or item.query for item in items) else "")
+        )
+    return folds
+
+
+def sharing(items: Iterable[Item], others: Iterable[Item]) -> list[Item]:
+    """Return other tasks' items, oldest first, of those tasks that share some input with these items: the sisters."""
+    inputs, others = {normal(item.input) for item in items}, list(others)
+    shared = {item.task for item in others if normal(item.input) in inputs}
+    return sorted((item for item in others if item.task in shared), key=lambda item: item.day)
+
+
+def not_tested(items: Sequence[Item], sisters: Sequence[Item], bounds: Bounds, *, final: bool) -> list[Item]:
+    """Return the items that lie in no test part, whoever is a target: what labels may be learnt from.
+
+    Args:
+        items: Of one task, in order of day.
+        sisters: As for ``make_folds``.
+        bounds: Who can be a target.
+        final: As for ``make_folds``; what is not opened is not returned either.
+
+    Returns:
+        The items, users by name.
+    """
+    days = _days(items, sisters, final=final)
+    found: list[Item] = []
+    for user, own in by_user(items).items():
+        mine = days[user] if user not in bounds.population and len(own) >= bounds.target else _ALL
+        found += [item for item in mine.opened(own) if not mine.tested(item)]
+    return found
 
 
 def cut_index(items: Sequence[Item]) -> int:
-    """Return where the last fifth begins, moved back to the beginning of its day, or on where all is one day."""
+    """Return where the file's queries begin; without any where the last fifth does, moved back to the beginning of its
+    day, or on where all is one day."""
+    asked = next((k for k, item in enumerate(items) if item.query), None)
+    if asked is not None:
+        return asked
     at = min(int(TRAIN_SHARE * len(items)), len(items) - 1)
     first = next(k for k in range(len(items)) if items[k].day == items[at].day)
     if first > 0:
         return first
     return next((k for k in range(len(items)) if items[k].day > items[at].day), len(items))
-
-
-def same_groups(texts: Sequence[str], vectors: Vectors) -> list[int]:
-    """Return a group number for each text: equal for equal texts and near-duplicates, transitively."""
-    parent = list(range(len(texts)))
-
-    def root(at: int) -> int:
-        while parent[at] != at:
-            parent[at] = parent[parent[at]]
-            at = parent[at]
-        return at
-
-    for a, b in _same_pairs(texts, vectors):
-        low, high = sorted((root(a), root(b)))
-        parent[high] = low
-    return [root(at) for at in range(len(texts))]
 
 
 def clusters(people: Sequence[Person]) -> list[int]:
@@ -138,54 +181,78 @@ def clusters(people: Sequence[Person]) -> list[int]:
     return number
 
 
-def normal(text: str) -> str:
-    """Return a text as it is compared: lower case, single spaces."""
-    return " ".join(text.lower().split())
+def _days(items: Sequence[Item], sisters: Sequence[Item], *, final: bool) -> dict[str, _Days]:
+    """Return the days that divide each user's items, over this task and its sisters, each input once."""
+    found = {}
+    for user, every in by_user([*items, *sisters]).items():
+        seen: dict[str, Item] = {}
+        for item in every:
+            seen.setdefault(normal(item.input), item)
+        own = sorted(seen.values() if sisters else every, key=lambda item: item.day)
+        last = cut_index(own)
+        end = None if final or last == len(own) else own[last].day
+        opened = _Days(end, None).opened(own)
+        cut = cut_index(opened) if opened else 0
+        found[user] = _Days(end, opened[cut].day if cut < len(opened) else None)
+    return found
 
 
-def _role(user: str, count: int, bounds: Bounds) -> str:
-    if count >= bounds.target:
-        return "target"
-    if count >= bounds.calibrate and hashlib.sha256(f"role:{user}".encode()).digest()[0] % 2:
-        return "calibrate"
-    return "adapt"
+def _most(items: Sequence[Item], sisters: Sequence[Item]) -> dict[str, int]:
+    """Return each user's number of items in the task where he has most."""
+    found: dict[str, int] = defaultdict(int)
+    for (user, _), count in Counter((item.user_id, item.task) for item in (*items, *sisters)).items():
+        found[user] = max(found[user], count)
+    return found
 
 
-def _crossed(people: Iterable[str], targets: Sequence[str], user: str) -> dict[str, str]:
-    """Return the roles of the fold that leaves one target out; the target after it calibrates."""
-    other = targets[(targets.index(user) + 1) % len(targets)]
-    return {u: {user: "target", other: "calibrate"}.get(u, "adapt") for u in people}
-
-
-def _fold(
-    name: str,
-    people: Mapping[str, list[Item]],
-    role: Mapping[str, str],
-    groups: Mapping[str, int],
-    *,
-    final: bool,
-) -> Fold:
-    opened = {user: own if final or role[user] != "target" else own[: cut_index(own)] for user, own in people.items()}
+def _fold(name: str, world: _World, role: Mapping[str, str]) -> Fold:
+    days = {user: world.days[user] if role[user] == "target" else _ALL for user in role}
+    held = _held_elsewhere(world, role)
     sides: dict[int, Side] = defaultdict(lambda: Side.ADAPT)
     placed: list[tuple[Item, Side]] = []
-    for user, own in opened.items():
-        cut = cut_index(own) if role[user] == "target" else len(own)
-        held = {"adapt": Side.ADAPT, "calibrate": Side.CALIBRATE, "target": Side.TRAIN}[role[user]]
-        placed += [(item, held if at < cut else Side.TEST) for at, item in enumerate(own)]
+    for user in role:
+        kind = {"adapt": Side.ADAPT, "calibrate": Side.CALIBRATE, "target": Side.TRAIN}[role[user]]
+        opened = days[user].opened(world.people[user])
+        placed += [(item, Side.TEST if days[user].tested(item) else kind) for item in opened]
     for item, side in placed:
-        sides[groups[item.item_id]] = max(sides[groups[item.item_id]], side)
-    kept = by_user(_first_of_group((i for i, side in placed if sides[groups[i.item_id]] == side), groups))
+        group = world.groups[item.item_id]
+        sides[group] = max(sides[group], side, Side.TEST if normal(item.input) in held else side)
+    kept = by_user(_first_of_group((i for i, side in placed if sides[world.groups[i.item_id]] == side), world.groups))
     side_of = {item.item_id: side for item, side in placed}
 
     def person(user: str) -> Person:
-        own = tuple(kept[user])
+        own = tuple(i for i in kept[user] if (not i.bare if side_of[i.item_id] == Side.TEST else i.learnable))
         cut = sum(side_of[item.item_id] != Side.TEST for item in own)
-        return Person(user, own, tuple(groups[item.item_id] for item in own), cut)
+        return Person(user, own, tuple(world.groups[item.item_id] for item in own), cut)
 
-    adapt = sorted((i for u, own in kept.items() if role[u] == "adapt" for i in own), key=lambda i: (i.day, i.item_id))
+    adapt = sorted(
+        (i for u, own in kept.items() if role[u] == "adapt" for i in own if i.learnable),
+        key=lambda i: (i.day, i.item_id),
+    )
     chosen = {kind: [person(u) for u in kept if role[u] == kind] for kind in ("calibrate", "target")}
     able = tuple(p for p in chosen["target"] if 0 < p.cut < len(p.items))
-    return Fold(name, tuple(adapt), tuple(chosen["calibrate"]), able)
+    made = Fold(name, tuple(adapt), tuple(p for p in chosen["calibrate"] if p.items), able, held)
+    return _before_test(made) if world.bounds.before_test and able else made
+
+
+def _held_elsewhere(world: _World, role: Mapping[str, str]) -> frozenset[str]:
+    """Return the inputs that sister tasks hold back: of this fold's targets, and of users who are theirs alone."""
+    theirs = {user for user, count in world.most.items() if count >= world.bounds.target and user not in role}
+    users = theirs | {user for user, kind in role.items() if kind == "target"}
+    asked = [i for i in world.sisters if i.user_id in users]
+    return frozenset(
+        normal(i.input) for i in asked if world.days[i.user_id].tested(i) and world.days[i.user_id].opened([i])
+    )
+
+
+def _before_test(fold: Fold) -> Fold:
+    first = min(p.test[0].day for p in fold.target)
+    adapt = tuple(item for item in fold.adapt if item.day < first)
+    if fold.adapt and not adapt:
+        raise ConfigError(
+            f"--population-before-test: no other user's item is from before {first}, the first test's day"
+        )
+    return replace(fold, adapt=adapt, before=first)
 
 
 def _first_of_group(items: Iterable[Item], groups: Mapping[str, int]) -> list[Item]:
@@ -197,78 +264,3 @@ def _first_of_group(items: Iterable[Item], groups: Mapping[str, int]) -> list[It
             seen.add(key)
             kept.append(item)
     return kept
-
-
-def _same_pairs(texts: Sequence[str], vectors: Vectors) -> Iterable[tuple[int, int]]:
-    first: dict[str, int] = {}
-    for at, text in enumerate(map(normal, texts)):
-        if first.setdefault(text, at) != at:
-            yield first[text], at
-    yield from _similar_grams(texts)
-    for start in range(0, len(texts), _BLOCK):
-        rows, columns = np.nonzero(vectors[start : start + _BLOCK] @ vectors[start:].T > SAME_COSINE)
-        yield from ((start + int(a), start + int(b)) for a, b in zip(rows, columns, strict=True) if a < b)
-
-
-def _similar_grams(texts: Sequence[str]) -> Iterable[tuple[int, int]]:
-    grams = [_grams(text) for text in texts]
-    having: dict[int, list[int]] = defaultdict(list)
-    for at, own in enumerate(grams):
-        for gram in own:
-            having[gram].append(at)
-    shared: dict[tuple[int, int], int] = defaultdict(int)
-    for members in having.values():
-        if 1 < len(members) <= _COMMON_GRAM:
-            for k, a in enumerate(members):
-                for b in members[k + 1 :]:
-                    shared[a, b] += 1
-    for (a, b), both in shared.items():
-        if both > SAME_JACCARD * (len(grams[a]) + len(grams[b]) - both):
-            yield a, b
-
-
-def _grams(text: str) -> set[int]:
-    words = normal(text).split()
-    return {hash(tuple(words[k : k + GRAM])) for k in range(max(1, len(words) - GRAM + 1))}
-
-
-def check(fold: Fold, vectors: Mapping[str, Vectors], sister: Fold | None = None) -> None:
-    """Look for a leak in a fold, by the items themselves: whatever grouped and divided them is not trusted.
-
-    Args:
-        fold: What is about to be used.
-        vectors: ``[dim] float32`` unit embedding by item id.
-        sister: The same users' fold of another task that has the same inputs.
-
-    Raises:
-        ConfigError: Naming what lies on two sides, or is not in order.
-    """
-    held = {p.user_id: p.test for p in fold.target}
-    used = [*fold.adapt, *(i for p in fold.target for i in p.train), *(i for p in fold.calibrate for i in p.items)]
-    problems = []
-    if _overlap([i for own in held.values() for i in own], used, vectors):
-        problems.append("split: an item of some test part, or a near-duplicate, is also learnt or calibrated on")
-    if sister is not None and _overlap([i for p in sister.target for i in p.test], used, {}):
-        problems.append("split: an item of the sister task's test part is learnt or calibrated on")
-    own = [i for p in (*fold.target, *fold.calibrate) for i in p.items]
-    if _overlap(own, fold.adapt, vectors) or {i.user_id for i in own} & {i.user_id for i in fold.adapt}:
-        problems.append("split: the base would be adapted on a target's or calibrate user's item")
-    for p in (*fold.target, *fold.calibrate):
-        if p.test and p.train and p.train[-1].day >= p.test[0].day:
-            problems.append("split: a test item is not later than all of its user's training part")
-        if any(a.day > b.day for a, b in zip(p.items, p.items[1:], strict=False)):
-            problems.append("split: a user's items are not in order of time")
-        if any(item.user_id != p.user_id for item in p.items):
-            problems.append("split: another user's item is among a user's own")
-    if problems:
-        raise ConfigError(*dict.fromkeys(problems))
-
-
-def _overlap(held: Sequence[Item], used: Sequence[Item], vectors: Mapping[str, Vectors]) -> bool:
-    texts = {normal(item.input) for item in used}
-    if any(normal(item.input) in texts for item in held):
-        return True
-    if not vectors or not held or not used:
-        return False
-    mine, others = (np.stack([vectors[i.item_id] for i in some]) for some in (held, used))
-    return any((mine[k : k + _BLOCK] @ others.T > SAME_COSINE).any() for k in range(0, len(mine), _BLOCK))

@@ -34,17 +34,21 @@ def fit(items: Sequence[Seen], names: Sequence[str], order: Sequence[int] | None
     distribution: unlike the log loss it knows which wrong ratings are near, by which a median is judged.
 
     Args:
-        items: All with the same number of choices.
+        items: At least one; choices that an item lacks of the longest have no part in its softmax.
         names: The sources to use.
         order: Of ratings, the choices from the lowest to the highest.
 
     Returns:
         The stack.
     """
-    blank = np.zeros(len(next(s for s in items[0].sources.values() if s is not None)))
-    said = np.stack(
-        [[np.maximum(blank if (x := item.sources[n]) is None else x, FLOOR) for n in names] for item in items]
-    )  # [n, s, c]
+    counts = np.array([len(next(s for s in item.sources.values() if s is not None)) for item in items])
+    said = np.zeros((len(items), len(names), counts.max()))  # [n, s, c]
+    for at, item in enumerate(items):
+        for k, name in enumerate(names):
+            source = item.sources[name]
+            if source is not None:
+                said[at, k, : counts[at]] = np.maximum(source, FLOOR)
+    absent = torch.from_numpy(np.arange(counts.max()) >= counts[:, None])
     lengths = torch.tensor([length(item.events) for item in items])[:, None, None]
     table = torch.from_numpy(said)
     features = torch.cat([table, table * lengths], dim=1)
@@ -53,7 +57,7 @@ def fit(items: Sequence[Seen], names: Sequence[str], order: Sequence[int] | None
     weights = begin.clone().requires_grad_(True)
 
     def loss() -> torch.Tensor:
-        logits = torch.einsum("nsc,s->nc", features, weights)
+        logits = torch.einsum("nsc,s->nc", features, weights).masked_fill(absent, -torch.inf)
         ridge = _RIDGE * ((weights - begin) ** 2).sum()
         if order is None:
             return torch.nn.functional.cross_entropy(logits, right) + ridge

@@ -21,7 +21,7 @@ from evaluation.writing import Writer, lengths, plain, write
 from inference.blending import DEFAULT, FILE, Coefficients, TextFusion
 from oppu.errors import ConfigError
 from oppu.fusion import length
-from oppu.lm.blend import EXPERTS, mixed
+from oppu.lm.blend import CACHE_EXPERTS, EXPERTS, mixed
 from oppu.lm.port import Tensors
 
 Array = NDArray[np.float64]
@@ -56,9 +56,9 @@ class Foreseen:
             if not learnt:
                 said[:, EXPERTS.index("adapter")] = np.nan
             real = self.real[at]
-            found[at, real] = np.log(
-                mixed(said[real], self.matched[at][real], fusion.weights(past.count, adapter=learnt))
-            )
+            if real.any():
+                weights = fusion.weights(past.count, adapter=learnt)
+                found[at, real] = np.log(mixed(said[real], self.matched[at][real], weights))
         return found
 
 
@@ -72,15 +72,25 @@ def cached(
     """
 
     def compute() -> dict[str, NDArray[np.float64]]:
-        found = {}
+        found: dict[str, NDArray[np.float64]] = {}
         for p in people:
-            width = bench.model.longest_output(p.items[0].task)
-            parts = bench.model.cached([example(i) for i in p.items], [past.caches for past in pasts[p.user_id]])
-            found[p.user_id] = padded([said for said, _ in parts], width)
-            found[f"{p.user_id}/matched"] = np.nan_to_num(padded([m.astype(np.float64) for _, m in parts], width))
+            said, matched = _foreseen(bench, p, pasts[p.user_id])
+            found |= {p.user_id: said, f"{p.user_id}/matched": matched}
         return found
 
     return stage(bench, "caches", compute)
+
+
+def _foreseen(bench: Bench, person: Person, pasts: Sequence[Past]) -> tuple[Array, Array]:
+    """Return ``[n, t, cache experts]`` probabilities and matched tokens; NaN and 0 where there is no output."""
+    asked = [at for at, item in enumerate(person.items) if not item.bare]
+    shape = (len(person.items), bench.model.longest_output(person.items[0].task), len(CACHE_EXPERTS))
+    said, matched = np.full(shape, np.nan), np.zeros(shape)
+    if asked:
+        parts = bench.model.cached([example(person.items[at]) for at in asked], [pasts[at].caches for at in asked])
+        said[asked] = padded([part for part, _ in parts], shape[1])
+        matched[asked] = np.nan_to_num(padded([part.astype(np.float64) for _, part in parts], shape[1]))
+    return said, matched
 
 
 def foreseen(table: Table, found: Mapping[str, NDArray[np.float64]]) -> Foreseen:
@@ -104,8 +114,13 @@ def fit_text_fusion(tables: Sequence[Foreseen]) -> TextFusion:
     Raises:
         ConfigError: No user has items after an adapter's first training.
     """
-    if not any(t.table.adapted < t.table.person.cut for t in tables):
+    if not _pairs(tables, adapter=True):
         raise ConfigError("calibration: expected some user with more items than an adapter's first training takes")
+    return text_fusion(tables)
+
+
+def text_fusion(tables: Sequence[Foreseen]) -> TextFusion:
+    """Fit as ``fit_text_fusion`` does; what has no items to be fitted on, stays as it is built in."""
     return TextFusion(_fit(tables, DEFAULT.alone, adapter=False), _fit(tables, DEFAULT.beside, adapter=True))
 
 
@@ -147,7 +162,7 @@ def text_run(bench: Bench, tables: Mapping[str, Table], adapters: Mapping[str, A
     own = [tables[p.user_id] for p in people]
     said = cached(bench, people, {t.person.user_id: t.pasts for t in own})
     experts = [foreseen(table, said) for table in own]
-    fusion = fit_text_fusion(experts)
+    fusion = text_fusion(experts)
     fusion.save(bench.folder / FILE)
     targets, calibrate = own[: len(bench.fold.target)], own[len(bench.fold.target) :]
     limits = lengths(calibrate or targets)
@@ -162,8 +177,10 @@ def text_run(bench: Bench, tables: Mapping[str, Table], adapters: Mapping[str, A
     return replace(arms, texts=texts | plain(targets, limits.lead, bench.recipe.written))
 
 
-def _fit(tables: Sequence[Foreseen], begin: Coefficients, *, adapter: bool) -> dict[str, tuple[float, float, float]]:
-    """Minimise the mean loss a token plus the distance from ``begin``."""
+def _fit(tables: Sequence[Foreseen], begin: Coefficients, *, adapter: bool) -> Coefficients:
+    """Minimise the mean loss a token plus the distance from ``begin``; without items that is ``begin``."""
+    if not _pairs(tables, adapter=adapter):
+        return begin
     names = list(begin)
     columns = [EXPERTS.index(name) for name in names]
     said, matched, lengths, worth = _tokens(tables, columns, adapter=adapter)
@@ -181,18 +198,27 @@ def _fit(tables: Sequence[Foreseen], begin: Coefficients, *, adapter: bool) -> d
     return {name: (float(a), float(b), float(c)) for name, (a, b, c) in zip(names, values, strict=True)}
 
 
+def _pairs(tables: Sequence[Foreseen], *, adapter: bool) -> list[tuple[Foreseen, int]]:
+    """Return the training items that have an output, those after an adapter's first training or all."""
+    return [
+        (own, at)
+        for own in tables
+        for at in range(own.table.adapted if adapter else 0, own.table.person.cut)
+        if not own.table.person.items[at].bare
+    ]
+
+
 def _tokens(
     tables: Sequence[Foreseen], columns: list[int], *, adapter: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return every token's probabilities and matches ``[m, e]``, its user's length and its worth ``[m]``."""
     said, matched, lengths, worth = [], [], [], []
-    for own in tables:
-        for at in range(own.table.adapted if adapter else 0, own.table.person.cut):
-            real = own.real[at]
-            said.append(own.said[at][real][:, columns])
-            matched.append(np.maximum(own.matched[at][real][:, columns] - 1, 0))
-            lengths.append(np.full(real.sum(), length(own.table.pasts[at].count)))
-            worth.append(np.full(real.sum(), 1 / real.sum()))
+    for own, at in _pairs(tables, adapter=adapter):
+        real = own.real[at]
+        said.append(own.said[at][real][:, columns])
+        matched.append(np.maximum(own.matched[at][real][:, columns] - 1, 0))
+        lengths.append(np.full(real.sum(), length(own.table.pasts[at].count)))
+        worth.append(np.full(real.sum(), 1 / real.sum()))
     weights = torch.from_numpy(np.concatenate(worth))
     return (
         torch.from_numpy(np.concatenate(said)),

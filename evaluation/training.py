@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from evaluation.corpus import Item
 from evaluation.prompting import example
 from evaluation.splits import Fold, Person
+from oppu.lm.encoding import is_bare
 from oppu.lm.model import TorchModel
 from oppu.lm.port import Example, Tensors, TrainConfig, TrainJob
 from oppu.values import UserId
@@ -34,10 +35,11 @@ class Recipe:
     """Everything that was chosen, before the test part was opened; its hash names the run.
 
     ``passes`` and ``learning_rate`` are the paper's full training; ``chunk`` new items with ``replay`` older ones,
-    ``chunk_passes`` times at ``chunk_learning_rate``, are the service's increments. Calibrate users judge which
-    prompt-only arm and which OPPU arm stand in P1, each by the first ``judge_items`` of its items. Of each user of a
-    text task the first ``written`` held-back items are written out, greedily, no longer than nearly all of calibrate
-    users' outputs.
+    ``chunk_passes`` times at ``chunk_learning_rate``, are the service's increments. The base is adapted for 1, 2, …
+    ``base_epochs`` epochs until more do not help, or with ``base_search`` off for ``base_epochs``. Calibrate users
+    judge which prompt-only arm and which OPPU arm stand in P1, each by the first ``judge_items`` of its items. Of each
+    user of a text task the first ``written`` held-back items are written out, greedily, no longer than nearly all of
+    calibrate users' outputs.
     """
 
     base_epochs: int = 4
@@ -54,6 +56,9 @@ class Recipe:
     strangers: int = 3
     judge_items: int = 200
     written: int = 20
+    base_method: Literal["full", "lora"] = "full"
+    base_search: bool = True
+    schedule: Literal["constant", "linear"] = "constant"
 
     def digest(self) -> str:
         """Return a hash of all fields."""
@@ -73,16 +78,32 @@ class Bench:
 
 
 def score(model: TorchModel, examples: Sequence[Example], tensors: Tensors | None) -> NDArray[np.float64]:
-    """Return ``[n, c]`` log probabilities of the choices, or ``[n, t]`` of the output's tokens for text (NaN after)."""
+    """Return ``[n, c]`` log probabilities of the choices (-inf beyond an item's own), or ``[n, t]`` of the output's
+    tokens for text (NaN after; all NaN without an output)."""
     if not examples:
         return np.zeros((0, 1))
-    if not examples[0].choices:
-        return padded(model.token_scores(examples, tensors), model.longest_output(examples[0].task))
+    if not any(e.choices for e in examples):
+        return _token_scores(model, examples, tensors)
     found = model.scores(examples, tensors)
     table = np.full((len(found), max(map(len, found))), -np.inf)
     for row, scores in zip(table, found, strict=True):
         row[: len(scores)] = scores
     return table
+
+
+def _token_scores(model: TorchModel, examples: Sequence[Example], tensors: Tensors | None) -> NDArray[np.float64]:
+    table = np.full((len(examples), model.longest_output(examples[0].task)), np.nan)
+    paired = [at for at, one in enumerate(examples) if not is_bare(one)]
+    if paired:
+        found = model.token_scores([examples[at] for at in paired], tensors)
+        table[paired] = padded(found, table.shape[1])
+    return table
+
+
+def widened(scores: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+    """Return choice scores ``[n, c]`` as ``[n, width]``, -inf beyond an item's choices; wider ones as they are."""
+    more = max(0, width - scores.shape[1])
+    return np.pad(scores, ((0, 0), (0, more)), constant_values=-np.inf)
 
 
 def padded(rows: Sequence[NDArray[np.float64]], width: int) -> NDArray[np.float64]:
@@ -196,7 +217,7 @@ def follow(bench: Bench, people: Sequence[Person]) -> dict[str, NDArray[Any]]:
                 jobs.append(_increment(bench, p, begin, end, head))
             for job, tensors in zip(jobs, _train(bench, jobs, _chunk_config(bench.recipe)), strict=True):
                 heads[str(job.user_id)] = tensors
-        return {user: np.concatenate(parts) for user, parts in found.items()} | frozen
+        return {user: _joined(parts) for user, parts in found.items()} | frozen
 
     results: dict[str, NDArray[Any]] = {}
     order = sorted(people, key=lambda p: len(p.items))  # users of like length together keep the bank full
@@ -204,6 +225,12 @@ def follow(bench: Bench, people: Sequence[Person]) -> dict[str, NDArray[Any]]:
         some = order[first : first + _AT_ONCE]
         results |= stage(bench, f"follow-{first // _AT_ONCE}", lambda some=some: compute(some))  # type: ignore[misc]
     return results
+
+
+def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Put chunks' scores under each other, as wide as the widest."""
+    width = max(part.shape[1] for part in parts)
+    return np.concatenate([widened(part, width) for part in parts])
 
 
 def chunks_of(items: Sequence[Item], size: int) -> list[tuple[int, int]]:
@@ -220,15 +247,18 @@ def chunks_of(items: Sequence[Item], size: int) -> list[tuple[int, int]]:
 
 def _increment(bench: Bench, person: Person, begin: int, end: int, head: Tensors | None) -> TrainJob:
     chance = random.Random(user_seed(bench.seed, person.user_id) + begin)  # noqa: S311 - a reproducible sample
-    older = list(person.items[max(0, begin - 8 * bench.recipe.replay) : begin])
-    mixed = [*person.items[begin:end], *chance.sample(older, min(bench.recipe.replay, len(older)))]
+    older = [i for i in person.items[max(0, begin - 8 * bench.recipe.replay) : begin] if i.learnable]
+    mixed = [
+        *(i for i in person.items[begin:end] if i.learnable),
+        *chance.sample(older, min(bench.recipe.replay, len(older))),
+    ]
     chance.shuffle(mixed)
     return TrainJob(UserId(person.user_id), head, tuple(map(example, mixed)), user_seed(bench.seed, person.user_id))
 
 
 def full_config(recipe: Recipe) -> TrainConfig:
     """Return the paper's full training."""
-    return TrainConfig(recipe.learning_rate, recipe.weight_decay, recipe.passes, recipe.batch)
+    return TrainConfig(recipe.learning_rate, recipe.weight_decay, recipe.passes, recipe.batch, recipe.schedule)
 
 
 def _chunk_config(recipe: Recipe) -> TrainConfig:

@@ -18,6 +18,7 @@ from evaluation.splits import Person
 from evaluation.training import Bench, score, stage, train_once
 from oppu.lm.base import load_base
 from oppu.lm.port import Tensors
+from oppu.tasks import Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +79,16 @@ class Compared:
 
 
 def judges(study: Study) -> list[Person]:
-    """Return the calibrate users with their first items, the later half held back at a day's beginning."""
+    """Return the calibrate users with their first items, the later half held back at a day's beginning.
+
+    Who has no output in that half judges nothing; items without one may stand in it, and are not judged by.
+    """
     found = []
     for person in study.fold.calibrate:
         items = person.items[: study.recipe.judge_items]
         day = items[len(items) // 2].day if items else None
         cut = sum(item.day < day for item in items) if day is not None else 0
-        if 0 < cut < len(items):
+        if 0 < cut < len(items) and any(not item.bare for item in items[cut:]):
             found.append(replace(person, items=items, groups=person.groups[: len(items)], cut=cut))
     return found
 
@@ -207,9 +211,14 @@ def _choose(study: Study, people: Sequence[Person], held: Held) -> Chosen:
     if not people:
         return Chosen(study.fold.name, study.seed, prompts[0], adapters[0])
     kind = study.tasks.require(people[0].items[0].task).kind
+    asked = {p.user_id: [at for at, item in enumerate(p.test) if not item.bare] for p in people}
     merits = {
-        name: float(np.concatenate([right(p.test, held[p.user_id][name], kind) for p in people]).mean())
+        name: float(np.concatenate([_merits(p, held[p.user_id][name], asked[p.user_id], kind) for p in people]).mean())
         for name in (*prompts, *adapters)
     }
     prompt, adapter = (max(names, key=lambda name: merits[name]) for names in (prompts, adapters))
     return Chosen(study.fold.name, study.seed, prompt, adapter, merits)
+
+
+def _merits(person: Person, scores: Array, asked: Sequence[int], kind: Kind) -> Array:
+    return right([person.test[at] for at in asked], scores[asked], kind)

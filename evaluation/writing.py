@@ -50,11 +50,14 @@ def lengths(tables: Sequence[Table]) -> Lengths:
         tables: Of users whose outputs may be looked at.
 
     Returns:
-        The lengths, each at least 1.
+        The lengths, each at least 1. Of histories without outputs the texts themselves give the lead, and the task
+        the most tokens.
     """
-    outputs = [len(words(i.output)) for t in tables for i in t.person.train]
+    learnt = [i for t in tables for i in t.person.train]
+    outputs = [i.output for i in learnt if not i.bare] or [i.input for i in learnt]
     tokens = np.concatenate([(~np.isnan(t.base[: t.person.cut])).sum(axis=1) for t in tables])
-    return Lengths(max(1, round(float(np.median(outputs)))), max(1, int(np.quantile(tokens, _NEARLY_ALL))))
+    most = np.quantile(tokens[tokens > 0], _NEARLY_ALL) if tokens.any() else tables[0].base.shape[1]
+    return Lengths(max(1, round(float(np.median([len(words(o)) for o in outputs])))), max(1, int(most)))
 
 
 def plain(tables: Sequence[Table], lead: int, most: int) -> dict[str, list[list[str]]]:

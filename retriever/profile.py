@@ -2,7 +2,8 @@
 
 Pure; needs no model. The newest of the events counts 1, one ``half_life_events`` events older counts a half.
 Columns grow by each new event once; a summary of any window of them is a few numpy operations, so that an
-earlier point in time (``before_seq``) gives exactly what was known then.
+earlier point in time (``before_seq``) gives exactly what was known then. Of an event without an output, its input is
+the user's own text: it has no part in the prior.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from oppu.values import Event
 from retriever.terms import terms
 
-ALGORITHM = "statistics-1"
+ALGORITHM = "statistics-2"
 """Goes into each profile's version: change it with anything that changes a profile's content."""
 
 _PRIOR_OUTPUTS = 256  # heaviest outputs kept in a prior
@@ -25,6 +26,7 @@ _SHOWN_CHARACTERS = 40  # of one output in the line
 _LABEL_WORDS = 4.0  # outputs of more words on average that do not repeat are texts
 _TIE_DECIMALS = 9  # counts that are equal so far differ by the order of summation alone
 _ENTRY_BYTES = 160
+_BARE = -1  # the code of an event without an output
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +63,12 @@ class Columns:
         """Append events, oldest first."""
         for event in events:
             item = len(self._codes)
-            self._codes.append(self._outputs.setdefault(event.output, len(self._outputs)))
-            self._words.append(len(event.output.split()))
+            bare = not event.output.strip()
+            text = event.input if bare else event.output
+            self._codes.append(_BARE if bare else self._outputs.setdefault(text, len(self._outputs)))
+            self._words.append(len(text.split()))
             self._choices.append(event.choices is not None)
-            for term in sorted(set(terms(event.output))):
+            for term in sorted(set(terms(text))):
                 self._term_codes.append(self._terms.setdefault(term, len(self._terms)))
                 self._term_items.append(item)
             self._term_ends.append(len(self._term_codes))
@@ -89,15 +93,22 @@ class Columns:
         return Summary(prior, self._text_line(low, high, weights))
 
     def _prior(self, low: int, high: int, weights: NDArray[np.float64]) -> dict[str, float]:
-        counts = np.bincount(self._codes[low:high], weights, len(self._outputs)).astype(np.float64)
+        codes = np.asarray(self._codes[low:high], dtype=np.int64)
+        said = codes != _BARE
+        counts = np.bincount(codes[said], weights[said], len(self._outputs)).astype(np.float64)
         names = list(self._outputs)
         return {names[code]: float(counts[code]) for code in _heaviest(counts, names, _PRIOR_OUTPUTS)}
 
     def _are_labels(self, low: int, high: int) -> bool:
         """Tell labels and ratings from free texts: offered as choices, repeated, or short."""
-        distinct = len(set(self._codes[low:high]))
-        short = float(np.mean(self._words[low:high])) <= _LABEL_WORDS
-        return any(self._choices[low:high]) or 2 * distinct <= high - low or short
+        if any(self._choices[low:high]):
+            return True
+        codes = np.asarray(self._codes[low:high])
+        said = codes != _BARE
+        if not said.any():
+            return False
+        short = float(np.mean(np.asarray(self._words[low:high])[said])) <= _LABEL_WORDS
+        return short or 2 * len(np.unique(codes[said])) <= int(said.sum())
 
     def _text_line(self, low: int, high: int, weights: NDArray[np.float64]) -> str:
         length = round(float(np.average(self._words[low:high], weights=weights)))

@@ -102,12 +102,13 @@ def split(events: Sequence[Event], at: Cursors, settings: UpdaterSettings, *, se
 
 
 def example(event: Event, tasks: Tasks, beside: Beside = NOTHING) -> Example:
-    """Phrase a usable event as a training pair."""
+    """Phrase a usable event as a training pair; with a blank output, as a text without choices."""
+    allowed = tasks[event.task].allowed(event.choices)
     return Example(
         task=event.task,
         input=event.input,
         output=event.output,
-        choices=tasks[event.task].allowed(event.choices),
+        choices=allowed if event.output.strip() or event.output in allowed else (),
         evidence=beside.evidence,
         profile=beside.profile,
     )

@@ -93,7 +93,8 @@ def _examples(settings: Settings, events: Sequence[BehaviorEvent]) -> list[Examp
         except InvalidRecord as error:
             problems.append(f"event {event.event_id}: {error.message}")
             continue
-        examples.append(Example(event.task, event.input, event.output, task.allowed(event.choices)))
+        choices = task.allowed(event.choices) if event.output.strip() else ()
+        examples.append(Example(event.task, event.input, event.output, choices))
     if problems:
         raise ConfigError(*problems[:10])
     if not examples:

@@ -21,7 +21,7 @@ import torch
 from oppu.errors import ConfigError
 from oppu.lm.bank import find_targets
 from oppu.lm.base import LoadedBase, fingerprint_of, quiet_and_local
-from oppu.lm.encoding import Encoder, Reading, Target
+from oppu.lm.encoding import Encoder, Reading, Target, is_bare
 from oppu.lm.forward import Runner
 from oppu.lm.hardware import fast_bfloat16
 from oppu.lm.port import Example
@@ -109,11 +109,10 @@ def adapt(
     _check(base, examples, out_dir)
     started = time.perf_counter()
     encoder = Encoder(base.prompts(), tasks, max_tokens=settings.max_tokens, max_positions=base.max_positions)
-    targets = [target for target in encoder.targets(examples) if target.positions]
-    if not targets:
+    pairs = [(e, t) for e, t in zip(examples, encoder.targets(examples), strict=True) if t.positions]
+    if not pairs:
         raise ConfigError("adapt: every example has a single choice: nothing to learn")
-    if not config.answers:
-        targets = [replace(t, ids=t.ids[: t.prompt_tokens], positions=(), aims=()) for t in targets]
+    targets = [t if config.answers else _unanswered(e, t) for e, t in pairs]
     losses, model = _train(base, targets, config, settings, progress)
     _save(base, model, out_dir, {**asdict(config), "from": base.fingerprint, "examples": len(examples)})
     tenth = max(1, len(losses) // 10)
@@ -126,6 +125,12 @@ def adapt(
         first_loss=sum(losses[:tenth]) / tenth,
         last_loss=sum(losses[-tenth:]) / tenth,
     )
+
+
+def _unanswered(example: Example, target: Target) -> Target:
+    """Return what may be read of a target before any answer: its prompt, or the whole text where there is no pair."""
+    ids = target.ids if is_bare(example) else target.ids[: target.prompt_tokens]
+    return replace(target, ids=ids, prompt_tokens=len(ids), positions=(), aims=())
 
 
 def _check(base: LoadedBase, examples: Sequence[Example], out_dir: Path) -> None:

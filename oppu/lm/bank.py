@@ -238,11 +238,11 @@ class SlotBank:
                 b.zero_()
 
     def read(self, slot: int) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
-        """Return a slot's weights in PEFT's naming, as float32 copies."""
+        """Return a slot's weights in PEFT's naming, as float32 copies in row order, as files need them."""
         found: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
         for name, a, b in zip(self._names, *self._of(slot), strict=True):
             for kind, factor in (("A", a), ("B", b)):
-                found[_key(name, kind)] = factor.detach().to("cpu", torch.float32, copy=True).numpy()
+                found[_key(name, kind)] = factor.detach().to("cpu", torch.float32, copy=True).contiguous().numpy()
         return found
 
     def _hook(self, at: int) -> Callable[[nn.Module, Any, torch.Tensor], torch.Tensor | None]:

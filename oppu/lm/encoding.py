@@ -86,8 +86,16 @@ class Encoder:
 
         Choice examples: the nodes of the choices' trie along the true output. An output that is no longer among
         the choices is scored beside them. Text examples: the output's tokens and the end token; outputs longer
-        than the task's ``max_new_tokens`` are cut and have no end.
+        than the task's ``max_new_tokens`` are cut and have no end. Examples without an output: the input's tokens
+        and the end token, cut in the same way at the longest prompt.
         """
+        bare = [at for at, example in enumerate(examples) if is_bare(example)]
+        paired = [at for at, example in enumerate(examples) if not is_bare(example)]
+        found = dict(zip(bare, self._bare([examples[at].input for at in bare]), strict=True))
+        found |= zip(paired, self._paired([examples[at] for at in paired]), strict=True)
+        return [found[at] for at in range(len(examples))]
+
+    def _paired(self, examples: Sequence[Example]) -> list[Target]:
         texts = self._prompts.continuations(example.output for example in examples if not example.choices)
         answers = [
             self._choice_answer(example)
@@ -97,6 +105,20 @@ class Encoder:
         ]
         prompts = self.prompts(examples, [len(path) for path, *_ in answers])
         return [_target(prompt, *answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    def _bare(self, texts: Sequence[str]) -> list[Target]:
+        """Aim at each next token of a text; the first one is aimed at where prompts have a start token."""
+        ids = self._prompts.continuations(texts)
+        start = self._prompts.start
+        room = min(self._max_tokens, self._max_positions) - len(start)
+        found = []
+        for text in texts:
+            whole = (*ids[text], self._prompts.end)
+            kept = whole if len(whole) <= room else whole[:room]
+            context, wanted = (start, kept) if start else (kept[:1], kept[1:])
+            aims = {at: Aim(None, token) for at, token in enumerate(wanted)}
+            found.append(_target(context, wanted[:-1], aims, 1 / max(1, len(wanted)), 0.0))
+        return found
 
     def _choice_answer(self, example: Example) -> tuple[Ids, dict[int, Aim], float, float]:
         known = example.output in example.choices
@@ -111,6 +133,11 @@ class Encoder:
         kept = ids[: task.max_new_tokens]
         wanted = kept if len(kept) < len(ids) else (*kept, self._prompts.end)
         return wanted[:-1], {at: Aim(None, token) for at, token in enumerate(wanted)}, 1 / len(wanted), 0.0
+
+
+def is_bare(example: Example) -> bool:
+    """Say whether an example is a text of the user's own, without an output."""
+    return not example.output.strip() and example.output not in example.choices
 
 
 def _target(prompt: Ids, path: Ids, aims: dict[int, Aim], scale: float, offset: float) -> Target:

@@ -6,7 +6,7 @@ Invariant: a row's answer depends on that row and its adapter only, never on its
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +60,11 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One training pair. ``choices`` empty means free text: loss over the output's tokens."""
+    """One training pair. ``choices`` empty means free text: loss over the output's tokens.
+
+    A blank ``output`` that is none of the choices means that there is no pair, only a text of the user's own: the loss
+    is the next-token loss over ``input``, without a prompt around it.
+    """
 
     task: str
     input: str = field(repr=False)
@@ -82,12 +86,13 @@ class TrainJob:
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """Optimisation of one update (AdamW, linear warm-up of 10 %)."""
+    """Optimisation of one update: AdamW, linear warm-up of 10 %, then a constant rate or a linear decay to zero."""
 
     learning_rate: float
     weight_decay: float
     passes: int
     batch: int
+    schedule: Literal["constant", "linear"] = "constant"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """Texts to prompt tokens: the one format of training, adaption and serving. Knows no model library.
 
 A prompt is ``[start] [profile line] [evidence pairs] query``; a pair is the task's prompt with its answer, the
-query the prompt up to the answer cue. Invariant: evidence is cut first (whole pairs, last first, then the last
-one's input), then the profile, and the query only when it alone is too long: from the end of its input.
+query the prompt up to the answer cue; a pair without an output is its bare input. Invariant: evidence is cut first
+(whole pairs, last first, then the last one's input), then the profile, and the query only when it alone is too long:
+from the end of its input.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -10,7 +11,7 @@ from typing import Protocol
 
 from oppu.tasks import Task
 
-PROMPT_FORMAT = "1"
+PROMPT_FORMAT = "2"
 """Part of every base's fingerprint: raise it with any change to what this module builds."""
 
 Ids = tuple[int, ...]
@@ -51,11 +52,11 @@ class Prompts:
 
         Args:
             encode: Texts to token ids, without special tokens.
-            start: Put before every prompt.
+            start: Put before every prompt; kept as ``start``.
             end: The token that ends an answer.
         """
         self._encode = encode
-        self._start = start
+        self.start = start
         self.end = end
         self._anchor = encode([_ANCHOR])[0]
         newline = encode([_ANCHOR + "\n"])[0][len(self._anchor) :]
@@ -119,14 +120,14 @@ class Prompts:
 
     def _one(self, item: Prompted, template: tuple[Ids, Ids], ids: dict[str, Ids], limit: int) -> Ids:
         head, cue = template
-        room = limit - len(self._start) - len(head) - len(cue)
+        room = limit - len(self.start) - len(head) - len(cue)
         if room < 0:
-            return (*self._start, *head, *cue)[-limit:]
+            return (*self.start, *head, *cue)[-limit:]
         query = head + ids[item.input][:room] + cue
-        room = limit - len(self._start) - len(query)
+        room = limit - len(self.start) - len(query)
         profile = self._line(ids[item.profile], room) if item.profile else ()
         evidence = self._evidence(item, template, ids, room - len(profile))
-        return self._start + profile + evidence + query
+        return self.start + profile + evidence + query
 
     def _line(self, ids: Ids, room: int) -> Ids:
         kept = ids[: max(0, room - len(self._separator))]
@@ -136,12 +137,12 @@ class Prompts:
         head, cue = template
         kept: Ids = ()
         for number, (text, output) in enumerate(item.evidence):
-            rest = cue + ids[output] + self._separator
-            pair = head + ids[text] + rest
+            before, rest = (head, cue + ids[output] + self._separator) if ids[output] else ((), self._separator)
+            pair = before + ids[text] + rest
             if len(pair) > room:
-                cut = room - len(head) - len(rest)
+                cut = room - len(before) - len(rest)
                 if number == 0 and cut >= _MIN_PAIR_TOKENS:
-                    kept = head + ids[text][:cut] + rest
+                    kept = before + ids[text][:cut] + rest
                 break
             kept += pair
             room -= len(pair)

@@ -77,23 +77,26 @@ class SlotAdamW:
         self.finite[slot] = True
 
     @torch.no_grad()
-    def step(self, slots: Sequence[int], warm_up: Sequence[int]) -> None:
+    def step(self, slots: Sequence[int], warm_up: Sequence[int], total: Sequence[int] | None = None) -> None:
         """Update some slots from the stacks' gradients, which are cleared.
 
         Args:
             slots: The slots that had rows in this step.
             warm_up: Steps over which each slot's learning rate rises to its full value.
+            total: Each slot's steps in all, towards whose end the rate falls to zero; ``None``: it stays.
         """
         rows = torch.tensor(slots, device=self._count.device)
         rises = torch.tensor(warm_up, dtype=torch.float64, device=rows.device)
+        ends = rises.new_full(rises.shape, torch.inf) if total is None else torch.tensor(total).to(rises)
         grads = [_taken(stack.grad, stack, rows) for stack in self._stacks]
         norms = torch.stack([grad.flatten(1).norm(dim=1) for grad in grads]).norm(dim=0)
         self.finite[rows] &= norms.isfinite()
         keep = self.finite[rows]
-        rows, rises, norms = rows[keep], rises[keep], norms[keep]
+        rows, rises, ends, norms = rows[keep], rises[keep], ends[keep], norms[keep]
         self._count[rows] += 1
         count = self._count[rows]
-        rate = self._learning_rate * (count / rises).clamp(max=1.0)
+        falls = torch.where(ends.isinf(), 1.0, (ends - count + 1) / (ends - rises).clamp(min=1.0))
+        rate = self._learning_rate * (count / rises).clamp(max=1.0).minimum(falls)
         clip = (CLIP_NORM / (norms + _CLIP_EPSILON)).clamp(max=1.0)
         for at, grad in enumerate(grads):
             self._update(at, rows, grad[keep] * _beside(clip, grad), count, rate)
@@ -111,11 +114,12 @@ class SlotAdamW:
 
 @dataclass(frozen=True, slots=True)
 class _Course:
-    """One user's steps: its targets cut into train batches, over and over."""
+    """One user's steps: its targets cut into train batches, over and over; whether the rate falls towards the last."""
 
     user: int
     batches: tuple[tuple[Target, ...], ...]
     steps: int
+    linear: bool
 
     @property
     def warm_up(self) -> int:
@@ -190,7 +194,7 @@ def train_slots(
 
 def _course(user: int, rows: Sequence[Target], config: TrainConfig) -> _Course:
     batches = tuple(tuple(rows[at : at + config.batch]) for at in range(0, len(rows), config.batch))
-    return _Course(user, batches, config.passes * len(batches))
+    return _Course(user, batches, config.passes * len(batches), config.schedule == "linear")
 
 
 def _seated(slot: int, course: _Course, optimizer: SlotAdamW, calls: Calls) -> _Seat:
@@ -202,7 +206,8 @@ def _seated(slot: int, course: _Course, optimizer: SlotAdamW, calls: Calls) -> _
 def _step(runner: Runner, bank: SlotBank, active: Sequence[_Seat], optimizer: SlotAdamW, calls: Calls) -> None:
     """Take every seat's next step."""
     _backward(runner, bank, active, calls.beat)
-    optimizer.step([seat.slot for seat in active], [seat.course.warm_up for seat in active])
+    totals = [seat.course.steps for seat in active] if active[0].course.linear else None  # common to all
+    optimizer.step([seat.slot for seat in active], [seat.course.warm_up for seat in active], totals)
     for seat in active:
         seat.taken += 1
 

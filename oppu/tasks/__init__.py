@@ -2,7 +2,8 @@
 
 A task file has ``name``, ``kind`` (``choice``, ``rating`` or ``text``), ``prompt`` (with ``{input}``), ``answer``
 (the text before the answer), optional ``labels`` (the allowed outputs of a choice or rating task; absent: the
-request's ``choices``), and ``max_new_tokens`` for texts.
+request's ``choices``), ``max_new_tokens`` for texts, and ``bare_history`` (whether a user's history may hold texts
+without an answer: events with a blank output, which are learnt by next-token loss on their input).
 """
 
 import tomllib
@@ -16,7 +17,7 @@ from oppu.errors import ConfigError, InvalidRecord, Reason
 
 Kind = Literal["choice", "rating", "text"]
 _KINDS = ("choice", "rating", "text")
-_FIELDS = {"name", "kind", "prompt", "answer", "labels", "max_new_tokens", "description", "choices_per_item"}
+_FIELDS = {"name", "kind", "prompt", "answer", "labels", "max_new_tokens", "description", "bare_history"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class Task:
     labels: tuple[str, ...] = ()
     max_new_tokens: int = 32
     description: str = ""
+    bare_history: bool = False
 
     def allowed(self, choices: tuple[str, ...] | None) -> tuple[str, ...]:
         """Return the outputs that may be given to an item with these ``choices``; empty for texts.
@@ -55,13 +57,15 @@ class Task:
         """Check that a user's output is one of the allowed ones.
 
         Args:
-            output: What the user did.
+            output: What the user did; may be blank where the task's history may be bare.
             choices: The record's own choices, if any.
 
         Raises:
             InvalidRecord: With ``unknown_label``.
         """
         allowed = self.allowed(choices)
+        if self.bare_history and not output.strip():
+            return
         if allowed and output not in allowed:
             shown = "the record's choices"  # they are the user's text, and a message quotes none
             if allowed is self.labels:
@@ -152,9 +156,7 @@ def _task(file: str, content: dict[str, object]) -> Task:
         problems.append(f"{file}: labels: a rating task expects numbers")
     if len(set(labels)) < len(labels) or len(labels) == 1:
         problems.append(f"{file}: labels: expected at least two, all different")
-    tokens = content.get("max_new_tokens", 32)
-    if not isinstance(tokens, int) or tokens < 1:
-        problems.append(f"{file}: max_new_tokens: expected a whole number from 1")
+    problems += _optional(file, content)
     if problems:
         raise ConfigError(*problems)
     return Task(
@@ -163,9 +165,21 @@ def _task(file: str, content: dict[str, object]) -> Task:
         prompt=str(content["prompt"]),
         answer=str(content["answer"]),
         labels=tuple(labels),
-        max_new_tokens=cast(int, tokens),
+        max_new_tokens=cast(int, content.get("max_new_tokens", 32)),
         description=str(content.get("description", "")),
+        bare_history=bool(content.get("bare_history", False)),
     )
+
+
+def _optional(file: str, content: dict[str, object]) -> list[str]:
+    """Return the faults of the fields that may be absent."""
+    problems = []
+    tokens = content.get("max_new_tokens", 32)
+    if not isinstance(tokens, int) or tokens < 1:
+        problems.append(f"{file}: max_new_tokens: expected a whole number from 1")
+    if not isinstance(content.get("bare_history", False), bool):
+        problems.append(f"{file}: bare_history: expected true or false")
+    return problems
 
 
 def _is_number(text: str) -> bool:

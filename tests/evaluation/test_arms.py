@@ -111,6 +111,19 @@ class TestControls:
         assert sorted(i.output for i in made) == sorted(i.output for i in own.train)
         assert [i.output for i in made] != [i.output for i in own.train]
 
+    def test_permuted_outputs_of_unequal_choices_stay_among_the_items_own(self) -> None:
+        own = self.people()[0]
+        offered = [("a", "b", "c"), ("a", "b")]
+        items = tuple(replace(i, choices=offered[n % 2], output="b") for n, i in enumerate(own.items))
+        items = (replace(items[0], output=""), replace(items[1], output="a"), *items[2:])
+        made = controls.permuted(replace(own, items=items), 0)
+        assert made[0] == items[0] and all(i.output in i.choices for i in made[1:])
+        assert sorted(i.output for i in made) == ["", "a", *"b" * 7]
+
+    def test_nobody_else_has_nothing_to_draw(self) -> None:
+        [own, *_] = self.people()
+        assert controls.volume_matched(own, [own], 0) == []
+
     def test_volume_matched_items_are_others_with_the_same_outputs(self) -> None:
         everybody = self.people()
         own = everybody[0]
@@ -134,6 +147,34 @@ class TestControls:
         found = controls.strangers(everybody, 1, 0)
         assert all(user not in others and len(others) == 2 for user, others in found.items())
         assert found["u0"][-1] == "u3"  # the same labels, at the same shares
+
+
+def test_unequal_choices_are_answered_among_their_own_and_an_unknown_label_is_wrong() -> None:
+    own = person(count=10, cut=8)
+    offered = [LABELS, LABELS[:2]]
+    items = [replace(i, choices=offered[n % 2], output=LABELS[n % 2]) for n, i in enumerate(own.items)]
+    items[3] = replace(items[3], output="")
+    items[9] = replace(items[9], output="unheard of")
+    scores = np.stack([sure("a") + [0.0, 0.0, -np.inf if n % 2 else 0.0] for n in range(10)])
+    past = [Past(at, None, np.full(3 - at % 2, 1 / (3 - at % 2)) if at else None, (), "") for at in range(10)]
+    made = Table(replace(own, items=tuple(items)), past, scores, scores, {"oppu": scores[8:]}, 1)
+    fusion = fit_fusion([made])
+    arms = choice_arms([made], fusion)
+    for name, [found] in arms.held.items():
+        assert found.shape == (2, 3) and np.isneginf(found[1, 2]) and not np.isnan(found).any(), name
+        assert right(items[8:], found, "choice")[1] == 0.0
+        assert log_loss(items[8:], found)[1] == 20.0
+    assert [LABELS[int(row.argmax())] for row in arms.held["recent"][0]] == ["b", "a"]
+    assert macro_f1(items[8:], list(arms.held["none"][0])) == pytest.approx(1 / 3)
+
+
+def test_what_cannot_be_fitted_stays_as_it_is_built_in() -> None:
+    own = table(person(), "a", "b")
+    late = replace(own, adapted=99)
+    fitted = fit_fusion([late])
+    assert (fitted.beside, fitted.share) == (DEFAULT.beside, DEFAULT.share)
+    assert fitted.alone != DEFAULT.alone
+    assert fit_fusion([replace(late, pasts=[replace(past, count=0) for past in late.pasts])]) == DEFAULT
 
 
 def test_a_choice_is_normalised_after_a_source_is_added() -> None:

@@ -69,31 +69,3 @@ def test_lamp_questions_with_their_outputs(tmp_path: Path) -> None:
         ("110", "What score? fine book", "4"),
     ]
     assert len({i.day for i in items}) == 3  # no dates: one a day, in order
-
-
-@pytest.mark.parametrize(
-    ("task", "entry", "pair"),
-    [
-        ("news_headline", {"id": "1", "text": "body", "title": "head"}, ("body", "head")),
-        ("scholarly_title", {"id": "1", "title": "t", "abstract": "a", "date": "2019-05-01"}, ("a", "t")),
-        ("movie_tagging", {"id": "1", "description": "plot", "tag": "comedy"}, ("plot", "comedy")),
-        ("news_categorize", {"id": "1", "text": "b", "title": "h", "category": "crime"}, ("b", "crime")),
-    ],
-)
-def test_oppu_histories_and_queries(tmp_path: Path, task: str, entry: dict[str, Any], pair: tuple[str, str]) -> None:
-    query = {"id": "9", "input": "asked", "gold": pair[1]}
-    row = {"user_id": 7, "profile": [entry], "query": [query]}
-    (tmp_path / "user_top_100_history.json").write_text(json.dumps([row]))
-    items = load(tmp_path / "user_top_100_history.json", task, TASKS)
-    found = {i.item_id: (i.input, i.output) for i in items}
-    assert found == {"7/1": pair, "7/9": ("asked", pair[1])}
-
-
-def test_an_entry_without_a_profile_or_a_text_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "user_others.json"
-    path.write_text(json.dumps([{"user_id": 1}]))
-    with pytest.raises(ConfigError, match="entry 0: expected an object with profile"):
-        load(path, "news_headline", TASKS)
-    path.write_text(json.dumps([{"user_id": 1, "profile": [{"id": "p"}], "query": []}]))
-    with pytest.raises(ConfigError, match="user 1, entry p: expected one of input"):
-        load(path, "news_headline", TASKS)

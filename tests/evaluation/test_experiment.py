@@ -14,7 +14,7 @@ from evaluation.calibration import calibrate
 from evaluation.corpus import Item
 from evaluation.experiment import Outcome, Plan, run
 from evaluation.report import summarise, write
-from evaluation.splits import Bounds
+from evaluation.roles import Bounds
 from evaluation.training import Recipe
 from evaluation.variants import CHOSEN_OPPU, CHOSEN_PROMPT, PROMPTED, RECENT, TRAINED
 from inference import blending

@@ -1,4 +1,4 @@
-"""The run of minutes: who is in it, and the command from a file of events to its page."""
+"""A first look: small, on the sides where the whole fold has everything, from a file of events to its page."""
 
 import json
 from pathlib import Path
@@ -6,50 +6,48 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from evaluation.corpus import Item, by_user
-from evaluation.quick import ADAPT_CHARACTERS, FEW_TARGETS, LEAST_ITEMS, MOST_ITEMS, OTHERS, TARGETS, shortened
-from evaluation.splits import Bounds, make_folds
+from evaluation.corpus import Item
+from evaluation.quick import ADAPT_CHARACTERS, LEAST_ITEMS, MOST_ITEMS, shortened
+from evaluation.splits import Fold, Person
 from oppu.cli import cli, compose
 from oppu.settings import Settings
 from tests.evaluation.test_experiment import settings
-from tests.evaluation.world import EMBEDDER, people, stacked
+from tests.evaluation.world import EMBEDDER, item, people
 
 __all__ = ["settings"]  # a fixture
 
-MANY = {f"t{n}": 120 for n in range(14)} | {f"c{n}": 30 for n in range(20)} | {f"s{n}": 5 for n in range(40)}
+
+def person(user: str, count: int, cut: int, text: str = "word") -> Person:
+    items = tuple(item(user, at, text=f"{text} {at}") for at in range(count))
+    return Person(user, items, tuple(range(count)), cut)
 
 
-def longer(items: list[Item], size: int) -> list[Item]:
-    return [Item(i.item_id, i.user_id, i.task, i.day, i.input.ljust(size, "."), i.output, i.choices) for i in items]
+def cut(*target: Person, calibrate: tuple[Person, ...] = (), adapt: str = "x") -> Fold:
+    learnt = tuple(item("a", at, text=adapt) for at in range(3000))
+    return shortened(Fold("all", learnt, calibrate, target), 2)
 
 
-def test_few_users_with_their_newest_items_in_their_roles() -> None:
-    every = people(MANY)
-    items, bounds = shortened(every, Bounds())
-    own = by_user(items)
-    assert sum(user[0] == "t" for user in own) == TARGETS and sum(user[0] == "c" for user in own) == OTHERS
-    assert all(len(own[user]) == MOST_ITEMS for user in own if user[0] == "t")
-    for user, kept in own.items():
-        assert kept == [i for i in every if i.user_id == user][-len(kept) :]
-    assert items == sorted(items, key=lambda i: i.day)
-    [fold] = make_folds(items, stacked(items), bounds, final=False)  # as in the whole, though few
-    assert {p.user_id for p in fold.target} == {user for user in own if user[0] == "t"}
-    assert fold.calibrate and all(p.user_id[0] == "c" for p in fold.calibrate)
-    assert shortened(every, Bounds()) == (items, bounds)
+def test_short_histories_stay_whole_and_the_first_users_are_kept() -> None:
+    some = [person(f"t{n}", 50, 40) for n in range(4)]
+    made = cut(*some, calibrate=tuple(some[::-1]))
+    assert made.target == tuple(some[:2]) and made.calibrate == tuple(some[:1:-1])
 
 
-def test_long_texts_make_short_histories() -> None:
-    items, _ = shortened(longer(people(MANY), 1_000), Bounds())
-    own = by_user(items)
-    assert {len(kept) for user, kept in own.items() if user[0] == "t"} == {LEAST_ITEMS}
-    population = sum(len(i.input) for user, kept in own.items() if user[0] == "s" for i in kept)
-    assert ADAPT_CHARACTERS <= population < ADAPT_CHARACTERS + 5_000
+def test_items_around_the_cut_are_kept_on_their_sides() -> None:
+    whole = person("t", 1000, 800)
+    [made] = cut(whole).target
+    assert made.train == whole.train[-80:] and made.test == whole.test[:20]
+    assert [whole.items[group] for group in made.groups] == list(made.items)
+    [few] = cut(person("t", 300, 30)).target
+    assert (few.cut, len(few.items)) == (30, MOST_ITEMS)
+    [long] = cut(person("t", 1000, 990, text="long " * 1000)).target
+    assert (len(long.items), len(long.test)) == (LEAST_ITEMS, 10)
 
 
-def test_few_targets_are_crossed_as_in_the_whole() -> None:
-    items, bounds = shortened(people({f"t{n}": 60 for n in range(6)}), Bounds())
-    folds = make_folds(items, stacked(items), bounds, final=False)
-    assert len(folds) == FEW_TARGETS and all(len(fold.target) == 1 for fold in folds)
+def test_what_adapts_the_base_is_bounded_by_items_and_by_characters() -> None:
+    assert len(cut(adapt="x").adapt) == 1500
+    assert len(cut(adapt="x" * 1000).adapt) == ADAPT_CHARACTERS // 1000
+    assert len(cut(adapt="x" * 2 * ADAPT_CHARACTERS).adapt) == 1
 
 
 @pytest.mark.slow

@@ -8,9 +8,12 @@ import pytest
 
 from evaluation import splits
 from evaluation.corpus import Item
-from evaluation.splits import Bounds, Fold, Person, check, clusters, cut_index, make_folds, same_groups
+from evaluation.duplicates import normal, same_groups
+from evaluation.leaks import check
+from evaluation.roles import Bounds, some_users
+from evaluation.splits import Fold, Person, clusters, cut_index, make_folds, not_tested
 from oppu.errors import ConfigError
-from tests.evaluation.world import item, people, stacked, vectors
+from tests.evaluation.world import START, item, people, stacked, vectors
 
 BOUNDS = Bounds(target=20, calibrate=8, folds_below=2)
 COUNTS = {f"t{n}": 25 for n in range(4)} | {f"c{n}": 10 for n in range(12)} | {f"s{n}": 3 for n in range(4)}
@@ -103,13 +106,13 @@ class TestPlantedLeaks:
         items = people(COUNTS)
         return only(items), dict(vectors(items))
 
-    def refused(self, fold: Fold, own: dict[str, np.ndarray], words: str, sister: Fold | None = None) -> None:
+    def refused(self, fold: Fold, own: dict[str, np.ndarray], words: str) -> None:
         with pytest.raises(ConfigError, match=words):
-            check(fold, own, sister)
+            check(fold, own)
 
     def test_a_sound_fold_passes(self) -> None:
         fold, own = self.sound()
-        check(fold, own, fold)
+        check(fold, own)
 
     def test_a_future_item_in_the_training_part(self) -> None:
         fold, own = self.sound()
@@ -146,8 +149,8 @@ class TestPlantedLeaks:
     def test_the_same_article_in_the_sister_task(self) -> None:
         fold, own = self.sound()
         sister = only(people(COUNTS, task="title"))
-        shifted = tuple(replace(p, cut=p.cut - 3) for p in sister.target)
-        self.refused(fold, own, "sister", replace(sister, target=shifted))
+        shifted = [replace(p, cut=p.cut - 3) for p in sister.target]
+        self.refused(replace(fold, held=frozenset(normal(i.input) for p in shifted for i in p.test)), own, "sister")
 
     def test_another_users_item(self) -> None:
         fold, own = self.sound()
@@ -168,3 +171,179 @@ def test_users_who_share_a_test_item_are_one_cluster() -> None:
 
     made = clusters([person("a", (1, 2), 1), person("b", (2, 3), 1), person("c", (9, 2), 1), person("d", (2, 8), 1)])
     assert made[0] == made[2] and len({made[0], made[1], made[3]}) == 3
+
+
+class TestSisterTasks:
+    """An article lies on the same side in every task that has it."""
+
+    def tasks(self) -> tuple[list[Item], list[Item]]:
+        """The same articles; of t0 a task lacks three late ones, of t1 all but a few."""
+        one, other = people(COUNTS), people(COUNTS, task="title")
+        other = [i for i in other if not (i.user_id == "t0" and i.day.day in (21, 22, 23))]
+        return one, [i for i in other if i.user_id != "t1" or i.day.day < 6]
+
+    def both(self) -> tuple[Fold, Fold]:
+        one, other = self.tasks()
+        folds = []
+        for own, sisters in ((one, other), (other, one)):
+            [made] = make_folds(own, stacked(own), BOUNDS, final=True, sisters=sisters)
+            check(made, vectors(own))
+            folds.append(made)
+        return folds[0], folds[1]
+
+    def test_role_and_cut_are_those_of_all_tasks(self) -> None:
+        sides: list[dict[str, str]] = []
+        for fold in self.both():
+            place = {normal(i.input): "adapt" for i in fold.adapt}
+            place |= {normal(i.input): "calibrate" for p in fold.calibrate for i in p.items}
+            place |= {normal(i.input): "train" for p in fold.target for i in p.train}
+            place |= {normal(i.input): "test" for p in fold.target for i in p.test}
+            sides.append(place)
+        shared = sides[0].keys() & sides[1].keys()
+        assert len(shared) > 100
+        assert all(sides[0][text] == sides[1][text] for text in shared)
+
+    def test_without_the_sister_the_sides_differ(self) -> None:
+        one, other = self.tasks()
+        first, second = only(one), only(other)
+        tests = {normal(i.input) for p in second.target for i in p.test}
+        assert tests & {normal(i.input) for p in first.target for i in p.train}
+        assert {p.user_id for p in first.target} > {p.user_id for p in second.target}
+
+    def test_who_is_a_target_elsewhere_adapts_nothing_here(self) -> None:
+        _, second = self.both()
+        assert "t1" not in {i.user_id for i in second.adapt} | {p.user_id for p in second.target}
+
+    def test_an_article_that_a_sister_task_asks_about_is_not_learnt_by_others(self) -> None:
+        one, other = self.tasks()
+        asked = next(i for i in one if i.item_id == "t1/pick/24")
+        again = replace(item("s0", 90, text=asked.input, task="title"), user_id="s0")
+        [fold] = make_folds([*other, again], stacked([*other, again]), BOUNDS, final=True, sisters=one)
+        assert normal(asked.input) in fold.held
+        assert asked.input not in {i.input for i in fold.adapt}
+        check(fold, vectors([*other, again]))
+
+
+class TestPopulation:
+    def test_its_users_are_never_targets_and_all_others_are_or_nothing(self) -> None:
+        named = frozenset({"t3", *(f"c{n}" for n in range(6))})
+        bounds = replace(BOUNDS, population=named)
+        items = people(COUNTS)
+        [fold] = make_folds(items, stacked(items), bounds, final=True)
+        assert {p.user_id for p in fold.target} == {"t0", "t1", "t2"}
+        assert {i.user_id for i in fold.adapt} | {p.user_id for p in fold.calibrate} == named
+
+    def test_alone_it_has_no_target(self) -> None:
+        items = people({"a": 30})
+        with pytest.raises(ConfigError, match="some user who is not in --population"):
+            make_folds(items, stacked(items), replace(BOUNDS, population=frozenset({"a"})), final=True)
+
+    def test_before_the_test_only(self) -> None:
+        items = people(COUNTS | {"s9": 40})
+        bounds = replace(BOUNDS, before_test=True, target=25)
+        bounds = replace(bounds, population=frozenset({u for u in {i.user_id for i in items} if u[0] != "t"}))
+        [fold] = make_folds(items, stacked(items), bounds, final=True)
+        assert fold.before == min(p.test[0].day for p in fold.target)
+        assert fold.adapt and all(i.day < fold.before for i in fold.adapt)
+        late = replace(fold, adapt=(*fold.adapt, replace(fold.adapt[0], day=fold.before)))
+        with pytest.raises(ConfigError, match="not before the first test"):
+            check(late, vectors(items))
+
+    def test_a_population_that_is_all_later_is_an_error(self) -> None:
+        items = [*people({"t0": 25}), *(replace(i, day=i.day + timedelta(days=99)) for i in people({"s0": 5}))]
+        bounds = replace(BOUNDS, before_test=True)
+        with pytest.raises(
+            ConfigError, match="--population-before-test: no other user's item is from before 2024-01-21"
+        ):
+            make_folds(items, stacked(items), bounds, final=True)
+
+
+class TestFewUsers:
+    def test_one_target_is_one_even_alone(self) -> None:
+        fold = only(people({"t0": 25}))
+        assert [p.user_id for p in fold.target] == ["t0"] and fold.adapt == () and fold.calibrate == ()
+
+    def test_two_calibrate_each_other(self) -> None:
+        made = folds(people({"t0": 25, "t1": 25}))
+        [first] = [make_folds(people({"t0": 25, "t1": 25}), stacked(people({"t0": 25, "t1": 25})),
+                              replace(BOUNDS, folds_below=12), final=True)]  # fmt: skip
+        assert len(made) == 2 and [[p.user_id for p in f.calibrate] for f in first] == [["t1"], ["t0"]]
+
+    def test_more_than_six_are_left_out_in_five_parts(self) -> None:
+        items = people({f"t{n}": 25 for n in range(7)} | {"c0": 10})
+        made = make_folds(items, stacked(items), replace(BOUNDS, folds_below=12), final=True)
+        assert [len(fold.target) for fold in made] == [2, 2, 1, 1, 1]
+        assert all("c0" in {i.user_id for i in fold.adapt} for fold in made)
+
+    def test_many_targets_and_nobody_else_are_crossed_in_five(self) -> None:
+        made = folds(people({f"t{n:02}": 20 for n in range(12)}))
+        assert [fold.name for fold in made] == [f"fold-{k}" for k in range(5)]
+        assert sorted(p.user_id for fold in made for p in fold.target) == [f"t{n:02}" for n in range(12)]
+        for fold in made:
+            roles = [{p.user_id for p in fold.target}, {p.user_id for p in fold.calibrate}]
+            roles.append({i.user_id for i in fold.adapt})
+            assert sum(map(len, roles)) == 12 == len(set.union(*roles))
+
+    def test_names_of_folders_are_plain(self) -> None:
+        made = make_folds(
+            people({"a/../b": 25, "c": 25}), stacked(people({"a/../b": 25, "c": 25})), Bounds(20, 8), final=True
+        )
+        assert all(fold.name.replace("-", "").isalnum() for fold in made)
+
+    def test_who_did_all_in_a_day_is_no_target(self) -> None:
+        day = [replace(i, day=START) for i in people({"t0": 25})]
+        assert {p.user_id for p in only([*day, *people({"t1": 25, "s0": 5})]).target} == {"t1"}
+        with pytest.raises(ConfigError, match="no target has items on both sides"):
+            folds(day)
+
+
+def test_a_first_look_takes_some_users_and_leaves_nobody_elses_role_changed() -> None:
+    counts = {f"t{n:02}": 25 for n in range(20)} | {f"c{n:02}": 10 for n in range(30)} | {f"s{n}": 3 for n in range(9)}
+    items, bounds = people(counts), replace(BOUNDS, folds_below=12)
+    some = some_users(items, bounds, users=4, adapt_items=60)
+    assert [i for i in items if i in some] == some
+    [whole], [part] = (make_folds(part, stacked(part), bounds, final=True) for part in (items, some))
+    assert [p.user_id for p in part.target] == [p.user_id for p in whole.target][:12]
+    assert [p.user_id for p in part.calibrate] == [p.user_id for p in whole.calibrate][:4]
+    assert 60 <= len(part.adapt) < 70 and set(part.adapt) < set(whole.adapt)
+
+
+def test_items_without_an_output_are_trained_on_and_never_asked_about() -> None:
+    items = [replace(i, output="" if i.day.day % 2 else i.output) for i in people(COUNTS)]
+    fold = only(items)
+    assert all(not i.bare for p in fold.target for i in p.test)
+    assert any(i.bare for p in fold.target for i in p.train)
+
+
+def test_a_label_that_is_no_choice_is_asked_about_and_never_learnt() -> None:
+    items = [replace(i, output="new") if i.day.day in (3, 24) else i for i in people(COUNTS)]
+    fold = only(items)
+    assert any(i.output == "new" for p in fold.target for i in p.test)
+    used = [*fold.adapt, *(i for p in fold.calibrate for i in p.items), *(i for p in fold.target for i in p.train)]
+    assert all(i.output != "new" for i in used)
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_labels_are_learnt_outside_of_test_parts_only(final: bool) -> None:
+    items = people(COUNTS)
+    learnable = {i.item_id for i in not_tested(items, (), BOUNDS, final=final)}
+    fold = only(items, final=final)
+    assert not learnable & {i.item_id for p in fold.target for i in p.test}
+    assert learnable == {i.item_id for i in fold.adapt} | {
+        i.item_id for p in (*fold.target, *fold.calibrate) for i in p.train
+    }
+
+
+def test_the_layouts_own_queries_are_the_test_part() -> None:
+    items = [replace(i, query=int(i.item_id.rpartition("/")[2]) >= 22) for i in people(COUNTS)]
+    assert {len(p.test) for p in only(items).target} == {3}
+    assert {(len(p.train), len(p.test)) for p in only(items, final=False).target} == {(17, 5)}
+
+
+def test_word_sequences_across_the_cut_are_seen_without_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(splits, "same_groups", lambda texts, rows: list(range(len(texts))))
+    items = people(COUNTS)
+    text = next(i for i in items if i.item_id == "t0/pick/24").input
+    items = sorted([*items, item("t1", 1, text=text + " and more", task="again")], key=lambda i: i.day)
+    with pytest.raises(ConfigError, match="near-duplicate"):
+        check(only(items), vectors(items))

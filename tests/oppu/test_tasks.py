@@ -40,7 +40,7 @@ def test_a_folder_adds_and_replaces(tmp_path: Path) -> None:
 def test_every_fault_of_every_file_is_listed(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text('name = "a"\nkind = "song"\nprompt = "no slot"\nwhat = 1\n')
     (tmp_path / "b.toml").write_text("name = ")
-    (tmp_path / "c.toml").write_text(GOOD.replace("choice", "rating") + "max_new_tokens = 0\n")
+    (tmp_path / "c.toml").write_text(GOOD.replace("choice", "rating") + "max_new_tokens = 0\nbare_history = 1\n")
     (tmp_path / "d.toml").write_text(GOOD.replace('["x", "y"]', '["x"]'))
     with pytest.raises(ConfigError) as caught:
         load_tasks(tmp_path)
@@ -53,6 +53,7 @@ def test_every_fault_of_every_file_is_listed(tmp_path: Path) -> None:
         "b.toml",
         "c.toml: labels: a rating task",
         "c.toml: max_new_tokens",
+        "c.toml: bare_history",
         "d.toml: labels: expected at least two",
     ):
         assert part in told

@@ -1,5 +1,6 @@
 """The statistics profile: weights, windows, and what the prompt's line says."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -31,7 +32,7 @@ def test_prior_adds_up_repeats() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.sampled_from(["a", "b", "a long text of some words", "one more text of words"]), max_size=20),
+    st.lists(st.sampled_from(["a", "b", " ", "a long text of some words", "one more text of words"]), max_size=20),
     st.data(),
 )
 def test_a_window_equals_a_profile_of_those_events_alone(outputs: list[str], data: st.DataObject) -> None:
@@ -69,6 +70,14 @@ def test_a_window_equals_a_profile_of_those_events_alone(outputs: list[str], dat
 )
 def test_line(outputs: tuple[str, ...], line: str) -> None:
     assert summarise(events(*outputs), half_life_events=50.0).line == line
+
+
+def test_without_an_output_the_input_is_the_users_own_text() -> None:
+    bare = [replace(event(n, " "), input=f"so {word} today again") for n, word in enumerate(("tired", "happy"))]
+    found = summarise(bare, half_life_events=9.0)
+    assert (found.prior, found.line) == ({}, "usually about 4 words; often: again, today")
+    mixed = summarise([*bare, *events("a", "b", "a")], half_life_events=1.0)
+    assert mixed.prior == pytest.approx({"a": 1.25, "b": 0.5}) and mixed.line == "mostly: a, b"
 
 
 def test_long_distinct_choices_are_labels() -> None:

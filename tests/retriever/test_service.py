@@ -218,7 +218,7 @@ def test_unknown_user_and_empty_calls(history: "FakeHistory", make: Make, mode: 
     assert retriever.profiles([]) == []
     assert retriever.retrieve([ask(history, "nobody", "x", 4, neighbours=4)]) == [Retrieved((), (), 0, None)]
     profile = retriever.profiles([(history.state("nobody"), "t", None)])[0]
-    assert (profile.version, profile.prior, profile.line, profile.through_seq) == ("statistics-1@0", {}, "", 0)
+    assert (profile.version, profile.prior, profile.line, profile.through_seq) == ("statistics-2@0", {}, "", 0)
     assert history.calls == []
 
 
@@ -275,11 +275,11 @@ def test_profiles_by_task_and_time(history: "FakeHistory", make: Make) -> None:
     requests = [(state, "t", None), (state, "t", 2), (state, "rating", None), (state, "t", 1), (state, "x", None)]
     now, then, rating, none, unheard = retriever.profiles(requests)
     assert now.prior == pytest.approx({"media": 1.5, "politics": 0.25})
-    assert (now.version, now.through_seq, now.line) == ("statistics-1@4", 4, "mostly: media, politics")
-    assert (then.version, then.prior) == ("statistics-1@1", {"politics": 1.0})
+    assert (now.version, now.through_seq, now.line) == ("statistics-2@4", 4, "mostly: media, politics")
+    assert (then.version, then.prior) == ("statistics-2@1", {"politics": 1.0})
     assert rating.line == "mostly: 5"
-    assert (none.version, none.prior, none.line) == ("statistics-1@0", {}, "")
-    assert (unheard.version, unheard.prior) == ("statistics-1@4", {})
+    assert (none.version, none.prior, none.line) == ("statistics-2@0", {}, "")
+    assert (unheard.version, unheard.prior) == ("statistics-2@4", {})
     history.add("u", "text", "sports")
     assert retriever.profiles([(history.state("u"), "t", None)])[0].prior["sports"] == 1.0
     now.prior["media"] = 99.0  # the caller's copy

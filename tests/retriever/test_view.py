@@ -106,7 +106,7 @@ def test_a_stale_epoch_gets_nothing_and_spoils_nothing(history: "FakeHistory", m
     found = look(retriever, old)
     assert (found.hits, found.neighbours, found.through_seq) == ((), (), 0)
     assert found.degraded == "epoch_behind"
-    assert retriever.profiles([(old, "t", None)])[0].version == "statistics-1@0"
+    assert retriever.profiles([(old, "t", None)])[0].version == "statistics-2@0"
     both = retriever.retrieve([Query(old, "t", "x", 9), Query(history.state("u"), "t", "x", 9)])
     assert [len(r.hits) for r in both] == [0, 2]
     assert len(history.calls) == 1

@@ -1,5 +1,6 @@
 """The division of a user's events: nothing held back is ever trained on."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from hypothesis import given
@@ -141,6 +142,15 @@ def test_examples_carry_the_allowed_choices_and_what_stood_beside() -> None:
     assert (made.input, made.output, made.choices) == ("text 1", "glad", ("glad", "sad"))
     assert (made.evidence, made.profile) == ((("a", "glad"),), "a line")
     assert example(event(2, task="title", output="x"), TASKS).choices == ()
+
+
+def test_an_event_without_an_output_is_a_text_where_histories_may_be_bare() -> None:
+    blank = event(1, output=" ")
+    assert usable([blank], TASKS) == []
+    bare = Tasks({**TASKS, blank.task: replace(TASKS[blank.task], bare_history=True)})
+    assert usable([blank], bare) == [blank]
+    made = example(blank, bare)
+    assert (made.input, made.output, made.choices) == ("text 1", " ", ())
 
 
 def test_a_read_is_bounded() -> None:

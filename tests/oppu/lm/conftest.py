@@ -60,9 +60,13 @@ def tiny_model(family: str) -> Any:
             "qwen2": transformers.Qwen2Config,
             "mistral": transformers.MistralConfig,
             "gemma": transformers.GemmaConfig,
+            "qwen3": transformers.Qwen3Config,
+            "gemma2": transformers.Gemma2Config,
+            "gemma3": transformers.Gemma3TextConfig,
         }[family]
-        extra = {"sliding_window": 40} if family == "mistral" else {}
-        extra |= {"head_dim": 8} if family == "gemma" else {}
+        extra: dict[str, Any] = {"sliding_window": 40} if family in ("mistral", "gemma2", "gemma3") else {}
+        extra |= {"head_dim": 8} if family.startswith(("gemma", "qwen3")) else {}
+        extra |= {"query_pre_attn_scalar": 8} if family in ("gemma2", "gemma3") else {}
         config = make(**wide, **grouped, **common, **extra)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # the usual initialisation is so flat that every answer looks alike

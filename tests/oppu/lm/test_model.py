@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,52 @@ def test_loss_of_text_is_the_mean_over_its_tokens(make_model: Make) -> None:
     by_hand = -np.mean([float(logits[target.prompt_tokens - 1 + at, token]) for at, token in enumerate(wanted)])
     assert len(wanted) == 5  # the space before the answer is a token of this tokenizer; then a, b, c, end
     assert model.losses([example], None)[0] == pytest.approx(by_hand)
+
+
+def by_hand(model: TorchModel, ids: list[int], first: int) -> float:
+    """The mean loss of ``ids[first:]``, each given all before it, from the plain model's logits."""
+    with torch.no_grad():
+        logits = model._base.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    return -float(np.mean([float(logits[at - 1, ids[at]]) for at in range(first, len(ids))]))
+
+
+@pytest.mark.parametrize("choices", [(), CHOICES])
+def test_a_text_without_an_output_has_the_next_token_loss(make_model: Make, choices: tuple[str, ...]) -> None:
+    model = make_model(dtype=torch.float64)
+    tokenizer = model._base.tokenizer
+    ids = [tokenizer.bos_token_id, *tokenizer(" my tweet")["input_ids"], tokenizer.eos_token_id]
+    found = model.losses([Example("tweet_paraphrase", "my tweet", " ", choices)], None)
+    assert found[0] == pytest.approx(by_hand(model, ids, 1))
+
+
+def test_a_long_text_without_an_output_is_cut_and_has_no_end(make_model: Make, settings: ModelSettings) -> None:
+    model = make_model(dtype=torch.float64)
+    tokenizer = model._base.tokenizer
+    ids = [tokenizer.bos_token_id, *tokenizer(" " + "word " * 10_000)["input_ids"]][: settings.max_tokens]
+    found = model.losses([Example("tweet_paraphrase", "word " * 10_000, "")], None)
+    assert found[0] == pytest.approx(by_hand(model, ids, 1))
+
+
+def test_without_a_start_token_the_first_token_is_given(make_model: Make) -> None:
+    model = make_model(dtype=torch.float64)
+    model._encoder._prompts.start = ()
+    tokenizer = model._base.tokenizer
+    ids = [*tokenizer(" my tweet")["input_ids"], tokenizer.eos_token_id]
+    losses = model.losses([Example("tweet_paraphrase", text, "") for text in ("my tweet", "")], None)
+    assert losses[0] == pytest.approx(by_hand(model, ids, 1))
+    assert losses[1] == 0.0  # nothing follows nothing
+
+
+def test_training_on_bare_texts_lowers_their_next_token_loss(make_model: Make) -> None:
+    model = make_model(dtype=torch.float64)
+    texts = [Example("tweet_paraphrase", text, "") for text in ("so so tired", "what a day", "so so happy")]
+    before = model.losses(texts, None)
+    config = TrainConfig(learning_rate=2e-2, weight_decay=0.0, passes=1, batch=3)
+    job = TrainJob(UserId("u"), None, tuple(texts))
+    [first] = model.train([job], config, heartbeat=lambda: None)
+    assert first.mean_loss == pytest.approx(before.mean())
+    [done] = model.train([job], replace(config, passes=12), heartbeat=lambda: None)
+    assert model.losses(texts, done.tensors).mean() < before.mean() - 0.2
 
 
 def test_an_output_outside_the_choices_is_scored_beside_them(make_model: Make) -> None:

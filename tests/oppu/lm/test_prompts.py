@@ -63,6 +63,13 @@ def test_profile_goes_after_the_evidence_and_before_the_query() -> None:
     assert build(row, limit=8) == "[S] article : the query category :"
 
 
+def test_an_item_without_an_output_stands_as_it_is() -> None:
+    row = Row("t", "q", evidence=(("one two", " "), ("three", "b")))
+    assert build(row) == "[S] one two [E] article : three category : b [E] article : q category :"
+    long = Row("t", "q", evidence=((" ".join(f"w{k}" for k in range(20)), ""),))
+    assert build(long, limit=16) == "[S] w0 w1 w2 w3 w4 w5 w6 w7 w8 [E] article : q category :"
+
+
 def test_query_is_cut_at_its_inputs_end_and_keeps_the_cue() -> None:
     row = Row("t", "q1 q2 q3 q4 q5", evidence=(("one", "a"),), profile="p")
     assert build(row, limit=8) == "[S] article : q1 q2 q3 category :"

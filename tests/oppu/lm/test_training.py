@@ -123,23 +123,23 @@ def _apart(base: LoadedBase, users: Sequence[list[Target]], adapters: Sequence[d
 
 
 class _ClipsAllTogether(SlotAdamW):
-    def step(self, slots: Sequence[int], warm_up: Sequence[int]) -> None:
-        total = torch.stack([s.grad.norm() for s in self._stacks if s.grad is not None]).norm()
+    def step(self, slots: Sequence[int], warm_up: Sequence[int], total: Sequence[int] | None = None) -> None:
+        norm = torch.stack([s.grad.norm() for s in self._stacks if s.grad is not None]).norm()
         for stack in self._stacks:
             if stack.grad is not None:
-                stack.grad /= max(float(total), 1.0)
-        super().step(slots, warm_up)
+                stack.grad /= max(float(norm), 1.0)
+        super().step(slots, warm_up, total)
 
 
 class _CountsStepsTogether(SlotAdamW):
-    def step(self, slots: Sequence[int], warm_up: Sequence[int]) -> None:
-        super().step(slots, warm_up)
+    def step(self, slots: Sequence[int], warm_up: Sequence[int], total: Sequence[int] | None = None) -> None:
+        super().step(slots, warm_up, total)
         self._count[:] = self._count.max()
 
 
 class _DecaysIdleSlots(SlotAdamW):
-    def step(self, slots: Sequence[int], warm_up: Sequence[int]) -> None:
-        super().step(slots, warm_up)
+    def step(self, slots: Sequence[int], warm_up: Sequence[int], total: Sequence[int] | None = None) -> None:
+        super().step(slots, warm_up, total)
         with torch.no_grad():
             for stack in self._stacks:
                 idle = [slot for slot in range(1, len(stack)) if slot not in slots]
@@ -378,6 +378,29 @@ class TestSlotAdamW:
                     parameter.grad = self.gradient(turn, at, slot, stacks[at])
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
+            for stack, parameter in zip(stacks, parameters, strict=True):
+                assert torch.allclose(stack[slot], parameter, rtol=1e-10, atol=1e-12)
+
+    def test_a_linear_schedule_falls_to_zero_by_each_slots_own_steps(self) -> None:
+        stacks = self.stacks()
+        starts = [stack.detach().clone() for stack in stacks]
+        optimizer, steps = SlotAdamW(stacks, learning_rate=0.1, weight_decay=0.2), {0: 4, 1: 9}
+        for step in range(9):
+            slots = [slot for slot, count in steps.items() if step < count]
+            for at, stack in enumerate(stacks):
+                stack.grad = torch.zeros_like(stack)
+                for slot in slots:
+                    stack.grad[slot] = self.gradient(step, at, slot, stack)
+            optimizer.step(slots, [2] * len(slots), [steps[slot] for slot in slots])
+        for slot, count in steps.items():
+            parameters = [torch.nn.Parameter(start[slot].clone()) for start in starts]
+            alone = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.2)
+            for step in range(count):
+                alone.param_groups[0]["lr"] = 0.1 * min((step + 1) / 2, (count - step) / (count - 2))
+                for at, parameter in enumerate(parameters):
+                    parameter.grad = self.gradient(step, at, slot, stacks[at])
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                alone.step()
             for stack, parameter in zip(stacks, parameters, strict=True):
                 assert torch.allclose(stack[slot], parameter, rtol=1e-10, atol=1e-12)
 

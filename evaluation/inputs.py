@@ -1,0 +1,51 @@
+"""What a work folder's results were made from, so that no run goes on with another's stages."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from evaluation.corpus import Item
+from evaluation.roles import Bounds
+from oppu.errors import ConfigError
+from oppu.settings import Settings
+
+_FILE = "inputs.json"
+_OF_THE_MACHINE = {"device", "dtype", "threads"}
+
+
+def keep(
+    folder: Path, items: Sequence[Item], bounds: Bounds, settings: Settings, more: Mapping[str, object] | None = None
+) -> None:
+    """Write down what a folder's results are made from, or compare it with what is written there.
+
+    Args:
+        folder: The run's.
+        items: With their choices.
+        bounds: Who can be what.
+        settings: Base and retriever.
+        more: Anything else that decides results.
+
+    Raises:
+        ConfigError: The folder holds results of something else; names what differs.
+    """
+    model = {name: value for name, value in settings.model.model_dump().items() if name not in _OF_THE_MACHINE}
+    parts = {
+        "events": [(i.item_id, i.user_id, str(i.day), i.input, i.output, i.choices, i.query) for i in items],
+        "bounds": [bounds.target, bounds.calibrate, bounds.folds_below, sorted(bounds.population), bounds.before_test],
+        "model and retriever settings": [model, settings.retriever.model_dump()],
+        **(more or {}),
+    }
+    now = {name: _digest(part) for name, part in parts.items()}
+    path = folder / _FILE
+    if path.exists():
+        then = json.loads(path.read_text(encoding="utf-8"))
+        other = [name for name, digest in now.items() if then.get(name, digest) != digest]
+        if other:
+            raise ConfigError(f"--out: {folder} holds results of other {', '.join(other)}: name another folder")
+    else:
+        path.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,119 @@
+"""All that a run of one task is made of: items with their choices, sister tasks' items, profiles, and the bounds."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from evaluation.answers import read_labels, settle
+from evaluation.corpus import Item, read, unique
+from evaluation.published import read_profiles
+from evaluation.roles import Bounds
+from evaluation.splits import not_tested, sharing
+from oppu.errors import ConfigError
+from oppu.tasks import Task, Tasks
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """What is read; only ``events`` must be there.
+
+    ``population`` holds users who adapt the base and calibrate, and are never targets; ``sisters`` other tasks'
+    events, of which the same articles must lie on the same side; ``outputs`` are LaMP's gold outputs.
+    """
+
+    events: Path
+    outputs: Path | None = None
+    population: Path | None = None
+    population_outputs: Path | None = None
+    sisters: tuple[Path, ...] = ()
+    profiles: Path | None = None
+    labels: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """Items oldest first; ``others`` are the other tasks' items as read, ``sisters`` those of them whose task shares
+    some input with this one; ``notes`` are to be said in the result."""
+
+    items: tuple[Item, ...] = field(repr=False)
+    others: tuple[Item, ...] = field(repr=False)
+    sisters: tuple[Item, ...] = field(repr=False)
+    profiles: Mapping[str, str] = field(repr=False)
+    bounds: Bounds
+    notes: dict[str, object]
+
+
+def gather(files: Files, task: Task, bounds: Bounds, *, final: bool) -> Material:
+    """Read and settle everything.
+
+    Args:
+        files: What to read.
+        task: The task.
+        bounds: Who can be what; ``population`` is filled in from the file.
+        final: Whether the held-back part will be opened: labels of a test part are never learnt.
+
+    Returns:
+        The material.
+
+    Raises:
+        ConfigError: Naming the file and what does not fit.
+    """
+    events = read(files.events, task.name, outputs=files.outputs)
+    own = [item for item in events if item.task == task.name]
+    others = _population(files, task, {item.user_id for item in own})
+    bounds = replace(bounds, population=frozenset(item.user_id for item in others))
+    labels = read_labels(files.labels) if files.labels is not None else None
+    every = [*events, *(item for file in files.sisters for item in read(file, task.name))]
+    rest = sorted((item for item in every if item.task != task.name), key=lambda item: item.day)
+    sisters = sharing([*own, *others], rest)
+    made = settle(unique([*own, *others]), task, lambda items: not_tested(items, sisters, bounds, final=final), labels)
+    profiles = read_profiles(files.profiles) if files.profiles is not None else {}
+    users = {item.user_id for item in made.items}
+    if profiles and not users & set(profiles):
+        raise ConfigError(f"--profiles: no entry of {files.profiles} is of a user of the events")
+    notes = made.notes | {
+        "items_left_out": len(own) + len(others) - len(made.items),
+        "users": len(users),
+        "population_users": len(bounds.population),
+        "sister_tasks": sorted({item.task for item in sisters}),
+        "profiles": "written" if profiles else "statistics",
+        "population_before_test": bounds.before_test,
+    }
+    return Material(made.items, tuple(rest), tuple(sisters), profiles, bounds, notes)
+
+
+def settled(others: Sequence[Item], tasks: Tasks, bounds: Bounds, *, final: bool) -> list[Item]:
+    """Give other tasks' items their choices, as they are learnt where one adapter learns all of a user's tasks.
+
+    Args:
+        others: As read; those of unknown tasks, and of tasks whose items do not make up a task, are left out.
+        tasks: The known tasks.
+        bounds: Who can be a target.
+        final: As for ``gather``.
+
+    Returns:
+        What can be learnt, oldest first.
+    """
+    found: list[Item] = []
+    for name in sorted({item.task for item in others} & set(tasks)):
+        own = unique(item for item in others if item.task == name)
+        try:
+            made = settle(own, tasks[name], lambda items: not_tested(items, [], bounds, final=final))
+        except ConfigError as error:
+            logger.warning("other tasks: %s is left out: %s", name, error)
+            continue
+        found += [item for item in made.items if item.learnable]
+    return sorted(found, key=lambda item: item.day)
+
+
+def _population(files: Files, task: Task, targets: set[str]) -> list[Item]:
+    if files.population is None:
+        return []
+    found = read(files.population, task.name, outputs=files.population_outputs)
+    others = [item for item in found if item.task == task.name and item.user_id not in targets]
+    if not others:
+        raise ConfigError(f"--population: expected items of task {task.name} of users who are not in --events")
+    return others

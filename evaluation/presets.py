@@ -1,0 +1,49 @@
+"""Named recipes with the settings that belong to them.
+
+``oppu`` are the hyper-parameters of OPPU's released code (arXiv 2402.04401), for Llama-2-7B. Where the code and this
+project differ is said in docs/reproduce.md.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from evaluation.training import Recipe
+from oppu.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A recipe; ``model`` and ``retriever`` are settings that it puts in place of the configured ones."""
+
+    recipe: Recipe
+    model: Mapping[str, object]
+    retriever: Mapping[str, object]
+
+    def settings(self, configured: Settings) -> Settings:
+        """Return the configured settings with this preset's in place of theirs."""
+        changed = {
+            "model": configured.model.model_copy(update=dict(self.model)),
+            "retriever": configured.retriever.model_copy(update=dict(self.retriever)),
+        }
+        return configured.model_copy(update=changed)
+
+
+PRESETS: Mapping[str, Preset] = {
+    "oppu": Preset(
+        recipe=Recipe(
+            base_method="lora",
+            base_epochs=3,
+            base_search=False,
+            base_learning_rate=1e-4,
+            base_batch=16,
+            passes=2,
+            learning_rate=1e-4,
+            batch=16,
+            weight_decay=1e-2,
+            schedule="linear",
+            chunk_learning_rate=1e-4,
+        ),
+        model={"lora_rank": 8, "lora_alpha": 8.0, "lora_targets": None, "max_tokens": 2048},
+        retriever={"mode": "bm25", "k": 4},
+    )
+}

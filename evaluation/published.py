@@ -1,0 +1,189 @@
+"""The benchmarks' published layouts: LaMP's questions with outputs, OPPU's users with profile and queries.
+
+LaMP: a list of {id, input, profile} with {golds: [{id, output}]} in a second file. OPPU: one list of {user_id,
+profile, query} (``user_others.json``, ``user_top_100_history.json``) whose queries bring their ``gold``; and a list of
+{id, output} for written profiles. What the user did is in ``profile``, oldest first; queries are what is asked, and
+become items of the day after the history, so that none is another's past. History without a date counts as one item
+a day, in order. Queries lose the instruction before the text, which a task's prompt says already.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from evaluation.corpus import Item
+from oppu.errors import ConfigError
+
+_FIRST_DAY = date(2000, 1, 1)
+_OUTPUT_FIELDS = ("output", "gold", "score", "category", "tag", "title", "citation")
+_INPUT_FIELDS = ("input", "text", "abstract", "description", "title")
+_CUES: Mapping[str, str] = {
+    "movie_tagging": "description:",
+    "news_categorize": "article:",
+    "news_headline": "article:",
+    "product_rating": "review:",
+    "scholarly_title": "paper:",
+    "tweet_paraphrase": "after it:",
+}
+"""What ends the instruction of a query, by task; the citation query is taken whole, with its candidates."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Fields of a history entry: ``output`` ``None`` means that entries are texts without an answer."""
+
+    inputs: tuple[str, ...]
+    output: str | None
+
+
+_LAYOUTS: Mapping[str, _Layout] = {
+    "citation": _Layout(("title", "abstract"), "citation"),
+    "movie_tagging": _Layout(("description",), "tag"),
+    "news_categorize": _Layout(("text",), "category"),
+    "news_headline": _Layout(("text",), "title"),
+    "product_rating": _Layout(("text",), "score"),
+    "scholarly_title": _Layout(("abstract",), "title"),
+    "tweet_paraphrase": _Layout(("text",), None),
+}
+
+
+def published(rows: object, task: str, gold: object = None) -> list[Item]:
+    """Turn a published file's content into items.
+
+    Args:
+        rows: The parsed questions or users.
+        task: Which task it is of.
+        gold: The parsed file of outputs, if there is one.
+
+    Returns:
+        The items, user by user, each user's in order of day.
+
+    Raises:
+        ConfigError: Naming entry and field.
+    """
+    answers = _answers(gold)
+    made: dict[str, dict[str, Item]] = {}
+    for number, row in enumerate(_list(rows, "events")):
+        if not isinstance(row, Mapping) or not isinstance(row.get("profile"), Sequence):
+            raise ConfigError(f"events: entry {number}: expected an object with profile")
+        user = str(row.get("user_id", row.get("id", number)))
+        asked = row["query"] if isinstance(row.get("query"), Sequence) else [row] if row.get("input") else []
+        history = _history(row["profile"], user, task)
+        queries = _queries(asked, user, task, answers, history)
+        made.setdefault(user, {}).update((item.item_id, item) for item in (*history, *queries))
+    return [item for own in made.values() for item in own.values()]
+
+
+def read_profiles(path: Path) -> dict[str, str]:
+    """Read written profiles.
+
+    Args:
+        path: A JSON list of {id, output}, or an object of texts by user.
+
+    Returns:
+        Texts by user id, white space made single.
+
+    Raises:
+        ConfigError: Naming file and entry.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--profiles: cannot read {path}: {error}") from error
+    if isinstance(content, Mapping):
+        content = [{"id": user, "output": text} for user, text in content.items()]
+    found = {}
+    for number, row in enumerate(_list(content, "--profiles")):
+        identity = row.get("id", row.get("user_id")) if isinstance(row, Mapping) else None
+        if identity is None or not isinstance(row.get("output"), str):
+            raise ConfigError(f"--profiles: entry {number}: expected an object with id and output")
+        found[str(identity)] = " ".join(row["output"].split())
+    return found
+
+
+def _history(entries: Sequence[Any], user: str, task: str) -> list[Item]:
+    days = [_day(entry, user) for entry in entries]
+    if None in days:
+        days = [_FIRST_DAY + timedelta(days=at) for at in range(len(entries))]
+    made = [
+        Item(f"{user}/{_identity(entry, user, at)}", user, task, day or _FIRST_DAY, *_pair(entry, user, task))
+        for at, (entry, day) in enumerate(zip(entries, days, strict=True))
+    ]
+    return sorted(made, key=lambda item: item.day)
+
+
+def _queries(
+    entries: Iterable[Any], user: str, task: str, answers: Mapping[str, str], history: Sequence[Item]
+) -> list[Item]:
+    """Return the queries whose gold output is known, all of one day after the history."""
+    known = [
+        (at, e, str(answers.get(str(e.get("id")), e.get("gold", e.get("output", "")))))
+        for at, e in enumerate(entries)
+        if isinstance(e, Mapping) and e.get("input")
+    ]
+    day = history[-1].day + timedelta(days=1) if history else _FIRST_DAY
+    day = max([day, *(d for _, e, _ in known if (d := _day(e, user)) is not None)])
+    taken = {item.item_id for item in history}
+    found = []
+    for at, entry, output in known:
+        name = f"{user}/{_identity(entry, user, at)}"
+        name = f"{name}?" if name in taken else name
+        if output:
+            found.append(Item(name, user, task, day, _asked(str(entry["input"]), task), output, query=True))
+    return found
+
+
+def _pair(entry: Mapping[str, Any], user: str, task: str) -> tuple[str, str]:
+    layout = _LAYOUTS.get(task)
+    if layout is not None and any(entry.get(name) for name in layout.inputs):
+        if layout.output is None or not entry.get(layout.output):
+            return " ".join(str(entry[name]) for name in layout.inputs if entry.get(name)), ""
+        return str(entry[layout.inputs[0]]), str(entry[layout.output])
+    source = next((name for name in _INPUT_FIELDS if entry.get(name)), None)
+    if source is None:
+        named = f"events: user {user}, entry {entry.get('id', '')}"
+        raise ConfigError(f"{named}: expected one of {', '.join(_INPUT_FIELDS)}")
+    target = next((name for name in _OUTPUT_FIELDS if entry.get(name) and name != source), None)
+    return str(entry[source]), str(entry[target]) if target is not None else ""
+
+
+def _asked(text: str, task: str) -> str:
+    _, cue, rest = text.partition(_CUES.get(task, "\0"))
+    return rest.strip() if cue and rest.strip() else text
+
+
+def _identity(entry: object, user: str, at: int) -> str:
+    if not isinstance(entry, Mapping):
+        raise ConfigError(f"events: user {user}, entry {at}: expected an object")
+    return str(entry.get("id", at))
+
+
+def _day(entry: object, user: str) -> date | None:
+    text = str(entry.get("date") or "") if isinstance(entry, Mapping) else ""
+    if not text:
+        return None
+    try:
+        return date(int(text), 1, 1) if text.isdecimal() and len(text) == 4 else datetime.fromisoformat(text).date()
+    except ValueError as error:
+        raise ConfigError(f"events: user {user}: date: expected YYYY-MM-DD, got {text[:20]!r}") from error
+
+
+def _answers(gold: object) -> dict[str, str]:
+    if gold is None:
+        return {}
+    rows = gold.get("golds") if isinstance(gold, Mapping) else gold
+    found = {}
+    for number, row in enumerate(_list(rows, "--outputs")):
+        if not isinstance(row, Mapping) or "id" not in row or "output" not in row:
+            raise ConfigError(f"--outputs: entry {number}: expected an object with id and output")
+        found[str(row["id"])] = str(row["output"])
+    return found
+
+
+def _list(rows: object, name: str) -> list[Any]:
+    if not isinstance(rows, list):
+        raise ConfigError(f"{name}: expected a JSON list")
+    return rows

@@ -1,0 +1,116 @@
+"""Who adapts the base, who calibrates and who is a target; in one fold, or in several that leave some out by turns."""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from evaluation.corpus import Item, by_user
+from oppu.errors import ConfigError
+
+LEAVE_ONE_OUT, CROSS_FOLDS = 6, 5
+"""Up to so many targets each are left out alone; more are left out in so many parts."""
+_HELPFUL_TARGETS = 12
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Who can be what: least number of items; few targets are crossed, each fold leaving some out.
+
+    ``population`` names users who are never targets; where there are any, all others are targets or nothing.
+    ``before_test`` keeps of the adapt items those from before the earliest target's test part.
+    """
+
+    target: int = 50
+    calibrate: int = 20
+    folds_below: int = 12
+    population: frozenset[str] = field(default=frozenset(), repr=False)
+    before_test: bool = False
+
+
+def roles(people: Mapping[str, list[Item]], most: Mapping[str, int], bounds: Bounds) -> dict[str, dict[str, str]]:
+    """Give every user a role in each fold.
+
+    Args:
+        people: Each user's items.
+        most: Each user's number of items in the task, of this one and its sisters, where he has most: nobody is a
+            target in one and adapts the base in another.
+        bounds: Who can be what.
+
+    Returns:
+        By fold, ``adapt``, ``calibrate`` or ``target`` by user; users without a role are left out.
+
+    Raises:
+        ConfigError: Nobody can be a target; the message says which bound would do.
+    """
+    targets = [u for u, own in people.items() if len(own) >= bounds.target and u not in bounds.population]
+    if not targets:
+        raise ConfigError(_too_few(people, bounds))
+    if bounds.population:
+        others = {u: _role(u, most[u], bounds) for u in people if u in bounds.population}
+    else:
+        others = {u: _role(u, most[u], bounds) for u in people if most[u] < bounds.target}
+    crossed = len(targets) > 1 and (len(targets) < bounds.folds_below or "adapt" not in others.values())
+    if bounds.population or not crossed:
+        return {"all": others | dict.fromkeys(targets, "target")}
+    if len(targets) < bounds.folds_below:
+        others = dict.fromkeys(others, "adapt")
+    if len(targets) <= LEAVE_ONE_OUT:
+        folds = {f"without-{_plain(user)}": [user] for user in targets}
+    else:
+        folds = {f"fold-{k}": targets[k::CROSS_FOLDS] for k in range(CROSS_FOLDS)}
+    parts = list(folds.values())
+    crossing = {}
+    for at, (name, out) in enumerate(folds.items()):
+        held = dict.fromkeys(parts[(at + 1) % len(parts)], "calibrate") | dict.fromkeys(out, "target")
+        crossing[name] = others | dict.fromkeys(targets, "adapt") | held
+    return crossing
+
+
+def some_users(items: Sequence[Item], bounds: Bounds, *, users: int, adapt_items: int) -> list[Item]:
+    """Return the items of some users, for a first look that takes minutes.
+
+    Args:
+        items: Of one task, oldest first.
+        bounds: Who can be what.
+        users: How many calibrate users are kept, and targets; of these so many that few are not taken for all.
+        adapt_items: About how many items adapt the base.
+
+    Returns:
+        The items of the users who come first by name, in the given order.
+    """
+    people = by_user(items)
+    targets = [u for u, own in people.items() if len(own) >= bounds.target and u not in bounds.population]
+    rest = bounds.population or people
+    others = {u: _role(u, len(own), bounds) for u, own in people.items() if u not in targets and u in rest}
+    kept = {*targets[: max(users, bounds.folds_below)], *[u for u, r in others.items() if r == "calibrate"][:users]}
+    for user in (u for u, role in others.items() if role == "adapt"):
+        if adapt_items <= 0:
+            break
+        kept.add(user)
+        adapt_items -= len(people[user])
+    return [item for item in items if item.user_id in kept]
+
+
+def _role(user: str, count: int, bounds: Bounds) -> str:
+    if count >= bounds.calibrate and hashlib.sha256(f"role:{user}".encode()).digest()[0] % 2:
+        return "calibrate"
+    return "adapt"
+
+
+def _plain(user: str) -> str:
+    """Return a name for a folder."""
+    return user if _PLAIN_NAME.fullmatch(user) else hashlib.sha256(user.encode()).hexdigest()[:16]
+
+
+def _too_few(people: Mapping[str, list[Item]], bounds: Bounds) -> str:
+    counts = sorted((len(own) for user, own in people.items() if user not in bounds.population), reverse=True)
+    if not counts:
+        return "events: expected some user who is not in --population"
+    bound = counts[min(_HELPFUL_TARGETS, max(1, len(counts) // 2)) - 1]
+    return (
+        f"events: expected some user with at least {bounds.target} items to be a target (--min-target); the longest "
+        f"history has {counts[0]}: --min-target {bound} would make {sum(c >= bound for c in counts)} of {len(counts)} "
+        "users targets"
+    )

@@ -1,0 +1,99 @@
+"""What a run is made of: sister tasks from one file or two, notes, and a work folder that keeps to its inputs."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evaluation import inputs
+from evaluation.duplicates import normal
+from evaluation.material import Files, Material, gather
+from evaluation.roles import Bounds
+from evaluation.splits import make_folds
+from oppu.errors import ConfigError
+from oppu.settings import Settings
+from oppu.tasks import load_tasks
+from tests.evaluation.makers import Row, lines, rows
+from tests.evaluation.world import stacked
+
+TASKS = load_tasks()
+BOUNDS = Bounds(target=20, calibrate=6, folds_below=2)
+COUNTS = {f"t{n}": 24 for n in range(3)} | {f"c{n}": 8 for n in range(5)}
+
+
+def both(**lacking: set[int]) -> dict[str, list[Row]]:
+    """The same articles with headline and category; ``lacking`` names a task's events of t0 that are not there."""
+    headlines = rows("news_headline", COUNTS)
+    sisters = [
+        r | {"task": "news_categorize", "output": "crime" if n % 2 else "travel"} for n, r in enumerate(headlines)
+    ]
+    made = {"news_headline": headlines, "news_categorize": sisters}
+    gone = {task: {f"t0-{at}" for at in numbers} for task, numbers in lacking.items()}
+    return {task: [r for r in own if r["event_id"] not in gone.get(task, ())] for task, own in made.items()}
+
+
+def material(files: Files, task: str, **bounds: Any) -> Material:
+    return gather(files, TASKS[task], replace(BOUNDS, **bounds), final=True)
+
+
+@pytest.mark.parametrize("one_file", [True, False])
+def test_an_article_lies_on_one_side_in_both_tasks_from_one_file_or_two(tmp_path: Path, one_file: bool) -> None:
+    made = both(news_categorize={20, 21, 22})
+    if one_file:
+        path = lines(tmp_path / "both.jsonl", [row for own in made.values() for row in own])
+        files = {task: Files(path) for task in made}
+    else:
+        paths = {task: lines(tmp_path / f"{task}.jsonl", own) for task, own in made.items()}
+        files = {task: Files(paths[task], sisters=tuple(p for t, p in paths.items() if t != task)) for task in made}
+    tested, used = {}, {}
+    for task in made:
+        found = material(files[task], task)
+        assert len(found.notes["sister_tasks"]) == 1  # type: ignore[arg-type]
+        [fold] = make_folds(found.items, stacked(found.items), found.bounds, final=True, sisters=found.sisters)
+        tested[task] = {normal(i.input) for p in fold.target for i in p.test}
+        learnt = [*fold.adapt, *(i for p in (*fold.calibrate, *fold.target) for i in p.items[: p.cut])]
+        used[task] = {normal(i.input) for i in learnt}
+    assert tested["news_headline"] >= tested["news_categorize"]
+    assert not (tested["news_headline"] & used["news_categorize"]) | (tested["news_categorize"] & used["news_headline"])
+
+
+def test_other_tasks_without_a_common_input_are_no_sisters(tmp_path: Path) -> None:
+    other = rows("news_categorize", COUNTS, seed=1)
+    found = material(Files(lines(tmp_path / "e.jsonl", [*both()["news_headline"], *other])), "news_headline")
+    assert found.sisters == () and found.notes["sister_tasks"] == []
+
+
+def test_a_population_file_may_share_ids_and_users(tmp_path: Path) -> None:
+    events = lines(tmp_path / "e.jsonl", rows("news_headline", {"t0": 24}))
+    again = [row | {"user_id": "p0"} for row in rows("news_headline", {"t0": 9}, seed=2)]
+    others = lines(tmp_path / "p.jsonl", [*again, *rows("news_headline", {"t0": 24})])
+    found = material(Files(events, population=others), "news_headline")
+    assert found.bounds.population == {"p0"} and len(found.items) == 33
+    assert len({i.item_id for i in found.items}) == 33
+
+
+def test_no_events_of_the_task_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected some item of task citation"):
+        material(Files(lines(tmp_path / "e.jsonl", both()["news_headline"])), "citation")
+
+
+def test_a_folder_keeps_to_what_it_began_with(tmp_path: Path) -> None:
+    found = material(Files(lines(tmp_path / "e.jsonl", both()["news_headline"])), "news_headline")
+    settings = Settings.load()
+
+    def keep(items: Any = found.items, bounds: Bounds = BOUNDS, model: dict[str, Any] | None = None) -> None:
+        own = settings.model_copy(update={"model": settings.model.model_copy(update=model or {})})
+        inputs.keep(tmp_path, items, bounds, own)
+
+    for _ in range(2):
+        keep()
+    keep(model={"threads": 7, "device": "cuda"})
+    for change, words in (
+        ({"items": [replace(found.items[0], output="x"), *found.items[1:]]}, "other events"),
+        ({"bounds": replace(BOUNDS, target=21)}, "other bounds"),
+        ({"bounds": replace(BOUNDS, population=frozenset("a"))}, "other bounds"),
+        ({"model": {"lora_rank": 3}}, "other model and retriever settings"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            keep(**change)
