@@ -80,7 +80,8 @@ def fit_fusion(tables: Sequence[Table], kind: Kind = "choice") -> Fusion:
         for at, item in enumerate(table.person.train)
         if table.pasts[at].count and item.answered and table.person.groups[at] not in closed
     ]
-    order = _by_value(tables[0].person.items[0]) if kind == "rating" else None
+    offered = {item.choices for table in tables for item in table.person.items}
+    order = _by_value(next(iter(offered))) if kind == "rating" and len(offered) == 1 else None
     alone = fit(seen, EVIDENCE, order) if seen else DEFAULT.alone
     adapted = [item for item in seen if item.sources["adapter"] is not None]
     if not adapted:
@@ -220,8 +221,8 @@ def _fixed(table: Table, choose: Callable[[Sequence[str]], str]) -> Array:
     return found
 
 
-def _by_value(item: Item) -> list[int]:
-    return sorted(range(len(item.choices)), key=lambda at: float(item.choices[at]))
+def _by_value(choices: Sequence[str]) -> list[int]:
+    return sorted(range(len(choices)), key=lambda at: float(choices[at]))
 
 
 def _commonest(seen: Sequence[str]) -> str:

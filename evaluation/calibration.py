@@ -77,6 +77,8 @@ def calibrate(items: Sequence[Item], settings: Settings, tasks: Tasks, embedder:
         )
         for p in people
     ]
+    if not any(t.adapted < len(t.person.items) for t in tables):
+        raise ConfigError("EVENTS: expected some user with more days of items than an adapter's first training takes")
     fitted = (
         fit_fusion(tables, tasks[items[0].task].kind)
         if said is None

@@ -67,6 +67,11 @@ def cached(
 ) -> dict[str, NDArray[np.float64]]:
     """Let every cache foresee every item, prequentially; a stage.
 
+    Args:
+        bench: The fold's model.
+        people: Whose items, all of them.
+        pasts: By user, one past an item.
+
     Returns:
         ``USER`` probabilities and ``USER/matched`` ``[n, t, cache experts]``.
     """

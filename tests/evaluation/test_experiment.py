@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,13 @@ def test_a_text_tasks_weights_are_fitted_and_read_too(settings: Settings, tmp_pa
 def test_too_little_to_calibrate_on_is_refused(settings: Settings, items: list[Item]) -> None:
     with pytest.raises(ConfigError, match="EVENTS: expected"):
         calibrate(items, settings, TASKS, EMBEDDER, lambda _: None)
+
+
+def test_items_of_one_day_leave_nothing_to_weigh_an_adapter_by(settings: Settings) -> None:
+    own = settings.model_copy(update={"updater": UpdaterSettings(min_pending=4)})
+    single = [replace(i, day=date(2020, 1, 1)) for i in everybody() if i.user_id[0] != "s"]
+    with pytest.raises(ConfigError, match="EVENTS: expected some user with more days"):
+        calibrate(single, own, TASKS, EMBEDDER, lambda _: None)
 
 
 def _equal(outcome: Outcome, one: str, other: str) -> None:
