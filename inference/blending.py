@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from oppu.errors import ConfigError
-from oppu.fusion import length
+from oppu.fusion import length, read_fitted
 from oppu.lm.blend import EXPERTS, Blend, Texts, shares
 from retriever.port import Hit
 
@@ -105,12 +105,7 @@ def load_text_fusion(path: Path) -> TextFusion:
     Raises:
         ConfigError: Naming the file and the field.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.text_fusion: cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"model.text_fusion: {path}: expected an object with alone and beside")
+    content = read_fitted(path, "model.text_fusion", "alone and beside")
     without = [name for name in EXPERTS if name != "adapter"]
     return TextFusion(_part(path, content, "alone", without), _part(path, content, "beside", EXPERTS))
 

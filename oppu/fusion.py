@@ -150,6 +150,29 @@ DEFAULT = Fusion(
 70; log loss alone would let it rise more slowly, accuracy is better so."""
 
 
+def read_fitted(path: Path, setting: str, parts: str) -> dict[str, Any]:
+    """Read a file of fitted weights.
+
+    Args:
+        path: The JSON file.
+        setting: Names it in errors.
+        parts: What it should hold, for the error.
+
+    Returns:
+        Its object.
+
+    Raises:
+        ConfigError: It cannot be read, or is no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{setting}: cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{setting}: {path}: expected an object with {parts}")
+    return content
+
+
 def load_fusion(path: Path) -> Fusion:
     """Read what was fitted for a base.
 
@@ -162,12 +185,7 @@ def load_fusion(path: Path) -> Fusion:
     Raises:
         ConfigError: Naming the file and the field.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.fusion: cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"model.fusion: {path}: expected an object with alone, beside and share")
+    content = read_fitted(path, "model.fusion", "alone, beside and share")
     share = _pair(path, "share", content.get("share"))
     alone, beside = _stack(path, content, "alone", NAMES[:3], "base"), _stack(path, content, "beside", NAMES, "adapter")
     return Fusion(alone, beside, share)

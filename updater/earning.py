@@ -5,12 +5,10 @@ Reads and computes only. The evidence beside an event is older than the event.
 
 from dataclasses import dataclass
 
-from oppu.errors import FatalError
 from oppu.fusion import Fusion, earn, sources_of
-from oppu.values import Event
-from retriever.port import Profile, Query, Retrieved, knn_distribution
+from retriever.port import Query, knn_distribution
 from updater.job import Job
-from updater.material import EvidenceSource
+from updater.material import EvidenceSource, check_earlier
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +31,7 @@ class Judge:
 
         Raises:
             TransientError: The store is away.
-            FatalError: Something of another user came back.
+            FatalError: Something of another user, or not older than its event, came back.
         """
         head, live = job.claim.head, job.scored().live
         if head is None:
@@ -47,15 +45,10 @@ class Judge:
         profiles = self.evidence.profiles([(job.state, e.task, e.seq) for e in events])
         earned = head.earned
         for at, event, retrieved, profile in zip(asked, events, found, profiles, strict=True):
-            _own(event, retrieved, profile)
+            check_earlier(event, retrieved, profile)
             example = job.work().pending[at]
             vote = knn_distribution(retrieved.neighbours, example.choices)
             sources = sources_of(job.scored().none.scores[at], live.scores[at], vote, profile.prior, example.choices)
             if sources["knn"] is not None or sources["prior"] is not None:
                 earned = earn(earned, self.fusion.gain(sources, event.seq - 1, example.choices.index(example.output)))
         return earned
-
-
-def _own(event: Event, found: Retrieved, profile: Profile) -> None:
-    if {profile.user_id, *(hit.event.user_id for hit in found.neighbours)} != {event.user_id}:
-        raise FatalError("retriever: something of another user came back")

@@ -94,16 +94,28 @@ class Gatherer:
         found = self.evidence.retrieve(queries)
         profiles = self.evidence.profiles([(job.state, e.task, e.seq) for e in asked])
         return {
-            event.seq: _earlier(job, event, one, profile)
-            for event, one, profile in zip(asked, found, profiles, strict=True)
+            event.seq: _beside(event, one, profile) for event, one, profile in zip(asked, found, profiles, strict=True)
         }
 
 
-def _earlier(job: Job, event: Event, found: Retrieved, profile: Profile) -> Beside:
-    """Check that all of it is the same user's and older than the event: the answer must not be in the prompt."""
-    owners = {profile.user_id, *(hit.event.user_id for hit in found.hits)}
-    if owners != {job.user_id}:
+def check_earlier(event: Event, found: Retrieved, profile: Profile) -> None:
+    """Check that all evidence beside an event is the same user's and older: it must not hold the answer.
+
+    Args:
+        event: What is asked about.
+        found: What was retrieved for it.
+        profile: The user's before it.
+
+    Raises:
+        FatalError: Something is another user's, or not older.
+    """
+    hits = (*found.hits, *found.neighbours)
+    if {profile.user_id, *(hit.event.user_id for hit in hits)} != {event.user_id}:
         raise FatalError("retriever: something of another user came back")
-    if any(hit.event.seq >= event.seq for hit in found.hits):
+    if any(hit.event.seq >= event.seq for hit in hits):
         raise FatalError("retriever: an event came back that is not older than the one asked about")
+
+
+def _beside(event: Event, found: Retrieved, profile: Profile) -> Beside:
+    check_earlier(event, found, profile)
     return Beside(tuple((hit.event.input, hit.event.output) for hit in found.hits), profile.line)

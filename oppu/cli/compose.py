@@ -208,10 +208,8 @@ def fusion(settings: Settings) -> Fusion:
     """
     from oppu.fusion import DEFAULT, FILE, load_fusion
 
-    beside = Path(settings.model.base) / FILE
-    if settings.model.fusion is not None:
-        return load_fusion(Path(settings.model.fusion))
-    return load_fusion(beside) if beside.is_file() else DEFAULT
+    path = _fitted(settings, settings.model.fusion, FILE)
+    return DEFAULT if path is None else load_fusion(path)
 
 
 def text_fusion(settings: Settings) -> TextFusion:
@@ -228,10 +226,8 @@ def text_fusion(settings: Settings) -> TextFusion:
     """
     from inference.blending import DEFAULT, FILE, load_text_fusion
 
-    beside = Path(settings.model.base) / FILE
-    if settings.model.text_fusion is not None:
-        return load_text_fusion(Path(settings.model.text_fusion))
-    return load_text_fusion(beside) if beside.is_file() else DEFAULT
+    path = _fitted(settings, settings.model.text_fusion, FILE)
+    return DEFAULT if path is None else load_text_fusion(path)
 
 
 def updater(settings: Settings, metrics: Metrics) -> Updater:
@@ -276,6 +272,14 @@ def state_dir(settings: Settings) -> Path:
     except OSError as error:
         raise ConfigError(f"service.state_dir: cannot make {folder}: {error.strerror}") from error
     return folder
+
+
+def _fitted(settings: Settings, named: str | None, name: str) -> Path | None:
+    """Return the file of fitted weights: the named one, else the one beside the base where there is one."""
+    if named is not None:
+        return Path(named)
+    beside = Path(settings.model.base) / name
+    return beside if beside.is_file() else None
 
 
 def _deployment_key(settings: Settings) -> str:

@@ -27,6 +27,18 @@ LABELS = ("art", "law", "sport", "war")
 PAIRS = [("goal match cup", "sport"), ("judge court", "law"), ("goal cup final", "sport"), ("tank front", "war")]
 
 
+class Watched(FakeModel):
+    """Keeps every row that it was asked about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[Row] = []
+
+    def answer(self, asked: Any) -> list[Scored]:
+        self.rows.extend(asked)
+        return super().answer(asked)
+
+
 def test_an_unknown_user_is_answered_without_personalization(world: World) -> None:
     world.ask("nobody", "r1")
     outcome = world.turn()
@@ -104,38 +116,26 @@ def test_evidence_moves_the_scores_towards_what_the_user_does(world: World) -> N
 def test_a_choice_has_its_evidence_in_the_scores_not_in_the_prompt(
     settings: Settings, make_world: Callable[..., World]
 ) -> None:
-    rows: list[Row] = []
-
-    class Watched(FakeModel):
-        def answer(self, asked: Any) -> list[Scored]:
-            rows.extend(asked)
-            return super().answer(asked)
-
-    world = make_world(settings, model=Watched())
+    model = Watched()
+    world = make_world(settings, model=model)
     world.remember("anna", [(f"text {i}", "war") for i in range(9)])
     world.ask("anna", "r1")
     world.turn()
-    assert [(row.evidence, row.profile) for row in rows] == [((), "")]
+    assert [(row.evidence, row.profile) for row in model.rows] == [((), "")]
     made = world.answer("r1").provenance
     assert made is not None
     assert "retrieval" in made.used
 
 
 def test_k_of_the_request_bounds_the_prompt(settings: Settings, make_world: Callable[..., World]) -> None:
-    rows: list[Row] = []
-
-    class Watched(FakeModel):
-        def answer(self, asked: Any) -> list[Scored]:
-            rows.extend(asked)
-            return super().answer(asked)
-
+    model = Watched()
     everywhere = settings.model.model_copy(update={"prompt_evidence": "all"})
-    world = make_world(settings.model_copy(update={"model": everywhere}), model=Watched())
+    world = make_world(settings.model_copy(update={"model": everywhere}), model=model)
     world.remember("anna", [(f"text {i}", "war") for i in range(9)])
     world.ask("anna", "r1", options={"retrieve": 2, "max_new_tokens": 7})
     world.ask("anna", "r2")
     world.turn()
-    by_size = sorted((len(row.evidence), row.max_new_tokens) for row in rows)
+    by_size = sorted((len(row.evidence), row.max_new_tokens) for row in model.rows)
     assert by_size == [(2, 7), (settings.retriever.k, 32)]
 
 
@@ -230,21 +230,15 @@ def test_texts_are_generated(world: World) -> None:
 def test_a_text_is_written_from_what_is_switched_on(
     settings: Settings, make_world: Callable[..., World], options: dict[str, Any], expected: set[str]
 ) -> None:
-    rows: list[Row] = []
-
-    class Watched(FakeModel):
-        def answer(self, asked: Any) -> list[Scored]:
-            rows.extend(asked)
-            return super().answer(asked)
-
-    world = make_world(settings, model=Watched())
+    model = Watched()
+    world = make_world(settings, model=model)
     world.remember("anna", [("goal match", "a headline"), ("judge court", "another")], task="write")
     world.publish("anna", "art", task="write")
     world.ask("anna", "r1", task="write", input="goal match", options=options)
     world.turn()
     answer = world.answer("r1")
     assert answer.status == "ok" and answer.provenance is not None
-    [row] = rows
+    [row] = model.rows
     assert row.blend is not None and (row.evidence, row.profile) == ((), "")
     assert set(row.blend.caches) | ({"adapter"} if row.adapter is not None else set()) == expected
     assert ("adapter" in row.blend.weights) == ("adapter" in expected) == ("adapter" in answer.provenance.used)
@@ -314,14 +308,8 @@ def test_an_answer_too_large_for_its_topic_becomes_an_error(
 
 
 def test_a_late_request_costs_no_model_time(settings: Settings, make_world: Callable[..., World]) -> None:
-    rows: list[Row] = []
-
-    class Watched(FakeModel):
-        def answer(self, asked: Any) -> list[Scored]:
-            rows.extend(asked)
-            return super().answer(asked)
-
-    world = make_world(settings, model=Watched())
+    model = Watched()
+    world = make_world(settings, model=model)
     world.ask("anna", "late")
     world.ask("anna", "own", deadline=(world.clock.now() + timedelta(seconds=60)).isoformat())
     world.clock.advance(31)
@@ -329,7 +317,7 @@ def test_a_late_request_costs_no_model_time(settings: Settings, make_world: Call
     error = world.answer("late").error
     assert error is not None and error.code == "deadline_exceeded"
     assert world.answer("own").status == "ok"
-    assert len(rows) == 1
+    assert len(model.rows) == 1
 
 
 def test_deadlines_are_judged_again_before_each_chunk(settings: Settings, make_world: Callable[..., World]) -> None:
