@@ -11,12 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from oppu.errors import ConfigError
-from oppu.fusion import length, read_fitted
+from oppu.fusion import are_finite, length, read_fitted
 from oppu.lm.blend import EXPERTS, Blend, Texts, shares
-from retriever.port import Hit
+from retriever.port import Hit, nearness
 
 FILE = "text_fusion.json"
 """Beside a base's weights: what was fitted for it."""
@@ -24,8 +22,6 @@ FILE = "text_fusion.json"
 Coefficients = Mapping[str, tuple[float, float, float]]
 """By expert, of its log weight: level, slope over ``length``, and what each further matched token adds."""
 
-_TEMPERATURE = 0.1
-"""Of similarities, as in the kNN vote of choices."""
 _CACHED_OUTPUTS = 128
 """Heaviest outputs of the profile's prior that are looked at: with a half-life of 50 events, five sixths of it."""
 
@@ -121,8 +117,7 @@ def caches(text: str, neighbours: Sequence[Hit], prior: Mapping[str, float]) -> 
     Returns:
         Weighted texts by cache; a cache without texts is left out.
     """
-    top = max((hit.similarity for hit in neighbours), default=0.0)
-    near = [(hit.event.output, float(np.exp((hit.similarity - top) / _TEMPERATURE))) for hit in neighbours]
+    near = [(hit.event.output, weight) for hit, weight in zip(neighbours, nearness(neighbours), strict=True)]
     recent = sorted(prior.items(), key=lambda pair: (-pair[1], pair[0]))[:_CACHED_OUTPUTS]
     found = {"knn": _known(near), "prior": _known(recent), "input": _known([(text, 1.0)])}
     return {name: texts for name, texts in found.items() if texts}
@@ -137,10 +132,6 @@ def _part(path: Path, content: Mapping[str, object], name: str, allowed: Sequenc
     if not isinstance(found, dict) or "base" not in found or not set(found) <= set(allowed):
         raise ConfigError(f"model.text_fusion: {path}: {name}: expected coefficients of {', '.join(allowed)}")
     for expert, own in found.items():
-        if not (isinstance(own, list) and len(own) == 3 and all(_is_finite(x) for x in own)):
+        if not are_finite(own, 3):
             raise ConfigError(f"model.text_fusion: {path}: {name}.{expert}: expected three finite numbers")
     return {expert: (float(own[0]), float(own[1]), float(own[2])) for expert, own in found.items()}
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))

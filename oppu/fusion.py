@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -173,6 +173,15 @@ def read_fitted(path: Path, setting: str, parts: str) -> dict[str, Any]:
     return content
 
 
+def are_finite(values: object, count: int) -> TypeGuard[list[float]]:
+    """Say whether something read from JSON is a list of so many finite numbers."""
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(isinstance(x, int | float) and not isinstance(x, bool) and bool(np.isfinite(x)) for x in values)
+    )
+
+
 def load_fusion(path: Path) -> Fusion:
     """Read what was fitted for a base.
 
@@ -302,10 +311,6 @@ def _stack(path: Path, content: Mapping[str, Any], field_name: str, allowed: Seq
 
 
 def _pair(path: Path, field_name: str, pair: object) -> tuple[float, float]:
-    if not (isinstance(pair, list) and len(pair) == 2 and all(_is_finite(x) for x in pair)):
+    if not are_finite(pair, 2):
         raise ConfigError(f"model.fusion: {path}: {field_name}: expected two finite numbers")
     return float(pair[0]), float(pair[1])
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))

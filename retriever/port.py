@@ -3,6 +3,7 @@
 Letters: q queries, k hits of a query.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -73,6 +74,12 @@ class Profile:
     line: str = field(repr=False)
 
 
+def nearness(neighbours: Sequence[Hit], *, temperature: float = 0.1) -> list[float]:
+    """Return each neighbour's weight, exp(similarity / temperature), the nearest one's being 1 (kNN-LM's form)."""
+    top = max((hit.similarity for hit in neighbours), default=0.0)
+    return [float(np.exp((hit.similarity - top) / temperature)) for hit in neighbours]
+
+
 def knn_distribution(
     neighbours: tuple[Hit, ...], choices: tuple[str, ...], *, temperature: float = 0.1
 ) -> NDArray[np.float64] | None:
@@ -84,10 +91,9 @@ def knn_distribution(
     if not any(hit.event.output in choices for hit in neighbours):
         return None
     weights = {choice: 0.0 for choice in choices}
-    top = max((hit.similarity for hit in neighbours), default=0.0)
-    for hit in neighbours:
+    for hit, weight in zip(neighbours, nearness(neighbours, temperature=temperature), strict=True):
         if hit.event.output in weights:
-            weights[hit.event.output] += float(np.exp((hit.similarity - top) / temperature))
+            weights[hit.event.output] += weight
     counts = np.array([weights[choice] for choice in choices], dtype=np.float64)
     total = counts.sum()
     smooth = 1.0
