@@ -1,5 +1,6 @@
 """The shared bases of a fold: OPPU's task adaption in its three variants, and none; each kept with its curve."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from evaluation.corpus import by_user
+from evaluation.corpus import Item, by_user
 from evaluation.history import Past
 from evaluation.prompting import Variant, drawn
 from evaluation.splits import Fold
@@ -174,12 +175,21 @@ def _write(path: Path, text: str) -> None:
 
 
 def _learnt(study: Study, variant: Variant) -> list[Example]:
-    """Return the adapt users' items in the variant's prompts, in the fold's order."""
+    """Return the adapt users' items in the variant's prompts, in the fold's order; as many as the recipe takes."""
     phrased: dict[str, Example] = {}
     for user, own in by_user(study.fold.adapt).items():
         made = drawn(own, study.pasts[user], variant, study.seed)
         phrased |= {item.item_id: one for item, one in zip(own, made, strict=True)}
-    return [phrased[item.item_id] for item in study.fold.adapt]
+    return [phrased[item.item_id] for item in learnt_items(study.fold.adapt, study.recipe, study.seed)]
+
+
+def learnt_items(items: Sequence[Item], recipe: Recipe, seed: int) -> list[Item]:
+    """Return as many items as the recipe takes, drawn without regard to anything, in the given order."""
+    if recipe.adapt_items is None or len(items) <= recipe.adapt_items:
+        return list(items)
+    drawn_first = sorted(items, key=lambda i: hashlib.sha256(f"{seed}:adapt:{i.item_id}".encode()).digest())
+    kept = {item.item_id for item in drawn_first[: recipe.adapt_items]}
+    return [item for item in items if item.item_id in kept]
 
 
 def _tempered_loss(model: TorchModel, judged: Sequence[Example]) -> float:

@@ -119,13 +119,15 @@ def phases(fold: Fold, rates: Rates, chosen: Options) -> dict[str, float]:
         Seconds by phase.
     """
     work = _Work(fold, rates, chosen)
-    found = {f"base-{variant}": work.base(variant) for variant in _USUAL}
     recipe = chosen.recipe
+    found = {f"base-{variant}": work.base(variant) for variant in recipe.variants}
     per_item = recipe.chunk_passes * (1 + recipe.replay / recipe.chunk) * rates.train + 2 * rates.score
     found["follow"] = work.every() * per_item
     trained = {**TRAINED, **(FURTHER if chosen.all_arms else {})}
-    found |= {name: work.prompted(way.asked) for name, way in PROMPTED.items()} | {RECENT: work.prompted(Asked(8))}
-    found |= {name: work.trained(way.asked) for name, way in trained.items()}
+    bases = {*recipe.variants, "unadapted"}
+    found |= {name: work.prompted(way.asked) for name, way in PROMPTED.items() if way.base in bases}
+    found |= {RECENT: work.prompted(Asked(8))} if "retrieval" in bases else {}
+    found |= {name: work.trained(way.asked) for name, way in trained.items() if way.base in bases}
     found["controls"] = 3 * work.trained(PLAIN) + (1 + recipe.strangers) * work.prompted(PLAIN)
     if chosen.all_arms:
         found[UNADAPTED] = work.prompted(PLAIN)
@@ -153,7 +155,8 @@ class _Work:
         asked, recipe = _USUAL[variant], self.chosen.recipe
         tried = range(1 if recipe.base_search else recipe.base_epochs, recipe.base_epochs + 1)
         judged = [i for p in self.fold.calibrate for i in p.items if i.answered] if self.fold.adapt else []
-        runs = self._tokens(self.fold.adapt, asked) * sum(tried) * self.rates.adapt
+        learnt = self.fold.adapt[: recipe.adapt_items]  # as many as are drawn
+        runs = self._tokens(learnt, asked) * sum(tried) * self.rates.adapt
         return runs + len(tried) * self._tokens(judged, asked) * self.rates.score
 
     def every(self) -> float:

@@ -22,7 +22,7 @@ from evaluation.history import Past, check_pasts, pasts
 from evaluation.leaks import check
 from evaluation.material import settled
 from evaluation.methods import PREFIX, MethodResult, merged, run_methods
-from evaluation.prompting import VARIANTS, example
+from evaluation.prompting import example
 from evaluation.quick import FOLDS, shortened
 from evaluation.roles import Bounds
 from evaluation.splits import Fold, Person, make_folds, sharing
@@ -215,7 +215,7 @@ def _fold(plan: Plan, study: Study, extra: Extra) -> _Part:
         own = {t.person.user_id: {**t.held, "none": t.base[t.person.cut :]} for t in targets}
         analysed = analyse(study, own, extra)
         study.done("analyses")
-    curves: dict[str, list[float]] = {variant: curve(study, variant) for variant in VARIANTS}
+    curves: dict[str, list[float]] = {variant: curve(study, variant) for variant in plan.recipe.variants}
     curves = {variant: losses for variant, losses in curves.items() if losses}
     others = [tables[p.user_id] for p in fold.calibrate]
     return _Part(targets, others, arms, variants.chosen, curves, variants.cut_share, methods, analysed)
@@ -237,7 +237,9 @@ def _text_arms(study: Study, tables: Mapping[str, Table], followed: Mapping[str,
     targets = [tables[p.user_id] for p in study.fold.target]
     with opened(study, "plain") as bench:
         arms = text_run(bench, tables, _adapters(study, bench, followed))
-    name = max(PROMPTED, key=lambda arm: chosen.merits.get(arm, 0.0))
+    if not chosen.prompt:
+        return arms
+    name = max(PROMPTED, key=lambda arm: chosen.merits.get(arm, -np.inf))
     calibrate = [tables[p.user_id] for p in study.fold.calibrate]
     with opened(study, PROMPTED[name].base) as bench:
         texts = write(bench, targets, Writer(name, asked=PROMPTED[name].asked), lengths(calibrate or targets).most)

@@ -5,7 +5,7 @@ project differ is said in docs/reproduce.md.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from evaluation.training import Recipe
 from oppu.settings import Settings
@@ -26,6 +26,15 @@ class Preset:
             "retriever": configured.retriever.model_copy(update=dict(self.retriever)),
         }
         return configured.model_copy(update=changed)
+
+
+def whole(recipe: Recipe) -> bool:
+    """Say whether a recipe is the project's own or a preset's, however much adapts its bases and whichever it makes."""
+    for known in (Recipe(), *(preset.recipe for preset in PRESETS.values())):
+        scale = {name: getattr(known, name) for name in ("base_epochs", "base_search", "adapt_items", "variants")}
+        if replace(recipe, **scale) == known:
+            return True
+    return False
 
 
 PRESETS: Mapping[str, Preset] = {

@@ -14,11 +14,10 @@ from evaluation.arms import Array, answer, log_loss, macro_f1, right, squared_er
 from evaluation.experiment import Outcome, Plan
 from evaluation.figures import draw
 from evaluation.methods import PREFIX
-from evaluation.presets import PRESETS
+from evaluation.presets import whole
 from evaluation.sections import sections
 from evaluation.splits import Person, clusters
 from evaluation.statistics import CASE_STUDY_BELOW, Contrast, block_interval, contrast, holm, mean_interval
-from evaluation.training import Recipe
 from evaluation.variants import CHOSEN_OPPU, CHOSEN_PROMPT
 from oppu.tasks import Kind
 
@@ -74,7 +73,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
     return {
         "task": plan.task,
         "final": plan.final,
-        "evidence": plan.users is None and plan.recipe in (Recipe(), *(p.recipe for p in PRESETS.values())),
+        "evidence": plan.users is None and whole(plan.recipe),
         "users": len(people),
         "queries": sum(len(p.test) for p in people),
         "metric": METRICS[kind],
@@ -195,7 +194,8 @@ def _differences(merits: Mapping[str, Sequence[Array]]) -> dict[str, list[Array]
     """Return each contrast's per-query differences by user."""
     pairs: dict[str, tuple[str, str]] = {}
     if "oppu" in merits:
-        pairs["P1 oppu - best prompt-only (both chosen by calibrate users)"] = (CHOSEN_OPPU, CHOSEN_PROMPT)
+        if CHOSEN_PROMPT in merits:
+            pairs["P1 oppu - best prompt-only (both chosen by calibrate users)"] = (CHOSEN_OPPU, CHOSEN_PROMPT)
         pairs |= {f"P2 oppu - {c}": ("oppu", c) for c in ("volume", "permuted") if c in merits}
         pairs["increments up to the cut - oppu"] = ("frozen", "oppu")
         others = ("none", "stranger-nearest", "union", "prior", "evidence")

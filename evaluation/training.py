@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.corpus import Item
-from evaluation.prompting import example
+from evaluation.prompting import VARIANTS, Variant, example
 from evaluation.splits import Fold, Person
 from oppu.lm.encoding import is_bare
 from oppu.lm.model import TorchModel
@@ -28,6 +28,7 @@ Scores = list[NDArray[np.float64]]
 Say = Callable[[str], None]
 _AT_ONCE = 16
 """Users trained together: bounds the bank's memory, changes no result."""
+_ESCAPE = "="
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +37,11 @@ class Recipe:
 
     ``passes`` and ``learning_rate`` are the paper's full training; ``chunk`` new items with ``replay`` older ones,
     ``chunk_passes`` times at ``chunk_learning_rate``, are the service's increments. The base is adapted for 1, 2, …
-    ``base_epochs`` epochs until more do not help, or with ``base_search`` off for ``base_epochs``. Calibrate users
-    judge which prompt-only arm and which OPPU arm stand in P1, each by the first ``judge_items`` of its items. Of each
-    user of a text task the first ``written`` held-back items are written out, greedily, no longer than nearly all of
-    calibrate users' outputs.
+    ``base_epochs`` epochs until more do not help, or with ``base_search`` off for ``base_epochs``, on at most
+    ``adapt_items`` drawn items (``None``: all); ``variants`` are the bases that are made, the plain one always among
+    them. Calibrate users judge which prompt-only arm and which OPPU arm stand in P1, each by the first ``judge_items``
+    of its items. Of each user of a text task the first ``written`` held-back items are written out, greedily, no
+    longer than nearly all of calibrate users' outputs.
     """
 
     base_epochs: int = 4
@@ -59,6 +61,8 @@ class Recipe:
     base_method: Literal["full", "lora"] = "full"
     base_search: bool = True
     schedule: Literal["constant", "linear"] = "constant"
+    adapt_items: int | None = None
+    variants: tuple[Variant, ...] = tuple(VARIANTS)
 
     def digest(self) -> str:
         """Return a hash of all fields."""
@@ -134,13 +138,18 @@ def stage(bench: Keeper, name: str, compute: Callable[[], Mapping[str, NDArray[A
     if not path.exists():
         fresh = path.with_suffix(".part")
         with fresh.open("wb") as file:
-            np.savez(file, **dict(compute()))  # type: ignore[arg-type]
+            np.savez(file, **{_escaped(key): array for key, array in compute().items()})  # type: ignore[arg-type]
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(path)
         bench.say(f"{name}: done")
     with np.load(path) as kept:
-        return {key: kept[key] for key in kept.files}
+        return {key.removeprefix(_ESCAPE): kept[key] for key in kept.files}
+
+
+def _escaped(key: str) -> str:
+    """Keep users whose ids are numpy's own parameter names, or are escaped ones, apart from them."""
+    return _ESCAPE + key if key in ("file", "allow_pickle") or key.startswith(_ESCAPE) else key
 
 
 def base_scores(bench: Bench, people: Sequence[Person], name: str) -> dict[str, NDArray[Any]]:

@@ -59,7 +59,10 @@ Held = dict[str, dict[str, Array]]
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A fold's and seed's choice for P1, and the calibrate users' mean merit by arm (empty: nobody judged)."""
+    """A fold's and seed's choice for P1, and the calibrate users' mean merit by arm (empty: nobody judged).
+
+    ``prompt`` is empty where the recipe has no base with anything in its prompts.
+    """
 
     fold: str
     seed: int
@@ -106,10 +109,11 @@ def compared(study: Study, plain: Bench, *, every: bool) -> Compared:
     """
     people = [*study.fold.target, *judges(study)]
     held: Held = {p.user_id: {} for p in people}
+    variants = study.recipe.variants
     trained = {**TRAINED, **(FURTHER if every else {})}
     _on_base(study, plain, people, {}, _on("plain", trained), held)
     share = None
-    for base in ("retrieval", "profile"):
+    for base in (variant for variant in variants if variant != "plain"):
         with opened(study, base) as bench:
             _on_base(study, bench, people, _on(base, PROMPTED), _on(base, trained), held)
             if base == "retrieval":
@@ -120,7 +124,9 @@ def compared(study: Study, plain: Bench, *, every: bool) -> Compared:
     chosen = _choose(study, people[len(study.fold.target) :], held)
     for person in study.fold.target:
         own = held[person.user_id]
-        own |= {CHOSEN_PROMPT: own[chosen.prompt], CHOSEN_OPPU: own[chosen.oppu]}
+        own[CHOSEN_OPPU] = own[chosen.oppu]
+        if chosen.prompt:
+            own[CHOSEN_PROMPT] = own[chosen.prompt]
     return Compared({p.user_id: held[p.user_id] for p in study.fold.target}, chosen, share)
 
 
@@ -207,16 +213,17 @@ def _recent(study: Study, bench: Bench, people: Sequence[Person], held: Held) ->
 
 def _choose(study: Study, people: Sequence[Person], held: Held) -> Chosen:
     """Choose by the mean merit over all the judges' queries; the first of equals; without judges the first of all."""
-    prompts, adapters = [*PROMPTED, RECENT], [n for n in {**TRAINED, **FURTHER} if n in next(iter(held.values()))]
+    ran = next(iter(held.values()))
+    prompts, adapters = ([n for n in names if n in ran] for names in ((*PROMPTED, RECENT), (*TRAINED, *FURTHER)))
     if not people:
-        return Chosen(study.fold.name, study.seed, prompts[0], adapters[0])
+        return Chosen(study.fold.name, study.seed, prompts[0] if prompts else "", adapters[0])
     kind = study.tasks.require(people[0].items[0].task).kind
     asked = {p.user_id: [at for at, item in enumerate(p.test) if not item.bare] for p in people}
     merits = {
         name: float(np.concatenate([_merits(p, held[p.user_id][name], asked[p.user_id], kind) for p in people]).mean())
         for name in (*prompts, *adapters)
     }
-    prompt, adapter = (max(names, key=lambda name: merits[name]) for names in (prompts, adapters))
+    prompt, adapter = (max(names, key=lambda name: merits[name], default="") for names in (prompts, adapters))
     return Chosen(study.fold.name, study.seed, prompt, adapter, merits)
 
 

@@ -29,6 +29,9 @@ QUICK_USERS = 8
 @click.option("--min-target", type=click.IntRange(5), default=50, show_default=True, help="Items of a target user.")
 @click.option("--min-calibrate", type=click.IntRange(3), default=20, show_default=True)
 @click.option("--preset", type=click.Choice(["oppu"]), help="OPPU's released hyper-parameters: docs/reproduce.md.")
+@click.option("--base-epochs", type=click.IntRange(1), help="Adapt every base for so many, instead of searching.")
+@click.option("--adapt-items", type=click.IntRange(1), help="Adapt the bases on so many drawn items of all there are.")
+@click.option("--plain-only", is_flag=True, help="Leave out the bases and arms with anything of the past in prompts.")
 @click.option("--quick", is_flag=True, help=f"{QUICK_USERS} targets, short training: not evidence.")
 @click.option("--all-arms", is_flag=True, help="Also OPPU with k=2 and 4, profile with k=1, and without adaption.")
 @click.option("--methods", is_flag=True, help="Also LoRA, IA3 and prompt tuning, one user after the other.")
@@ -47,6 +50,9 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
     min_calibrate: int,
     population_before_test: bool,
     preset: str | None,
+    base_epochs: int | None,
+    adapt_items: int | None,
+    plain_only: bool,
     quick: bool,
     all_arms: bool,
     methods: bool,
@@ -79,6 +85,9 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
     recipe = Recipe()
     if preset is not None:
         recipe, settings = PRESETS[preset].recipe, PRESETS[preset].settings(settings)
+    if base_epochs is not None:
+        recipe = replace(recipe, base_epochs=base_epochs, base_search=False)
+    recipe = replace(recipe, adapt_items=adapt_items, variants=("plain",) if plain_only else recipe.variants)
     say(", ".join(f"{name} {value}" for name, value in material.notes.items()))
     if quick:
         recipe = replace(recipe, base_epochs=1, passes=1, chunk_passes=1, strangers=1)

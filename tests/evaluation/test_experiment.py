@@ -157,6 +157,46 @@ def test_the_development_run_never_sees_the_last_fifth(settings: Settings, tmp_p
     assert not (tmp_path / "final.log").exists()
 
 
+@pytest.mark.parametrize("task", ["pick", "write"])
+def test_a_plain_run_has_no_prompted_arm_and_no_p1(task: str, settings: Settings, tmp_path: Path) -> None:
+    plan = planned(tmp_path, task)
+    plan = replace(plan, recipe=replace(RECIPE, variants=("plain",), base_search=False, adapt_items=10))
+    outcomes = run(plan, everybody(task), settings, TASKS, EMBEDDER)
+    kind = TASKS[task].kind
+    result = summarise(plan, outcomes, kind, "tiny", f"oppu evaluate {task}")
+    assert {"none", "oppu", "evidence", "fused", "volume", "permuted", CHOSEN_OPPU} <= set(result["arms"])
+    assert not {*PROMPTED, RECENT, CHOSEN_PROMPT, "oppu-1", "oppu-profile"} & set(result["arms"])
+    assert {name[:2] for name in result["tests"] if name.startswith("P")} == {"P2", "P3"}
+    assert [c["prompt"] for c in result["chosen"]] == [""]
+    assert [path.name for path in (tmp_path / "all-seed-0").glob("base-*") if path.is_dir()] == ["base-plain"]
+    made = tmp_path / "all-seed-0" / "base-plain" / str(RECIPE.base_epochs) / "oppu.json"
+    assert json.loads(made.read_text())["examples"] == 10
+    assert write(result, outcomes, kind, tmp_path / "out")[1].exists()
+
+
+def test_the_items_that_adapt_a_base_are_drawn_by_the_seed() -> None:
+    items, recipe = everybody(), replace(RECIPE, adapt_items=7)
+    drawn = [bases.learnt_items(items, recipe, seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and {len(own) for own in drawn} == {7}
+    assert [i.day for i in drawn[0]] == sorted(i.day for i in drawn[0])
+    assert bases.learnt_items(items, RECIPE, 0) == items
+    assert bases.learnt_items(items[:5], recipe, 0) == items[:5]
+
+
+def test_a_stage_keeps_users_of_any_id_apart(tmp_path: Path) -> None:
+    class Kept:
+        folder = tmp_path
+
+        @staticmethod
+        def say(_text: str) -> None:
+            return None
+
+    arrays = {key: np.full(2, at) for at, key in enumerate(("file", "=file", "allow_pickle", "a/b|c", "é", "=="))}
+    for _ in range(2):  # as it is computed, and from its file
+        found = training.stage(Kept(), "scores", lambda: arrays)
+        assert {key: value.tolist() for key, value in found.items()} == {k: v.tolist() for k, v in arrays.items()}
+
+
 def test_a_chunk_ends_with_its_day() -> None:
     items = people({"u": 12})
     assert training.chunks_of(items, 5) == [(0, 5), (5, 10), (10, 12)]
