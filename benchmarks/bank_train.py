@@ -22,12 +22,12 @@ from benchmarks.subjects import base_named
 from benchmarks.timing import REPEATS, Cell, Timing, interleaved, rounded
 from oppu.cli.demo import read_sample
 from oppu.errors import ConfigError, FatalError
-from oppu.lm.bank import find_targets
 from oppu.lm.base import LoadedBase
 from oppu.lm.encoding import Encoder, Target
 from oppu.lm.forward import Runner, buckets, target_losses
 from oppu.lm.model import TorchModel
 from oppu.lm.port import Example, TrainConfig, TrainJob
+from oppu.lm.targets import find_targets
 from oppu.settings import ModelSettings, UpdaterSettings
 from oppu.tasks import Tasks
 from oppu.values import UserId

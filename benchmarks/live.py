@@ -61,6 +61,7 @@ def _trained(model: LanguageModel, event: BehaviorEvent) -> Tensors:
 
 @contextmanager
 def client_of(settings: Settings) -> Iterator[Client]:
+    """Hold a client of the running stack; closed afterwards."""
     client = Client(compose.broker(settings), compose.topics(settings))
     try:
         yield client
@@ -104,6 +105,11 @@ def events(count: int) -> list[BehaviorEvent]:
 
 
 def await_events(counts: Callable[[], Mapping[str, int]], wanted: int) -> None:
+    """Wait until ``counts`` knows of so many stored events.
+
+    Raises:
+        FatalError: They are not there in time.
+    """
     deadline = time.monotonic() + STORED_SECONDS
     while (stored := counts()["events"]) < wanted:
         if time.monotonic() > deadline:

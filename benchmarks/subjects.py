@@ -17,11 +17,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from oppu.errors import ConfigError
-from oppu.lm.bank import SlotBank, find_targets
+from oppu.lm.bank import SlotBank
 from oppu.lm.base import LoadedBase, load_base, ready
 from oppu.lm.encoding import Reading
 from oppu.lm.forward import Runner
 from oppu.lm.port import Tensors
+from oppu.lm.targets import find_targets
 from oppu.settings import ModelSettings
 
 LLAMA_1B = "llama-1b"

@@ -21,16 +21,15 @@ from evaluation.arms import Array
 from evaluation.bases import Study, adapted
 from evaluation.prompting import example
 from evaluation.splits import Person
-from evaluation.training import shuffled, stage
+from evaluation.training import full_config, shuffled, stage
 from evaluation.variants import judges
 from oppu.errors import ConfigError
-from oppu.lm.bank import find_targets
 from oppu.lm.base import LoadedBase, load_base
 from oppu.lm.encoding import Encoder, Reading, Target
 from oppu.lm.forward import Runner, buckets, target_losses
-from oppu.lm.port import Example
+from oppu.lm.port import Example, TrainConfig
 from oppu.lm.scoring import Trie, allowed_log_probs
-from oppu.lm.training import CLIP_NORM
+from oppu.lm.targets import find_targets
 from oppu.settings import ModelSettings
 
 METHODS = ("lora", "ia3", "prompt-tuning")
@@ -122,9 +121,8 @@ def _best_rate(study: Study, tuner: "Tuner") -> float:
 def _train(study: Study, tuner: "Tuner", person: Person, rate: float) -> int:
     """Train a user's module afresh; return how many examples were seen, each pass counted."""
     own = shuffled([example(i) for i in person.train], study.seed, person.user_id)
-    recipe = study.recipe
-    tuner.train(own, rate, recipe.weight_decay, recipe.passes, recipe.batch, linear=recipe.schedule == "linear")
-    return recipe.passes * len(own)
+    tuner.train(own, replace(full_config(study.recipe), learning_rate=rate))
+    return study.recipe.passes * len(own)
 
 
 class Tuner:
@@ -153,25 +151,24 @@ class Tuner:
             self._model.save_pretrained(folder)
             return (Path(folder) / "adapter_model.safetensors").stat().st_size
 
-    def train(
-        self, examples: Sequence[Example], rate: float, decay: float, passes: int, batch: int, *, linear: bool = False
-    ) -> None:
-        """Train from the beginning, as the bank does: AdamW, norm clipped, linear warm-up over a tenth of the steps,
-        then a constant rate or one that falls to zero."""
+    def train(self, examples: Sequence[Example], config: TrainConfig) -> None:
+        """Train from the beginning, as the bank does, but without dropout: AdamW, norm clipped, linear warm-up over a
+        tenth of the steps, then a constant rate or one that falls to zero."""
         with torch.no_grad():
             for parameter, value in zip(self._own, self._begin, strict=True):
                 parameter.copy_(value)
         targets = [t for t in self._encoder.targets(examples) if t.positions]
-        batches = [targets[at : at + batch] for at in range(0, len(targets), batch)] * passes
+        batches = [targets[at : at + config.batch] for at in range(0, len(targets), config.batch)] * config.passes
         warm_up = max(1, math.ceil(_WARM_UP_SHARE * len(batches)))
-        optimizer = torch.optim.AdamW(self._own, lr=rate, weight_decay=decay)
+        optimizer = torch.optim.AdamW(self._own, lr=config.learning_rate, weight_decay=config.weight_decay)
+        linear = config.schedule == "linear"
         for step, part in enumerate(batches, start=1):
             falls = (len(batches) - step + 1) / max(1, len(batches) - warm_up) if linear else 1.0
-            optimizer.param_groups[0]["lr"] = rate * min(1.0, step / warm_up, falls)
+            optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, step / warm_up, falls)
             for group in buckets([len(t.ids) for t in part], self._runner.tokens):
                 losses = target_losses(self._runner, [part[at] for at in group], [0] * len(group))
                 torch.autograd.backward(losses.sum() / len(part))
-            torch.nn.utils.clip_grad_norm_(self._own, CLIP_NORM)
+            torch.nn.utils.clip_grad_norm_(self._own, config.clip_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

@@ -50,6 +50,8 @@ PRESETS: Mapping[str, Preset] = {
             batch=16,
             weight_decay=1e-2,
             schedule="linear",
+            clip_norm=0.3,
+            dropout=0.05,
             chunk_learning_rate=1e-4,
         ),
         model={"lora_rank": 8, "lora_alpha": 8.0, "lora_targets": None, "max_tokens": 2048},

@@ -47,19 +47,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
     people = outcomes[0].people
     of = clusters(people)
     merits = {name: _over_seeds(outcomes, name, kind) for name in outcomes[0].arms.held}
-    arms: dict[str, dict[str, Any]] = {}
-    for name, values in merits.items():
-        arms[name] = {
-            "query_mean": float(np.concatenate(values).mean()),
-            "user_mean": float(np.mean([v.mean() for v in values])),
-            "ci": mean_interval(values, of),
-            "seeds": [float(np.concatenate(_merits(o, name, kind)).mean()) for o in outcomes],
-        }
-        if kind != "text":
-            arms[name]["log_loss"] = float(np.mean([np.concatenate(_losses(o, name)).mean() for o in outcomes]))
-            arms[name]["macro_f1"] = float(np.mean([_f1(o, name) for o in outcomes]))
-        if kind == "rating":
-            arms[name] |= {"mae": -arms[name]["query_mean"], "rmse": _rmse(outcomes, name)}
+    arms = {name: _measured(outcomes, name, values, of, kind) for name, values in merits.items()}
     differences = _differences(merits) | _prequential(outcomes, kind)
     tests = {name: _tested(parts, of) for name, parts in differences.items()}
     runs = [o.arms.texts for o in outcomes]
@@ -95,6 +83,24 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
         "base": base,
         "recipe": asdict(plan.recipe) | {"digest": plan.recipe.digest()},
     }
+
+
+def _measured(
+    outcomes: Sequence[Outcome], name: str, values: Sequence[Array], of: Sequence[int], kind: Kind
+) -> dict[str, Any]:
+    """Return an arm's metrics; ``values`` are its merits by user, ``of`` the users' clusters."""
+    found: dict[str, Any] = {
+        "query_mean": float(np.concatenate(values).mean()),
+        "user_mean": float(np.mean([v.mean() for v in values])),
+        "ci": mean_interval(values, of),
+        "seeds": [float(np.concatenate(_merits(o, name, kind)).mean()) for o in outcomes],
+    }
+    if kind != "text":
+        found["log_loss"] = float(np.mean([np.concatenate(_losses(o, name)).mean() for o in outcomes]))
+        found["macro_f1"] = float(np.mean([_f1(o, name) for o in outcomes]))
+    if kind == "rating":
+        found |= {"mae": -found["query_mean"], "rmse": _rmse(outcomes, name)}
+    return found
 
 
 def write(result: Mapping[str, Any], outcomes: Sequence[Outcome], kind: Kind, folder: Path) -> tuple[Path, Path]:

@@ -102,6 +102,15 @@ def mixture_share(truths: Array, events: Sequence[int]) -> tuple[float, float]:
 
 
 def minimised(weights: torch.Tensor, loss: Callable[[], torch.Tensor]) -> Array:
+    """Return the weights ``[…] float64`` at which a loss of them is least, by L-BFGS from where they stand.
+
+    Args:
+        weights: Leaf that takes gradients; changed in place.
+        loss: Returns the loss of ``weights`` as they are, a scalar.
+
+    Returns:
+        The weights.
+    """
     optimizer = torch.optim.LBFGS([weights], max_iter=_STEPS, line_search_fn="strong_wolfe")
 
     def step() -> torch.Tensor:

@@ -35,13 +35,13 @@ _ESCAPE = "="
 class Recipe:
     """Everything that was chosen, before the test part was opened; its hash names the run.
 
-    ``passes`` and ``learning_rate`` are the paper's full training; ``chunk`` new items with ``replay`` older ones,
-    ``chunk_passes`` times at ``chunk_learning_rate``, are the service's increments. The base is adapted for 1, 2, …
-    ``base_epochs`` epochs until more do not help, or with ``base_search`` off for ``base_epochs``, on at most
-    ``adapt_items`` drawn items (``None``: all); ``variants`` are the bases that are made, the plain one always among
-    them. Calibrate users judge which prompt-only arm and which OPPU arm stand in P1, each by the first ``judge_items``
-    of its items. Of each user of a text task the first ``written`` held-back items are written out, greedily, no
-    longer than nearly all of calibrate users' outputs.
+    ``passes``, ``learning_rate``, ``clip_norm`` and ``dropout`` are the paper's full training; ``chunk`` new items with
+    ``replay`` older ones, ``chunk_passes`` times at ``chunk_learning_rate``, are the service's increments. The base is
+    adapted for 1, 2, … ``base_epochs`` epochs until more do not help, or with ``base_search`` off for ``base_epochs``,
+    on at most ``adapt_items`` drawn items (``None``: all); ``variants`` are the bases that are made, the plain one
+    always among them. Calibrate users judge which prompt-only arm and which OPPU arm stand in P1, each by the first
+    ``judge_items`` of its items. Of each user of a text task the first ``written`` held-back items are written out,
+    greedily, no longer than nearly all of calibrate users' outputs.
     """
 
     base_epochs: int = 4
@@ -61,6 +61,8 @@ class Recipe:
     base_method: Literal["full", "lora"] = "full"
     base_search: bool = True
     schedule: Literal["constant", "linear"] = "constant"
+    clip_norm: float = 1.0
+    dropout: float = 0.0
     adapt_items: int | None = None
     variants: tuple[Variant, ...] = tuple(VARIANTS)
 
@@ -267,7 +269,15 @@ def _increment(bench: Bench, person: Person, begin: int, end: int, head: Tensors
 
 def full_config(recipe: Recipe) -> TrainConfig:
     """Return the paper's full training."""
-    return TrainConfig(recipe.learning_rate, recipe.weight_decay, recipe.passes, recipe.batch, recipe.schedule)
+    return TrainConfig(
+        recipe.learning_rate,
+        recipe.weight_decay,
+        recipe.passes,
+        recipe.batch,
+        recipe.schedule,
+        recipe.clip_norm,
+        recipe.dropout,
+    )
 
 
 def _chunk_config(recipe: Recipe) -> TrainConfig:

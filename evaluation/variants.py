@@ -111,16 +111,17 @@ def compared(study: Study, plain: Bench, *, every: bool) -> Compared:
     held: Held = {p.user_id: {} for p in people}
     variants = study.recipe.variants
     trained = {**TRAINED, **(FURTHER if every else {})}
-    _on_base(study, plain, people, {}, _on("plain", trained), held)
+    arms = _Arms(study, people, held)
+    arms.on_base(plain, {}, _on("plain", trained))
     share = None
     for base in (variant for variant in variants if variant != "plain"):
         with opened(study, base) as bench:
-            _on_base(study, bench, people, _on(base, PROMPTED), _on(base, trained), held)
+            arms.on_base(bench, _on(base, PROMPTED), _on(base, trained))
             if base == "retrieval":
                 share = _recent(study, bench, people, held)
     if every:
         with opened(study, "unadapted") as bench:
-            _on_base(study, bench, people, {UNADAPTED: Way("unadapted")}, _on("unadapted", trained), held)
+            arms.on_base(bench, {UNADAPTED: Way("unadapted")}, _on("unadapted", trained))
     chosen = _choose(study, people[len(study.fold.target) :], held)
     for person in study.fold.target:
         own = held[person.user_id]
@@ -151,40 +152,32 @@ def _on(base: BaseName, ways: Mapping[str, Way]) -> dict[str, Way]:
     return {name: way for name, way in ways.items() if way.base == base}
 
 
-def _on_base(
-    study: Study,
-    bench: Bench,
-    people: Sequence[Person],
-    prompted: Mapping[str, Way],
-    trained: Mapping[str, Way],
-    held: Held,
-) -> None:
-    """Add all arms of one base."""
-    for name, way in prompted.items():
-        _add(study, bench, people, name, way.asked, dict.fromkeys(held), held)
-    for name, way in trained.items():
-        _add(study, bench, people, name, way.asked, weights_of(study, bench, name, people), held)
+@dataclass(frozen=True, slots=True)
+class _Arms:
+    """The arms of a fold and seed as they come in: ``held`` by user and arm, of all ``people``."""
 
+    study: Study
+    people: Sequence[Person]
+    held: Held
 
-def _add(
-    study: Study,
-    bench: Bench,
-    people: Sequence[Person],
-    name: str,
-    asked: Asked,
-    weights: Mapping[str, Tensors | None],
-    held: Held,
-) -> None:
-    def compute() -> dict[str, Array]:
-        found = {}
-        for p in people:
-            queries = examples(p.test, study.pasts[p.user_id][p.cut : len(p.items)], asked)
-            found[p.user_id] = score(bench.model, queries, weights[p.user_id])
-        return found
+    def on_base(self, bench: Bench, prompted: Mapping[str, Way], trained: Mapping[str, Way]) -> None:
+        """Add all arms of one base."""
+        for name, way in prompted.items():
+            self._add(bench, name, way.asked, dict.fromkeys(self.held))
+        for name, way in trained.items():
+            self._add(bench, name, way.asked, weights_of(self.study, bench, name, self.people))
 
-    for user, scores in stage(bench, f"{name}-scores", compute).items():
-        held[user][name] = scores
-    study.done(name)
+    def _add(self, bench: Bench, name: str, asked: Asked, weights: Mapping[str, Tensors | None]) -> None:
+        def compute() -> dict[str, Array]:
+            found = {}
+            for p in self.people:
+                queries = examples(p.test, self.study.pasts[p.user_id][p.cut : len(p.items)], asked)
+                found[p.user_id] = score(bench.model, queries, weights[p.user_id])
+            return found
+
+        for user, scores in stage(bench, f"{name}-scores", compute).items():
+            self.held[user][name] = scores
+        self.study.done(name)
 
 
 def _recent(study: Study, bench: Bench, people: Sequence[Person], held: Held) -> float | None:

@@ -153,6 +153,10 @@ class UpdaterSettings(_Section):
     batch: int = Field(16, ge=1, description="Rows of one user in an optimizer step.")
     learning_rate: float = Field(2e-3, gt=0, description="AdamW's, after warm-up.")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's.")
+    clip_norm: float = Field(1.0, gt=0, description="Bound of each user's gradient in a step.")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Share of their inputs that adapters do not see while they learn."
+    )
     evidence: bool = Field(False, description="Put retrieved items and the profile beside training examples too.")
     holdout_share: float = Field(0.2, gt=0, lt=1, description="Newest share of the pending events that validates.")
     claim_seconds: float = Field(60.0, gt=0, description="A claim lasts so long unless renewed.")

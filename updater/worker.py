@@ -232,7 +232,9 @@ class Updater:
     def _run_training(self, jobs: Sequence[Job], leases: Leases) -> Sequence[Trained]:
         leases.beat()
         s = self.settings
-        config = TrainConfig(s.learning_rate, s.weight_decay, s.passes, s.batch)
+        config = TrainConfig(
+            s.learning_rate, s.weight_decay, s.passes, s.batch, clip_norm=s.clip_norm, dropout=s.dropout
+        )
         results = self.model.train([job.train_job() for job in jobs], config, heartbeat=leases.beat)
         if len(results) != len(jobs):
             raise FatalError(f"model: {len(results)} results of {len(jobs)} training jobs")

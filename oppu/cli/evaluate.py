@@ -2,16 +2,21 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from oppu.cli import Session, compose, emit, json_option
 from oppu.errors import ConfigError
 
+if TYPE_CHECKING:
+    from evaluation.training import Recipe
+
 QUICK_USERS = 8
+_FILES = ("outputs", "population", "population_outputs", "sisters", "profiles", "labels")
 
 
 @click.command()
@@ -39,27 +44,8 @@ QUICK_USERS = 8
 @click.option("--final", is_flag=True, help="Open the held-back last fifth; it is written down that this was done.")
 @json_option
 @click.pass_obj
-def evaluate(  # noqa: PLR0913 - one parameter an option
-    session: Session,
-    /,
-    task: str,
-    events: Path,
-    out: Path,
-    seeds: tuple[int, ...],
-    min_target: int,
-    min_calibrate: int,
-    population_before_test: bool,
-    preset: str | None,
-    base_epochs: int | None,
-    adapt_items: int | None,
-    plain_only: bool,
-    quick: bool,
-    all_arms: bool,
-    methods: bool,
-    analyses: bool,
-    final: bool,
-    as_json: bool,
-    **files: Any,
+def evaluate(
+    session: Session, /, task: str, events: Path, out: Path, *, final: bool, as_json: bool, **options: Any
 ) -> None:
     """Compare all arms and controls of TASK on users' own events, and write tables and tests to OUT."""
     from evaluation.budget import Progress
@@ -69,37 +55,41 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
     from evaluation.quick import ADAPT_ITEMS
     from evaluation.report import markdown, summarise, write
     from evaluation.roles import Bounds, some_users
-    from evaluation.training import Recipe
 
-    settings, began = session.settings, time.monotonic()
-    tasks = compose.tasks(settings)
+    began, tasks = time.monotonic(), compose.tasks(session.settings)
     if task not in tasks:
         raise ConfigError(f"TASK: expected one of {', '.join(sorted(tasks))}")
-    bounds = Bounds(min_target, min_calibrate, before_test=population_before_test)
-    material = gather(Files(events, **files), tasks[task], bounds, final=final)
-    items = material.items
 
     def say(text: str) -> None:
         click.echo(f"[{time.monotonic() - began:6.0f} s] {text}", err=True)
 
-    recipe = Recipe()
-    if preset is not None:
-        recipe, settings = PRESETS[preset].recipe, PRESETS[preset].settings(settings)
-    if base_epochs is not None:
-        recipe = replace(recipe, base_epochs=base_epochs, base_search=False)
-    recipe = replace(recipe, adapt_items=adapt_items, variants=("plain",) if plain_only else recipe.variants)
+    before_test, quick, preset = options["population_before_test"], options["quick"], options["preset"]
+    settings = session.settings if preset is None else PRESETS[preset].settings(session.settings)
+    bounds = Bounds(options["min_target"], options["min_calibrate"], before_test=before_test)
+    material = gather(Files(events, **{name: options[name] for name in _FILES}), tasks[task], bounds, final=final)
     say(", ".join(f"{name} {value}" for name, value in material.notes.items()))
+    recipe, items = _recipe(options), material.items
     if quick:
-        recipe = replace(recipe, base_epochs=1, passes=1, chunk_passes=1, strangers=1)
         items = tuple(some_users(items, material.bounds, users=QUICK_USERS, adapt_items=ADAPT_ITEMS))
-    variant = f"{'-before-test' if population_before_test else ''}{'-quick' if quick else ''}"
-    name = f"{task}-{'final' if final else 'dev'}-{recipe.digest()}{variant}"
-    plan = Plan(task, out / name, seeds, recipe, material.bounds, final, QUICK_USERS if quick else None, say)
-    plan = replace(plan, all_arms=all_arms, methods=methods, analyses=analyses, progress=Progress(say))
-    plan = replace(plan, sisters=material.others, profiles=material.profiles)
+    variant = f"{'-before-test' if before_test else ''}{'-quick' if quick else ''}"
+    plan = Plan(
+        task=task,
+        folder=out / f"{task}-{'final' if final else 'dev'}-{recipe.digest()}{variant}",
+        seeds=options["seeds"],
+        recipe=recipe,
+        bounds=material.bounds,
+        final=final,
+        users=QUICK_USERS if quick else None,
+        say=say,
+        all_arms=options["all_arms"],
+        methods=options["methods"],
+        analyses=options["analyses"],
+        sisters=material.others,
+        profiles=material.profiles,
+        progress=Progress(say),
+    )
     outcomes = run(plan, items, settings, tasks, compose.embedder(settings))
-    command = " ".join(["oppu evaluate", *(f"'{a}'" if " " in a else a for a in _arguments(events))])
-    result = summarise(plan, outcomes, tasks[task].kind, settings.model.base, command)
+    result = summarise(plan, outcomes, tasks[task].kind, settings.model.base, _command(events))
     unknown = sum(item.choices != () and not item.answered for p in outcomes[0].people for item in p.test)
     result["data"] = {**material.notes, "queries_of_unknown_label": unknown, "preset": preset}
     data, page = write(result, outcomes, tasks[task].kind, out)
@@ -107,7 +97,22 @@ def evaluate(  # noqa: PLR0913 - one parameter an option
     say(f"written: {data}, {page}")
 
 
-def _arguments(events: Path) -> list[str]:
-    """Return the command's own arguments, the events' folder left out: it is this machine's."""
+def _recipe(options: Mapping[str, Any]) -> "Recipe":
+    """Return the preset's recipe or the built-in one, changed as the options say."""
+    from evaluation.presets import PRESETS
+    from evaluation.training import Recipe
+
+    recipe = Recipe() if options["preset"] is None else PRESETS[options["preset"]].recipe
+    if options["quick"]:
+        recipe = replace(recipe, base_epochs=1, passes=1, chunk_passes=1, strangers=1)
+    if options["base_epochs"] is not None:
+        recipe = replace(recipe, base_epochs=options["base_epochs"], base_search=False)
+    variants = ("plain",) if options["plain_only"] else recipe.variants
+    return replace(recipe, adapt_items=options["adapt_items"], variants=variants)
+
+
+def _command(events: Path) -> str:
+    """Return the command as given, the events' folder left out: it is this machine's."""
     given = sys.argv[sys.argv.index("evaluate") + 1 :] if "evaluate" in sys.argv else []
-    return [events.name if a == str(events) else a for a in given]
+    named = [events.name if a == str(events) else a for a in given]
+    return " ".join(["oppu evaluate", *(f"'{a}'" if " " in a else a for a in named)])

@@ -19,13 +19,13 @@ from typing import Any, Literal
 import torch
 
 from oppu.errors import ConfigError
-from oppu.lm.bank import find_targets
 from oppu.lm.base import LoadedBase, fingerprint_of, quiet_and_local
 from oppu.lm.encoding import Encoder, Reading, Target, is_bare
 from oppu.lm.forward import Runner
 from oppu.lm.hardware import fast_bfloat16
 from oppu.lm.port import Example
 from oppu.lm.scoring import Aim, aim_log_probs
+from oppu.lm.targets import find_targets
 from oppu.settings import ModelSettings
 from oppu.tasks import Tasks
 from oppu.values import BaseId

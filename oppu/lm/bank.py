@@ -10,7 +10,7 @@ slot is decided in ``residence``.
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -19,58 +19,15 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from oppu.errors import AdapterUnreadable, ConfigError
+from oppu.errors import AdapterUnreadable
+from oppu.lm.dropout import Dropout, dropped
 from oppu.lm.port import Tensors
 
-_AUTOMATIC = (("q_proj", "v_proj"), ("query", "value"), ("c_attn",), ("query_key_value",), ("qkv_proj",))
-"""Query and value, by the names that model families give them; the first that is found is taken."""
 _PREFIX = "base_model.model."
 _NARROW_TOKENS = 16
 """From so many tokens a row a CPU multiplies faster in the base's narrower type; below, converting costs more."""
 _LOOP_ROWS = 4
 """With so many rows a run of equal slots, a product a run costs less than a copy of its adapter a row."""
-
-
-def find_targets(model: nn.Module, endings: Sequence[str] | None) -> dict[str, nn.Module]:
-    """Return the layers that adapters attach to, by module name, in the model's order.
-
-    Args:
-        model: The base.
-        endings: Module name endings as in PEFT's ``target_modules``; ``None`` = query and value.
-
-    Returns:
-        At least one linear layer.
-
-    Raises:
-        ConfigError: Naming ``model.lora_targets`` where nothing matches or a match is not linear.
-    """
-    for group in [tuple(endings)] if endings else _AUTOMATIC:
-        found = {name: module for name, module in model.named_modules() if _ends(name, group)}
-        wrong = [name for name, module in found.items() if not isinstance(module, (nn.Linear, Conv1D))]
-        if wrong:
-            raise ConfigError(f"model.lora_targets: not linear layers: {', '.join(wrong[:3])}")
-        if found:
-            return found
-    raise ConfigError(f"model.lora_targets: no layer of this base ends in {endings or 'query and value names'}")
-
-
-def adapter_config(
-    targets: Mapping[str, nn.Module], endings: Sequence[str] | None, *, base: str, rank: int, alpha: float
-) -> dict[str, object]:
-    """Return the content of PEFT's ``adapter_config.json`` for adapters on some target layers."""
-    from peft import LoraConfig
-
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
-        inference_mode=True,
-        r=rank,
-        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
-        lora_dropout=0.0,
-        target_modules=sorted(endings or {name.rpartition(".")[2] for name in targets}),
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in targets.values()),
-    )
-    return {name: _plain(value) for name, value in sorted(config.to_dict().items())}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +36,14 @@ class _Mix:
 
     ``slots`` ``[k]`` holds a slot a run; ``ends`` are the runs' last rows plus one where they differ in length
     (empty: all have ``n / k`` rows). ``kept`` are the weights by group that a next forward of the same batch finds
-    gathered; ``None`` where they were gathered once and not kept.
+    gathered; ``None`` where they were gathered once and not kept. ``dropout`` has a seed a row that is adapted.
     """
 
     plain: int
     slots: torch.Tensor
     ends: tuple[int, ...]
     kept: dict[int, torch.Tensor | None] = field(default_factory=dict)
+    dropout: Dropout | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,14 +124,15 @@ class SlotBank:
             hook.remove()
 
     @contextmanager
-    def use(self, slots: Sequence[int]) -> Iterator[None]:
+    def use(self, slots: Sequence[int], dropout: Dropout | None = None) -> Iterator[None]:
         """Give the rows of the next forwards their slots.
 
         Args:
             slots: One a row; all 0 means the base as it is. Rows of one slot cost least side by side, those of
                 slot 0 at the front.
+            dropout: What the adapters do not see of their inputs, while training.
         """
-        self._mix = self._mixed(slots) if any(slots) else None
+        self._mix = self._mixed(slots, dropout) if any(slots) else None
         try:
             yield
         finally:
@@ -256,11 +215,13 @@ class SlotBank:
     def _added(self, mix: _Mix, at: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Add the adapters' part to a layer's output ``y`` ``[n, t, out]`` of ``x`` ``[n, t, in]``."""
         place = self._places[at]
-        shared = self._inner
-        if shared is None or shared.group != place.group or shared.x is not x:
-            shared = self._inner = self._shared(mix, place, x)
-        inner = shared.inner.narrow(-1, place.first * self.rank, self.rank)
-        b = shared.weights.narrow(1, place.b, self.rank * place.out).view(-1, self.rank, place.out)
+        if mix.dropout is not None:  # every layer drops its own
+            own = dropped(x[mix.plain :], mix.dropout, at)
+            weights, inner = self._read(mix, place, own, first=place.first, layers=1)
+        else:
+            shared = self._shared(mix, place, x)
+            weights, inner = shared.weights, shared.inner.narrow(-1, place.first * self.rank, self.rank)
+        b = weights.narrow(1, place.b, self.rank * place.out).view(-1, self.rank, place.out)
         if torch.is_grad_enabled() and b.requires_grad:
             own = self._outer(mix, inner, b).view(len(y) - mix.plain, *y.shape[1:])
             return y + torch.cat([torch.zeros_like(y[: mix.plain]), own]) if mix.plain else y + own
@@ -272,20 +233,30 @@ class SlotBank:
         return y
 
     def _shared(self, mix: _Mix, place: _Place, x: torch.Tensor) -> _Inner:
-        """Gather a group's weights and multiply the input by all its A, and by the scale."""
+        """Return what the layers of a group that read ``x`` have in common, computed by the first of them."""
+        found = self._inner
+        if found is None or found.group != place.group or found.x is not x:
+            weights, inner = self._read(mix, place, x[mix.plain :], first=0, layers=self._layers[place.group])
+            found = self._inner = _Inner(place.group, x, weights, inner)
+        return found
+
+    def _read(
+        self, mix: _Mix, place: _Place, own: torch.Tensor, *, first: int, layers: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gather a group's weights, and multiply the adapted rows by the A of some of its layers and by the scale."""
         weights = self._weights(mix, place.group)
         learns = torch.is_grad_enabled() and weights.requires_grad
-        own = x[mix.plain :]
-        if learns or x.shape[1] >= _NARROW_TOKENS:
-            weights = weights.to(x.dtype)
+        if learns or own.shape[1] >= _NARROW_TOKENS:
+            weights = weights.to(own.dtype)
         own = own.to(weights.dtype)
-        a = weights[:, : self.rank * place.wide * self._layers[place.group]].view(len(weights), -1, place.wide)
+        size = self.rank * place.wide
+        a = weights.narrow(1, first * size, layers * size).view(len(weights), -1, place.wide)
         if mix.ends:
             runs = enumerate(zip((0, *mix.ends), mix.ends, strict=False))
             inner = torch.cat([own[first:end].flatten(0, 1) @ a[run].T for run, (first, end) in runs])
         else:
             inner = torch.bmm(own.reshape(len(a), -1, place.wide), a.transpose(1, 2))
-        return _Inner(place.group, x, weights, inner * self.scale)
+        return weights, inner * self.scale
 
     def _outer(self, mix: _Mix, inner: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return ``inner`` under each run's ``b`` ``[k, r, out]``, all rows and positions in order."""
@@ -295,7 +266,7 @@ class SlotBank:
         runs = enumerate(zip((0, *mix.ends), mix.ends, strict=False))
         return torch.cat([inner[first * each : end * each] @ b[run] for run, (first, end) in runs])
 
-    def _mixed(self, slots: Sequence[int]) -> _Mix:
+    def _mixed(self, slots: Sequence[int], dropout: Dropout | None = None) -> _Mix:
         plain = next(row for row, slot in enumerate(slots) if slot)
         runs = [(slot, len(list(rows))) for slot, rows in groupby(slots[plain:])]
         adapted = len(slots) - plain
@@ -304,7 +275,9 @@ class SlotBank:
             runs, lengths = [(slot, 1) for slot in slots[plain:]], {1}
         chosen = torch.tensor([slot for slot, _ in runs], device=self.weights[0].device)
         ends = tuple(accumulate(length for _, length in runs)) if len(lengths) > 1 else ()
-        return _Mix(plain, chosen, ends)
+        if dropout is not None:
+            dropout = replace(dropout, seeds=dropout.seeds[plain:])
+        return _Mix(plain, chosen, ends, dropout=dropout)
 
     def _weights(self, mix: _Mix, group: int) -> torch.Tensor:
         """Return a group's weights ``[k, size]`` for a batch.
@@ -362,10 +335,6 @@ def _factors(weights: torch.Tensor, place: _Place, rank: int) -> tuple[torch.Ten
     return a.view(len(weights), rank, place.wide), b.view(len(weights), rank, place.out)
 
 
-def _ends(name: str, endings: Sequence[str]) -> bool:
-    return any(name == ending or name.endswith("." + ending) for ending in endings)
-
-
 def _key(name: str, kind: str) -> str:
     return f"{_PREFIX}{name}.lora_{kind}.weight"
 
@@ -374,14 +343,3 @@ def _shape(module: Any) -> tuple[int, int]:
     """Return (in, out); GPT-2's Conv1D keeps its weight the other way round."""
     first, second = (int(size) for size in module.weight.shape)
     return (first, second) if isinstance(module, Conv1D) else (second, first)
-
-
-def _plain(value: Any) -> object:
-    """Turn what ``LoraConfig.to_dict`` holds into JSON values."""
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return getattr(value, "value", value)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from oppu.errors import AdapterUnreadable
-from oppu.lm.bank import SlotBank, adapter_config, find_targets
+from oppu.lm.bank import SlotBank
 from oppu.lm.base import LoadedBase
 from oppu.lm.blend import Texts, foreseen
 from oppu.lm.encoding import Encoder, Reading
@@ -25,6 +25,7 @@ from oppu.lm.port import AdapterRef, Example, Row, Scored, Tensors, TrainConfig,
 from oppu.lm.prompts import Ids
 from oppu.lm.residence import AdapterBank
 from oppu.lm.scoring import Trie, aim_log_probs, allowed_log_probs
+from oppu.lm.targets import adapter_config, find_targets
 from oppu.lm.training import Calls, slots_for, train_slots
 from oppu.settings import ModelSettings
 from oppu.tasks import Tasks
@@ -259,7 +260,8 @@ class TorchModel:
                 end=lambda user, slot: tensors.update({user: bank.read(slot)}),
             )
             try:
-                results = train_slots(self._runner, bank, targets, config, calls)
+                seeds = [job.seed for job in fit]
+                results = train_slots(self._runner, bank, targets, config, calls, seeds=seeds)
             finally:
                 bank.close()
         done = {

@@ -86,13 +86,18 @@ class TrainJob:
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """Optimisation of one update: AdamW, linear warm-up of 10 %, then a constant rate or a linear decay to zero."""
+    """Optimisation of one update: AdamW, linear warm-up of 10 %, then a constant rate or a linear decay to zero.
+
+    ``clip_norm`` bounds each user's gradient; ``dropout`` is the share of their inputs that adapters do not see.
+    """
 
     learning_rate: float
     weight_decay: float
     passes: int
     batch: int
     schedule: Literal["constant", "linear"] = "constant"
+    clip_norm: float = 1.0
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

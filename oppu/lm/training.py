@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from oppu.lm.bank import SlotBank
+from oppu.lm.dropout import Dropout, row_seed
 from oppu.lm.encoding import Target
 from oppu.lm.forward import Runner, buckets, target_losses
 from oppu.lm.port import TrainConfig
 
-CLIP_NORM = 1.0
 _WARM_UP_SHARE = 0.1
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
 _CLIP_EPSILON = 1e-6
@@ -52,19 +52,23 @@ class Calls:
 class SlotAdamW:
     """AdamW (decoupled decay, arXiv 1711.05101) and norm clipping over stacks ``[slots, …]``, each slot alone."""
 
-    def __init__(self, stacks: Sequence[torch.Tensor], *, learning_rate: float, weight_decay: float) -> None:
+    def __init__(
+        self, stacks: Sequence[torch.Tensor], *, learning_rate: float, weight_decay: float, clip_norm: float = 1.0
+    ) -> None:
         """Start with zero moments.
 
         Args:
             stacks: Leaves whose first dimension is the slot.
             learning_rate: After the warm-up.
             weight_decay: Times the learning rate, a step.
+            clip_norm: A slot's gradient is scaled down to this norm.
         """
         self._stacks = list(stacks)
         self._first = [torch.zeros_like(stack, requires_grad=False) for stack in stacks]
         self._second = [torch.zeros_like(stack, requires_grad=False) for stack in stacks]
         self._learning_rate = learning_rate
         self._weight_decay = weight_decay
+        self._clip_norm = clip_norm
         slots, device = stacks[0].shape[0], stacks[0].device
         self._count = torch.zeros(slots, dtype=torch.float64, device=device)
         self.finite = torch.ones(slots, dtype=torch.bool, device=device)
@@ -97,7 +101,7 @@ class SlotAdamW:
         count = self._count[rows]
         falls = torch.where(ends.isinf(), 1.0, (ends - count + 1) / (ends - rises).clamp(min=1.0))
         rate = self._learning_rate * (count / rises).clamp(max=1.0).minimum(falls)
-        clip = (CLIP_NORM / (norms + _CLIP_EPSILON)).clamp(max=1.0)
+        clip = (self._clip_norm / (norms + _CLIP_EPSILON)).clamp(max=1.0)
         for at, grad in enumerate(grads):
             self._update(at, rows, grad[keep] * _beside(clip, grad), count, rate)
         for stack in self._stacks:
@@ -114,12 +118,12 @@ class SlotAdamW:
 
 @dataclass(frozen=True, slots=True)
 class _Course:
-    """One user's steps: its targets cut into train batches, over and over; whether the rate falls towards the last."""
+    """One user's steps: its targets cut into train batches, over and over; ``seed`` is of what is dropped in them."""
 
     user: int
     batches: tuple[tuple[Target, ...], ...]
     steps: int
-    linear: bool
+    seed: int
 
     @property
     def warm_up(self) -> int:
@@ -154,7 +158,13 @@ def slots_for(runner: Runner, users: int, config: TrainConfig) -> int:
 
 
 def train_slots(
-    runner: Runner, bank: SlotBank, targets: Sequence[Sequence[Target]], config: TrainConfig, calls: Calls
+    runner: Runner,
+    bank: SlotBank,
+    targets: Sequence[Sequence[Target]],
+    config: TrainConfig,
+    calls: Calls,
+    *,
+    seeds: Sequence[int] = (),
 ) -> list[SlotResult]:
     """Train users in a bank's slots.
 
@@ -167,20 +177,28 @@ def train_slots(
             over).
         config: Common to all.
         calls: What is called meanwhile.
+        seeds: Each user's own, of what dropout leaves out; none: 0 for all.
 
     Returns:
         One result a user.
     """
-    courses = [_course(user, rows, config) for user, rows in enumerate(targets)]
+    numbers = seeds or [0] * len(targets)
+    courses = [_course(user, *own, config) for user, own in enumerate(zip(targets, numbers, strict=True))]
     waiting = sorted(courses, key=lambda course: -course.steps)
     first, waiting = sorted(waiting[: bank.slots], key=lambda course: course.user), waiting[bank.slots :]
-    optimizer = SlotAdamW(bank.weights, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = SlotAdamW(
+        bank.weights,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+    )
+    step = _Step(runner, bank, optimizer, config, calls.beat)
     results: dict[int, SlotResult] = {}
     seats = [_seated(slot, course, optimizer, calls) for slot, course in enumerate(first, start=1)]
     while seats:
         active = [seat for seat in seats if seat.taken < seat.course.steps]
         if active:
-            _step(runner, bank, active, optimizer, calls)
+            step.take(active)
         finite = optimizer.finite.tolist()
         over = [seat for seat in seats if seat.taken >= seat.course.steps or not finite[seat.slot]]
         seats = [seat for seat in seats if seat not in over]
@@ -192,9 +210,9 @@ def train_slots(
     return [results[course.user] for course in courses]
 
 
-def _course(user: int, rows: Sequence[Target], config: TrainConfig) -> _Course:
+def _course(user: int, rows: Sequence[Target], seed: int, config: TrainConfig) -> _Course:
     batches = tuple(tuple(rows[at : at + config.batch]) for at in range(0, len(rows), config.batch))
-    return _Course(user, batches, config.passes * len(batches), config.schedule == "linear")
+    return _Course(user, batches, config.passes * len(batches), seed)
 
 
 def _seated(slot: int, course: _Course, optimizer: SlotAdamW, calls: Calls) -> _Seat:
@@ -203,34 +221,51 @@ def _seated(slot: int, course: _Course, optimizer: SlotAdamW, calls: Calls) -> _
     return _Seat(slot, course)
 
 
-def _step(runner: Runner, bank: SlotBank, active: Sequence[_Seat], optimizer: SlotAdamW, calls: Calls) -> None:
-    """Take every seat's next step."""
-    _backward(runner, bank, active, calls.beat)
-    totals = [seat.course.steps for seat in active] if active[0].course.linear else None  # common to all
-    optimizer.step([seat.slot for seat in active], [seat.course.warm_up for seat in active], totals)
-    for seat in active:
-        seat.taken += 1
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """Takes one optimizer step of every seated user in common forwards."""
 
+    runner: Runner
+    bank: SlotBank
+    optimizer: SlotAdamW
+    config: TrainConfig
+    beat: Callable[[], None]
 
-def _backward(runner: Runner, bank: SlotBank, active: Sequence[_Seat], beat: Callable[[], None]) -> None:
-    """Put the next step's gradients on the stacks and its losses on the seats."""
-    rows = [(at, target) for at, seat in enumerate(active) for target in seat.batch]
-    for at, target in rows:
-        if not target.positions:
-            active[at].total += target.offset
-    live = [(at, target) for at, target in rows if target.positions]
-    beat()
-    for group in buckets([len(target.ids) for _, target in live], runner.tokens):
-        beat()
-        members = sorted((live[index] for index in group), key=lambda member: member[0])  # a slot's rows side by side
-        slots = [active[at].slot for at, _ in members]
-        with bank.use(slots):
-            losses = target_losses(runner, [target for _, target in members], slots)
-        shares = [1 / len(active[at].batch) for at, _ in members]
-        weights = torch.tensor(shares, dtype=losses.dtype, device=losses.device)
-        torch.autograd.backward((losses * weights).sum())
-        for (at, _), loss in zip(members, losses.tolist(), strict=True):
-            active[at].total += loss
+    def take(self, active: Sequence[_Seat]) -> None:
+        """Take every seat's next step."""
+        self._backward(active)
+        totals = [seat.course.steps for seat in active] if self.config.schedule == "linear" else None
+        self.optimizer.step([seat.slot for seat in active], [seat.course.warm_up for seat in active], totals)
+        for seat in active:
+            seat.taken += 1
+
+    def _backward(self, active: Sequence[_Seat]) -> None:
+        """Put the next step's gradients on the stacks and its losses on the seats."""
+        rows = [(seat, place, target) for seat in active for place, target in enumerate(seat.batch)]
+        for seat, _, target in rows:
+            if not target.positions:
+                seat.total += target.offset
+        live = [row for row in rows if row[2].positions]
+        self.beat()
+        for group in buckets([len(target.ids) for *_, target in live], self.runner.tokens):
+            self.beat()
+            members = sorted((live[at] for at in group), key=lambda row: row[0].slot)  # a slot's rows side by side
+            slots = [seat.slot for seat, *_ in members]
+            with self.bank.use(slots, self._dropout(members)):
+                losses = target_losses(self.runner, [target for *_, target in members], slots)
+            shares = [1 / len(seat.batch) for seat, *_ in members]
+            weights = torch.tensor(shares, dtype=losses.dtype, device=losses.device)
+            torch.autograd.backward((losses * weights).sum())
+            for (seat, *_), loss in zip(members, losses.tolist(), strict=True):
+                seat.total += loss
+
+    def _dropout(self, members: Sequence[tuple[_Seat, int, Target]]) -> Dropout | None:
+        """Seed each row by its user's training, step and place in it: whoever shares the batch."""
+        if not self.config.dropout:
+            return None
+        return Dropout(
+            self.config.dropout, tuple(row_seed(seat.course.seed, seat.taken, place) for seat, place, _ in members)
+        )
 
 
 def _result(seat: _Seat, bank: SlotBank, *, finite: bool) -> SlotResult:

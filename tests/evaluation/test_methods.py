@@ -16,6 +16,7 @@ from evaluation.training import Recipe
 from oppu.errors import ConfigError
 from oppu.lm.base import load_base
 from oppu.lm.model import TorchModel
+from oppu.lm.port import TrainConfig, TrainJob
 from oppu.settings import Settings
 from tests.evaluation.test_experiment import TASKS
 from tests.evaluation.world import item
@@ -53,7 +54,7 @@ def test_each_method_learns_on_each_family(family: str, name: str, tmp_path: Pat
     own = [example(i) for i in made.fold.target[0].train]
     with tuned(made, name) as tuner:
         before = tuner.losses(own).mean()
-        tuner.train(own, 3e-2, 0.0, 6, 4)
+        tuner.train(own, TrainConfig(3e-2, 0.0, 6, 4))
         assert tuner.losses(own).mean() < before - 0.01
 
 
@@ -92,9 +93,8 @@ def test_lora_by_peft_equals_the_bank(tmp_path: Path) -> None:
     own = [example(i) for i in made.fold.target[0].train]
     with tuned(made, "lora") as tuner:
         start = _tensors(tuner)
-        tuner.train(own, 1e-3, 0.01, 3, 4)
+        tuner.train(own, TrainConfig(1e-3, 0.01, 3, 4))
         ours = _tensors(tuner)
-    from oppu.lm.port import TrainConfig, TrainJob
     from oppu.values import UserId
 
     settings = made.settings.model.model_copy(update={"base": str(tmp_path / "base-plain" / "1")})

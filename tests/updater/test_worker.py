@@ -10,6 +10,7 @@ from oppu.embedder import HashEmbedder
 from oppu.errors import AdapterUnreadable, TransientError
 from oppu.fusion import DEFAULT, earn, sources_of
 from oppu.lm.fake import TENSOR
+from oppu.lm.port import TrainConfig
 from oppu.settings import RetrieverSettings
 from oppu.store.port import ClaimState, Outcome
 from oppu.values import UserId
@@ -250,6 +251,13 @@ def test_a_registry_that_cannot_delete_does_not_undo_publishing(world: World) ->
         raise TransientError("registry: away")
 
     assert world.tick(registry_collect=away).ended == {Ended.PUBLISHED: 1}
+
+
+def test_training_is_as_the_settings_say(world: World) -> None:
+    changes = {"learning_rate": 3e-3, "weight_decay": 0.2, "passes": 3, "clip_norm": 0.3, "dropout": 0.05}
+    world.act("ada", GLAD)
+    world.tick(world.new_updater(settings=SETTINGS.model_copy(update=changes)))
+    assert world.model.configs == [TrainConfig(3e-3, 0.2, 3, SETTINGS.batch, "constant", 0.3, 0.05)]
 
 
 # --- evidence

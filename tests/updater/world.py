@@ -44,12 +44,14 @@ class Model(FakeModel):
     def __init__(self) -> None:
         super().__init__()
         self.jobs: list[tuple[TrainJob, ...]] = []
+        self.configs: list[TrainConfig] = []
         self.breaks_for: set[str] = set()
         self.ruins: set[str] = set()
         self.while_training: Callable[[], None] = lambda: None
 
     def train(self, jobs: Sequence[TrainJob], config: TrainConfig, *, heartbeat: Callable[[], None]) -> list[Trained]:
         self.jobs.append(tuple(jobs))
+        self.configs.append(config)
         self.while_training()
         if self.breaks_for & {job.user_id for job in jobs}:
             raise ValueError("a secret text of the user")

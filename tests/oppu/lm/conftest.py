@@ -16,8 +16,8 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.pytorch_utils import Conv1D
 
-from oppu.lm.bank import find_targets
 from oppu.lm.base import LoadedBase, ready
+from oppu.lm.targets import find_targets
 from oppu.settings import ModelSettings
 from oppu.tasks import Tasks, load_tasks
 

@@ -12,9 +12,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from oppu.lm import attention
 from oppu.lm.attention import attend, plain_attention
-from oppu.lm.bank import SlotBank, find_targets
+from oppu.lm.bank import SlotBank
 from oppu.lm.encoding import Reading
 from oppu.lm.forward import Runner
+from oppu.lm.targets import find_targets
 
 ROWS, TOKENS = 3, 7
 SEEN = torch.ones(ROWS, 1, TOKENS, TOKENS, dtype=torch.bool).tril() & (torch.arange(TOKENS) != 2)

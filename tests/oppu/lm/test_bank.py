@@ -10,10 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from oppu.errors import AdapterUnreadable, Backpressure, ConfigError
-from oppu.lm.bank import SlotBank, adapter_config, find_targets
+from oppu.lm.bank import SlotBank
 from oppu.lm.base import LoadedBase
 from oppu.lm.port import AdapterRef
 from oppu.lm.residence import AdapterBank
+from oppu.lm.targets import adapter_config, find_targets
 from oppu.values import UserId
 
 FAMILIES = ("llama", "qwen2", "mistral", "gemma", "gpt2", "bert")

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from oppu.lm.adaption import AdaptConfig, adapt
-from oppu.lm.bank import find_targets
 from oppu.lm.base import load_base
 from oppu.lm.model import TorchModel
 from oppu.lm.port import AdapterRef, Example, Row, TrainConfig, TrainJob
+from oppu.lm.targets import find_targets
 from oppu.settings import ModelSettings
 from oppu.tasks import Tasks
 from oppu.values import UserId

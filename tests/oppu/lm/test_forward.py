@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from oppu.lm.bank import SlotBank, find_targets
+from oppu.lm.bank import SlotBank
 from oppu.lm.base import LoadedBase
 from oppu.lm.encoding import Reading
 from oppu.lm.forward import Runner, buckets
 from oppu.lm.last_block import LastBlock
+from oppu.lm.targets import find_targets
 
 Make = Callable[..., Any]
 FAMILIES = ("llama", "qwen2", "mistral", "gemma", "gpt2", "bert")

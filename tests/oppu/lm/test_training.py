@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -12,11 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from oppu.lm import training
-from oppu.lm.bank import SlotBank, adapter_config, find_targets
+from oppu.lm.bank import SlotBank
 from oppu.lm.base import LoadedBase
+from oppu.lm.dropout import Dropout, dropped, row_seed
 from oppu.lm.encoding import Encoder, Target
 from oppu.lm.forward import Runner, target_losses
 from oppu.lm.port import Example, TrainConfig
+from oppu.lm.targets import adapter_config, find_targets
 from oppu.lm.training import Calls, SlotAdamW, SlotResult, slots_for, train_slots
 from oppu.tasks import Tasks
 
@@ -78,8 +81,13 @@ def reference_loss(model: Any, target: Target) -> torch.Tensor:
     return total * target.scale + target.offset
 
 
-def train_alone(model: Any, targets: Sequence[Target], config: TrainConfig) -> list[torch.Tensor]:
-    """A plain loop: PEFT, autograd, ``clip_grad_norm_``, ``torch.optim.AdamW``."""
+def train_alone(
+    model: Any,
+    targets: Sequence[Target],
+    config: TrainConfig,
+    row: Callable[[int, int], None] = lambda _step, _at: None,
+) -> list[torch.Tensor]:
+    """A plain loop: PEFT, autograd, ``clip_grad_norm_``, ``torch.optim.AdamW``; ``row`` is told what comes next."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     batches = [targets[at : at + config.batch] for at in range(0, len(targets), config.batch)] * config.passes
@@ -87,8 +95,12 @@ def train_alone(model: Any, targets: Sequence[Target], config: TrainConfig) -> l
     for step, batch in enumerate(batches, start=1):
         optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, step / rise)
         optimizer.zero_grad()
-        torch.stack([reference_loss(model, target) for target in batch]).mean().backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        losses = []
+        for at, target in enumerate(batch):
+            row(step - 1, at)
+            losses.append(reference_loss(model, target))
+        torch.stack(losses).mean().backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
         optimizer.step()
     return [p.detach() for p in parameters]
 
@@ -106,6 +118,45 @@ def test_equals_training_each_user_alone_with_peft(
     bank = new_bank(base, adapters)
     results = train(base, bank, users)
     assert [result.steps for result in results] == [9, 18, 3]
+    for slot, expected in enumerate(alone, start=1):
+        for mine, theirs in zip(weights(bank, slot), expected, strict=True):
+            assert (mine - theirs).abs().max() <= 1e-9 * theirs.abs().max()
+
+
+class _Counted(torch.nn.Module):
+    """In the place of PEFT's dropout: the bank's masks, for the row whose seed ``now`` holds."""
+
+    def __init__(self, layer: int, now: list[int], rate: float) -> None:
+        super().__init__()
+        self.layer, self.now, self.rate = layer, now, rate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return dropped(x, Dropout(self.rate, (self.now[0],)), self.layer)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_dropout_and_the_clip_norm_equal_pefts_under_the_same_masks(
+    family: str, make_base: Make, make_adapter: Make, as_peft: Make, tasks: Tasks
+) -> None:
+    base = make_base(family, torch.float64)
+    config = replace(CONFIG, passes=1, batch=3, dropout=0.3, clip_norm=0.05)
+    adapters, counts = [make_adapter(base.model, seed) for seed in range(3)], (7, 6, 2)
+    users = [targets_of(base, tasks, examples(seed, count)) for seed, count in enumerate(counts, start=1)]
+    seeds, shape = [11, 12, 13], adapter_config(find_targets(base.model, None), None, base="x", rank=4, alpha=8.0)
+    alone = []
+    for tensors, user, seed in zip(adapters, users, seeds, strict=True):
+        model, now = as_peft(base, tensors, shape, trainable=True), [0]
+        for layer, module in enumerate(m for m in model.modules() if hasattr(m, "lora_dropout")):
+            module.lora_dropout["default"] = _Counted(layer, now, config.dropout)
+
+        def row(step: int, at: int, now: list[int] = now, seed: int = seed) -> None:
+            now[0] = row_seed(seed, step, at)
+
+        alone.append(train_alone(model, user, config, row))
+    bank, runner = new_bank(base, adapters), Runner(base)
+    train_slots(runner, bank, users, config, Calls(lambda: None), seeds=seeds)
+    runner.close()
+    bank.close()
     for slot, expected in enumerate(alone, start=1):
         for mine, theirs in zip(weights(bank, slot), expected, strict=True):
             assert (mine - theirs).abs().max() <= 1e-9 * theirs.abs().max()

@@ -1,0 +1,78 @@
+"""Dropout whose masks are counted instead of drawn in turn.
+
+What is dropped of an example depends on its own seed, the layer, the position and the feature: not on who shares the
+batch, where the row stands in it, or how far it is padded. So a user's training stays the same in any company.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+_GAMMA, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_LAYER = 1 << 40
+"""More features of a row than any layer's input has."""
+_BITS = 24
+_AT_ONCE = 1 << 22
+"""Features hashed together: bounds the memory of their 64-bit counters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dropout:
+    """What a batch drops of its adapters' inputs: the share, and a seed a row."""
+
+    rate: float
+    seeds: tuple[int, ...]
+
+
+def row_seed(user: int, step: int, example: int) -> int:
+    """Return the seed of one row of a user's training, from 0 to 2**63 - 1.
+
+    Args:
+        user: The training's own seed, of user and version.
+        step: Optimizer steps before this one.
+        example: The row's place in its step.
+    """
+    return int.from_bytes(hashlib.blake2b(f"{user}:{step}:{example}".encode(), digest_size=8).digest(), "big") >> 1
+
+
+def dropped(x: torch.Tensor, dropout: Dropout, layer: int) -> torch.Tensor:
+    """Return ``x`` with features zeroed at the rate and the others scaled by 1 / (1 - rate), as ``nn.Dropout`` does.
+
+    Args:
+        x: ``[n, t, in]``.
+        dropout: With n seeds.
+        layer: Number of the layer that reads it.
+
+    Returns:
+        ``[n, t, in]``, differentiable.
+    """
+    rows = max(1, _AT_ONCE // max(1, x[0].numel()))
+    parts = [
+        kept(dropout.seeds[at : at + rows], layer, x[at : at + rows], dropout.rate) for at in range(0, len(x), rows)
+    ]
+    return x * (torch.cat(parts) / (1 - dropout.rate)).to(x.dtype)
+
+
+def kept(seeds: Sequence[int], layer: int, like: torch.Tensor, rate: float) -> torch.Tensor:
+    """Return what stays, ``[n, t, in] bool`` on the device of ``like``; splitmix64 of each feature's counter.
+
+    The generator is the one of Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
+    """
+    places = torch.arange(like[0].numel(), device=like.device).view(1, *like.shape[1:])
+    begins = torch.tensor([_wrapped(seed + layer * _LAYER * _GAMMA) for seed in seeds], device=like.device)
+    x = begins.view(-1, 1, 1) + places * _wrapped(_GAMMA)
+    x = (x ^ _shifted(x, 30)) * _wrapped(_FIRST)
+    x = (x ^ _shifted(x, 27)) * _wrapped(_SECOND)
+    return _shifted(x ^ _shifted(x, 31), 64 - _BITS) >= round(rate * (1 << _BITS))
+
+
+def _shifted(x: torch.Tensor, by: int) -> torch.Tensor:
+    """Shift right without the sign."""
+    return (x >> by) & ((1 << (64 - by)) - 1)
+
+
+def _wrapped(number: int) -> int:
+    """Return a number as 64 signed bits."""
+    return ((number + (1 << 63)) % (1 << 64)) - (1 << 63)

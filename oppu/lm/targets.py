@@ -1,0 +1,69 @@
+"""Which layers adapters attach to, and how PEFT is told so."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from oppu.errors import ConfigError
+
+_AUTOMATIC = (("q_proj", "v_proj"), ("query", "value"), ("c_attn",), ("query_key_value",), ("qkv_proj",))
+"""Query and value, by the names that model families give them; the first that is found is taken."""
+
+
+def find_targets(model: nn.Module, endings: Sequence[str] | None) -> dict[str, nn.Module]:
+    """Return the layers that adapters attach to, by module name, in the model's order.
+
+    Args:
+        model: The base.
+        endings: Module name endings as in PEFT's ``target_modules``; ``None`` = query and value.
+
+    Returns:
+        At least one linear layer.
+
+    Raises:
+        ConfigError: Naming ``model.lora_targets`` where nothing matches or a match is not linear.
+    """
+    for group in [tuple(endings)] if endings else _AUTOMATIC:
+        found = {name: module for name, module in model.named_modules() if _ends(name, group)}
+        wrong = [name for name, module in found.items() if not isinstance(module, (nn.Linear, Conv1D))]
+        if wrong:
+            raise ConfigError(f"model.lora_targets: not linear layers: {', '.join(wrong[:3])}")
+        if found:
+            return found
+    raise ConfigError(f"model.lora_targets: no layer of this base ends in {endings or 'query and value names'}")
+
+
+def adapter_config(
+    targets: Mapping[str, nn.Module], endings: Sequence[str] | None, *, base: str, rank: int, alpha: float
+) -> dict[str, object]:
+    """Return the content of PEFT's ``adapter_config.json`` for adapters on some target layers."""
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        inference_mode=True,
+        r=rank,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+        lora_dropout=0.0,
+        target_modules=sorted(endings or {name.rpartition(".")[2] for name in targets}),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in targets.values()),
+    )
+    return {name: _plain(value) for name, value in sorted(config.to_dict().items())}
+
+
+def _ends(name: str, endings: Sequence[str]) -> bool:
+    return any(name == ending or name.endswith("." + ending) for ending in endings)
+
+
+def _plain(value: Any) -> object:
+    """Turn what ``LoraConfig.to_dict`` holds into JSON values."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return getattr(value, "value", value)
