@@ -35,14 +35,14 @@ class _Mix:
     """The rows of a batch by adapter: ``plain`` rows of slot 0 first, then runs of equal slots.
 
     ``slots`` ``[k]`` holds a slot a run; ``ends`` are the runs' last rows plus one where they differ in length
-    (empty: all have ``n / k`` rows). ``kept`` are the weights by group that a next forward of the same batch finds
+    (empty: all have ``n / k`` rows). ``kept`` are the factors by group that a next forward of the same batch finds
     gathered; ``None`` where they were gathered once and not kept. ``dropout`` has a seed a row that is adapted.
     """
 
     plain: int
     slots: torch.Tensor
     ends: tuple[int, ...]
-    kept: dict[int, torch.Tensor | None] = field(default_factory=dict)
+    kept: dict[int, "_Gathered | None"] = field(default_factory=dict)
     dropout: Dropout | None = None
 
 
@@ -60,14 +60,24 @@ class _Place:
 
 
 @dataclass(frozen=True, slots=True)
+class _Gathered:
+    """A batch's factors of some layers of a group: their A's transposes ``[k, in, r · layers]``, each one's B's
+    transpose ``[k, r, out]``, and the scale that A lacks."""
+
+    a: torch.Tensor
+    b: tuple[torch.Tensor, ...]
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Inner:
-    """What the layers of a group have in common for one input ``x``: the gathered weights and ``scale · A x`` of all of
-    them, ``[k, n / k · t, r · layers]``, or ``[n · t, r · layers]`` where runs differ in length."""
+    """What the layers of a group have in common for one input ``x``: each one's B, and its ``scale · A x``
+    ``[k, n / k · t, r]``, or ``[n · t, r]`` where runs differ in length."""
 
     group: int
     x: torch.Tensor
-    weights: torch.Tensor
-    inner: torch.Tensor
+    b: tuple[torch.Tensor, ...]
+    inner: tuple[torch.Tensor, ...]
 
 
 class SlotBank:
@@ -90,15 +100,15 @@ class SlotBank:
         self._names = tuple(targets)
         self._mix: _Mix | None = None
         self._inner: _Inner | None = None
-        self._places, self._layers = _placed(targets, rank)
+        self._places = _placed(targets, rank)
+        self._groups = [list(own) for _, own in groupby(sorted(self._places, key=_group), key=_group)]
         self.weights: list[torch.Tensor] = []
-        for group in range(len(self._layers)):
-            own = [at for at, place in enumerate(self._places) if place.group == group]
-            weight: Any = targets[self._names[own[0]]].weight
+        for own in self._groups:
+            weight: Any = targets[self._names[self._places.index(own[0])]].weight
             # a CPU multiplies few rows faster in float32, and training keeps its weights in it
             wider = trainable or weight.device.type == "cpu"
             dtype = torch.promote_types(torch.float32, weight.dtype) if wider else weight.dtype
-            size = slots + 1, sum(rank * (self._places[at].wide + self._places[at].out) for at in own)
+            size = slots + 1, sum(rank * (place.wide + place.out) for place in own)
             self.weights.append(torch.zeros(size, dtype=dtype, device=weight.device, requires_grad=trainable))
         self._buffers: dict[int, torch.Tensor] = {}
         self._hooks = [module.register_forward_hook(self._hook(at)) for at, module in enumerate(targets.values())]
@@ -215,17 +225,17 @@ class SlotBank:
     def _added(self, mix: _Mix, at: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Add the adapters' part to a layer's output ``y`` ``[n, t, out]`` of ``x`` ``[n, t, in]``."""
         place = self._places[at]
-        if mix.dropout is not None:  # every layer drops its own
+        if mix.dropout is not None and torch.is_grad_enabled():  # every layer drops its own
             own = dropped(x[mix.plain :], mix.dropout, at)
-            weights, inner = self._read(mix, place, own, first=place.first, layers=1)
+            factors = self._factors_of(mix, own, [place])
+            [b], [inner] = factors.b, self._inside(mix, own, factors)
         else:
             shared = self._shared(mix, place, x)
-            weights, inner = shared.weights, shared.inner.narrow(-1, place.first * self.rank, self.rank)
-        b = weights.narrow(1, place.b, self.rank * place.out).view(-1, self.rank, place.out)
+            b, inner = shared.b[place.first], shared.inner[place.first]
         if torch.is_grad_enabled() and b.requires_grad:
             own = self._outer(mix, inner, b).view(len(y) - mix.plain, *y.shape[1:])
             return y + torch.cat([torch.zeros_like(y[: mix.plain]), own]) if mix.plain else y + own
-        rest = y[mix.plain :]
+        rest = y[mix.plain :] if mix.plain else y
         if mix.ends or b.dtype != y.dtype:
             rest += self._outer(mix, inner, b).view(rest.shape).to(rest.dtype)
         else:  # y is the layer's own and fresh: adding in place saves two copies
@@ -236,27 +246,23 @@ class SlotBank:
         """Return what the layers of a group that read ``x`` have in common, computed by the first of them."""
         found = self._inner
         if found is None or found.group != place.group or found.x is not x:
-            weights, inner = self._read(mix, place, x[mix.plain :], first=0, layers=self._layers[place.group])
-            found = self._inner = _Inner(place.group, x, weights, inner)
+            own = x[mix.plain :] if mix.plain else x
+            factors = self._factors_of(mix, own, self._groups[place.group])
+            found = self._inner = _Inner(place.group, x, factors.b, self._inside(mix, own, factors))
         return found
 
-    def _read(
-        self, mix: _Mix, place: _Place, own: torch.Tensor, *, first: int, layers: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gather a group's weights, and multiply the adapted rows by the A of some of its layers and by the scale."""
-        weights = self._weights(mix, place.group)
-        learns = torch.is_grad_enabled() and weights.requires_grad
-        if learns or own.shape[1] >= _NARROW_TOKENS:
-            weights = weights.to(own.dtype)
-        own = own.to(weights.dtype)
-        size = self.rank * place.wide
-        a = weights.narrow(1, first * size, layers * size).view(len(weights), -1, place.wide)
+    def _inside(self, mix: _Mix, own: torch.Tensor, factors: _Gathered) -> tuple[torch.Tensor, ...]:
+        """Multiply the adapted rows by the A of some layers, and by the scale; one product a layer."""
+        a = factors.a
+        own = own.to(a.dtype)
         if mix.ends:
             runs = enumerate(zip((0, *mix.ends), mix.ends, strict=False))
-            inner = torch.cat([own[first:end].flatten(0, 1) @ a[run].T for run, (first, end) in runs])
+            inner = torch.cat([own[first:end].flatten(0, 1) @ a[run] for run, (first, end) in runs])
         else:
-            inner = torch.bmm(own.reshape(len(a), -1, place.wide), a.transpose(1, 2))
-        return weights, inner * self.scale
+            inner = torch.bmm(own.reshape(len(a), -1, a.shape[1]), a)
+        if factors.scale != 1.0:
+            inner = inner * factors.scale
+        return torch.split(inner, self.rank, -1)
 
     def _outer(self, mix: _Mix, inner: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return ``inner`` under each run's ``b`` ``[k, r, out]``, all rows and positions in order."""
@@ -279,23 +285,34 @@ class SlotBank:
             dropout = replace(dropout, seeds=dropout.seeds[plain:])
         return _Mix(plain, chosen, ends, dropout=dropout)
 
-    def _weights(self, mix: _Mix, group: int) -> torch.Tensor:
-        """Return a group's weights ``[k, size]`` for a batch.
+    def _factors_of(self, mix: _Mix, own: torch.Tensor, places: Sequence[_Place]) -> _Gathered:
+        """Return a batch's factors of neighbouring layers of a group, in the type to multiply the rows in.
 
         The first forward of a batch gathers into memory that stays in the CPU's cache. With a second one it is known
-        to be decoding: then they are gathered for good, and the steps that follow only multiply.
+        to be decoding: then they are gathered for good, the scale with them, and the steps that follow only multiply.
         """
+        group = places[0].group
         weights = self.weights[group]
         if torch.is_grad_enabled() and weights.requires_grad:
-            return weights.index_select(0, mix.slots)
+            return self._cut(weights.index_select(0, mix.slots).to(own.dtype), places)
         found = mix.kept.get(group)
-        if found is not None:
-            return found
-        if group not in mix.kept:
+        if found is None and group in mix.kept:
+            whole = weights.detach().index_select(0, mix.slots)
+            whole[:, : places[0].b] *= self.scale
+            found = mix.kept[group] = replace(self._cut(whole, places), scale=1.0)
+        if found is None:
             mix.kept[group] = None
-            return self._gathered(weights.detach(), mix.slots)
-        found = mix.kept[group] = weights.detach().index_select(0, mix.slots)
-        return found
+            found = self._cut(self._gathered(weights.detach(), mix.slots), places)
+        if own.shape[1] < _NARROW_TOKENS or own.dtype == found.a.dtype:
+            return found
+        return _Gathered(found.a.to(own.dtype), tuple(b.to(own.dtype) for b in found.b), found.scale)
+
+    def _cut(self, weights: torch.Tensor, places: Sequence[_Place]) -> _Gathered:
+        """Name the parts of gathered weights ``[k, size]``; views."""
+        first, wide = places[0], places[0].wide
+        a = weights.narrow(1, first.a, len(places) * self.rank * wide).view(len(weights), -1, wide)
+        b = tuple(weights.narrow(1, p.b, self.rank * p.out).view(-1, self.rank, p.out) for p in places)
+        return _Gathered(a.transpose(1, 2), b, self.scale)
 
     def _gathered(self, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Gather into memory that every group of this size uses again."""
@@ -310,8 +327,8 @@ class SlotBank:
         return [a[0] for a, _ in factors], [b[0].T for _, b in factors]
 
 
-def _placed(targets: Mapping[str, nn.Module], rank: int) -> tuple[list[_Place], list[int]]:
-    """Group the layers of one parent with inputs of one size; return each one's place and each group's size.
+def _placed(targets: Mapping[str, nn.Module], rank: int) -> list[_Place]:
+    """Group the layers of one parent with inputs of one size; return each one's place.
 
     Whether they do read the same input is seen at run time: this only lets them share memory.
     """
@@ -326,7 +343,11 @@ def _placed(targets: Mapping[str, nn.Module], rank: int) -> tuple[list[_Place], 
         places.append(_Place(group, members[group], members[group] * rank * wide, ends[group], wide, out))
         members[group] += 1
         ends[group] += rank * out
-    return places, [sizes[group] for group in range(len(groups))]
+    return places
+
+
+def _group(place: _Place) -> int:
+    return place.group
 
 
 def _factors(weights: torch.Tensor, place: _Place, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
