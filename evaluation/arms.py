@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from evaluation.corpus import Item
 from evaluation.history import Past
-from evaluation.splits import Person
+from evaluation.splits import Person, clusters
 from evaluation.stacking import Seen, fit, mixture_share
 from oppu.fusion import DEFAULT, FLOOR, Fusion, earn, log_softmax, pick
 from oppu.tasks import Kind
@@ -21,6 +21,8 @@ from oppu.tasks import Kind
 Array = NDArray[np.float64]
 
 EVIDENCE = ("base", "knn", "prior")
+FIT_PARTS = 5
+"""Users are left out of the fits of their weights by so many parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,39 @@ class Arms:
     texts: Mapping[str, list[list[str]]] = field(default_factory=dict, repr=False)
 
 
-def fit_fusion(tables: Sequence[Table], kind: Kind = "choice") -> Fusion:
+def held_back(tables: Sequence[Table]) -> frozenset[int]:
+    """Return the groups of all held-back items."""
+    return frozenset(group for t in tables for group in t.person.groups[t.person.cut :])
+
+
+def parts(people: Sequence[Person]) -> list[int]:
+    """Part users into ``FIT_PARTS`` for fits that leave each one out; who share a test item lie in one part."""
+    number = clusters(people)
+    order = {name: k % FIT_PARTS for k, name in enumerate(dict.fromkeys(number))}
+    return [order[name] for name in number]
+
+
+def fit_each(targets: Sequence[Table], others: Sequence[Table], kind: Kind = "choice") -> list[Fusion]:
+    """Fit for each target user without that user's items, as the service's weights are fitted on other people's.
+
+    Args:
+        targets: Whose answers the fits are for.
+        others: Calibrate users.
+        kind: Of the task.
+
+    Returns:
+        One fit a target, in order; users of one part share theirs.
+    """
+    every, part = [*targets, *others], parts([t.person for t in targets])
+    closed, fits = held_back(every), {}
+    for left_out in sorted(set(part)):
+        users = {t.person.user_id for t, own in zip(targets, part, strict=True) if own == left_out}
+        # who is left out may calibrate in another fold
+        fits[left_out] = fit_fusion([t for t in every if t.person.user_id not in users], kind, closed)
+    return [fits[own] for own in part]
+
+
+def fit_fusion(tables: Sequence[Table], kind: Kind = "choice", closed: frozenset[int] | None = None) -> Fusion:
     """Fit both stacks on calibrate users' items and on targets' items before their cut.
 
     What has no items to be fitted on stays as it is built in.
@@ -69,11 +103,12 @@ def fit_fusion(tables: Sequence[Table], kind: Kind = "choice") -> Fusion:
     Args:
         tables: Of all of them, of all folds: each user's scores are those of a base that has not seen him.
         kind: Of the task; ratings are fitted in their order, and their adapter has its built-in share.
+        closed: Groups of which no item is used; ``None``: those of the tables' held-back items.
 
     Returns:
         The fit. No item is used that says the same as some user's held-back one.
     """
-    closed = {group for t in tables for group in t.person.groups[t.person.cut :]}
+    closed = held_back(tables) if closed is None else closed
     seen = [
         Seen(table.sources(at), item.choices.index(item.output), table.pasts[at].count)
         for table in tables
@@ -93,12 +128,12 @@ def fit_fusion(tables: Sequence[Table], kind: Kind = "choice") -> Fusion:
     return Fusion(alone, beside, mixture_share(np.array(truths), [i.events for i in adapted]))
 
 
-def choice_arms(tables: Sequence[Table], fusion: Fusion, kind: Kind = "choice") -> Arms:
+def choice_arms(tables: Sequence[Table], fusions: Sequence[Fusion], kind: Kind = "choice") -> Arms:
     """Answer every held-back item in every arm.
 
     Args:
-        tables: Of the target users.
-        fusion: Fitted beforehand.
+        tables: Of the target users, each with the same arms in ``held``.
+        fusions: Fitted beforehand, one a user.
         kind: Of the task; a rating's arms have the user's median too.
 
     Returns:
@@ -107,7 +142,7 @@ def choice_arms(tables: Sequence[Table], fusion: Fusion, kind: Kind = "choice") 
     held: dict[str, list[Array]] = {}
     stream: dict[str, list[Array]] = {"evidence": [], "fused": [], "unweighed": []}
     trust = []
-    for table in tables:
+    for table, fusion in zip(tables, fusions, strict=True):
         cut = table.person.cut
         streamed, weight = _stream(table, fusion)
         own: dict[str, Array] = {"none": table.base[cut:], "follow": table.follow[cut:], **table.held}
@@ -188,8 +223,7 @@ def _stream(table: Table, fusion: Fusion) -> tuple[dict[str, Array], float]:
         found["evidence"][at, own] = fusion.alone.scores({**sources, "adapter": None}, count)
         found["fused"][at, own] = fusion.scores(sources, count, earned)
         found["unweighed"][at, own] = fusion.scores(sources, count)
-        beside = sources["knn"] is not None or sources["prior"] is not None
-        if sources["adapter"] is not None and beside and item.answered:
+        if sources["adapter"] is not None and item.answered:
             waiting.append(fusion.gain(sources, count, item.choices.index(item.output)))
     return found, float(fusion.weights(len(items), earned)[1])
 
@@ -209,15 +243,19 @@ def _sum(scores: Array, more: Array) -> Array:
 
 
 def _fixed(table: Table, choose: Callable[[Sequence[str]], str]) -> Array:
-    """Answer with what is chosen of the user's outputs so far."""
+    """Answer with what is chosen of the user's outputs so far; where that is not offered, with what the base says."""
     items, cut = table.person.items, table.person.cut
     found = np.full((len(items) - cut, table.base.shape[1]), -np.inf)
     first: dict[object, int] = {}
     for at, item in enumerate(items):
         seen = [i.output for i in items[: first.setdefault(item.day, at)] if not i.bare]
         if at >= cut:
-            given = choose(seen) if seen else item.choices[0]
-            found[at - cut, : len(item.choices)] = [0.0 if choice == given else FLOOR for choice in item.choices]
+            given, own = choose(seen) if seen else None, slice(len(item.choices))
+            found[at - cut, own] = (
+                [0.0 if choice == given else FLOOR for choice in item.choices]
+                if given in item.choices
+                else log_softmax(table.base[at, own])
+            )
     return found
 
 

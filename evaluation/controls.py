@@ -10,16 +10,14 @@ from evaluation.splits import Person
 
 
 def permuted(person: Person, seed: int) -> list[Item]:
-    """Return a user's training items with the outputs shuffled among them; where choices differ by item, their places.
+    """Return a user's training items with the outputs shuffled among them; where choices differ by item, one is drawn.
 
     Items without an output stay as they are.
     """
     paired = [item for item in person.train if not item.bare]
     chance = _chance(seed, person.user_id)
     if len({item.choices for item in paired}) > 1:
-        places = [item.choices.index(item.output) for item in paired]
-        chance.shuffle(places)
-        outputs = [i.choices[at % len(i.choices)] for i, at in zip(paired, places, strict=True)]
+        outputs = [chance.choice(item.choices) for item in paired]  # a shuffle of places changes none if all are alike
     else:
         outputs = [item.output for item in paired]
         chance.shuffle(outputs)

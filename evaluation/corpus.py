@@ -13,9 +13,11 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, date
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from oppu.errors import ConfigError, InvalidRecord
 from oppu.tasks import Tasks
-from oppu.wire import BehaviorEvent
+from oppu.wire import BehaviorEvent, refusal
 
 
 class _Recorded(BehaviorEvent):
@@ -121,7 +123,8 @@ def unique(items: Iterable[Item]) -> list[Item]:
     return [
         replace(
             item,
-            item_id=item.item_id if count[item.task, item.item_id] == 1 else f"{item.user_id}/{item.item_id}",
+            # no two pairs read alike, whatever stands in them
+            item_id=item.item_id if count[item.task, item.item_id] == 1 else json.dumps([item.user_id, item.item_id]),
             output=item.output.strip(),
             choices=tuple(choice.strip() for choice in item.choices),
         )
@@ -170,6 +173,10 @@ def _events(text: str, path: Path) -> Iterator[BehaviorEvent]:
     for number, line in enumerate(text.split("\n"), start=1):  # a text may hold other ends of lines
         if line.strip():
             try:
-                yield _Recorded.model_validate_json(line)
-            except ValueError as error:
-                raise ConfigError(f"events: {path.name} line {number}: {error}") from error
+                event = _Recorded.model_validate_json(line)
+                event.occurred_at.astimezone(UTC)
+            except ValidationError as error:
+                raise ConfigError(f"events: {path.name} line {number}: {refusal(error).message}") from error
+            except OverflowError as error:
+                raise ConfigError(f"events: {path.name} line {number}: occurred_at: out of range") from error
+            yield event

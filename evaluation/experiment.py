@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from evaluation import controls, inputs
 from evaluation.analyses import Analysed, Extra, analyse
-from evaluation.arms import Arms, Array, Table, choice_arms, fit_fusion
+from evaluation.arms import Arms, Array, Table, choice_arms, fit_each
 from evaluation.bases import Study, curve, opened
 from evaluation.budget import Progress, measured, options, phases
 from evaluation.corpus import Item, by_user
@@ -33,7 +33,7 @@ from evaluation.writing import Writer, lengths, write
 from oppu.embedder import Embedder
 from oppu.lm.port import Tensors
 from oppu.settings import Settings
-from oppu.tasks import Tasks
+from oppu.tasks import Task, Tasks
 from oppu.values import Vector
 
 
@@ -68,7 +68,8 @@ class Outcome:
 
     ``chosen`` is each fold's choice for P1, ``curves`` each base's loss after each number of epochs by fold and
     variant, ``cut_share`` the share of recent items that did not fit the prompts, ``methods`` each PEFT method's cost,
-    ``analysed`` each fold's analyses.
+    ``analysed`` each fold's analyses, ``left_out`` the arms that not all users had, ``repeats`` how many items of each
+    fold are left out because they say what another one says.
     """
 
     seed: int
@@ -80,6 +81,8 @@ class Outcome:
     cut_share: float | None = None
     methods: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     analysed: tuple[Analysed, ...] = ()
+    left_out: tuple[str, ...] = ()
+    repeats: Mapping[str, int] = field(default_factory=dict)
 
 
 def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, embedder: Embedder) -> list[Outcome]:
@@ -109,9 +112,10 @@ def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, emb
         queries = sum(len(p.test) for p in fold.target)
         plan.say(
             f"{fold.name}: {len(fold.adapt)} items adapt the base, {len(fold.calibrate)} users calibrate, "
-            f"{len(fold.target)} targets with {queries} queries"
+            f"{len(fold.target)} targets with {queries} queries; {fold.repeats} items are left out, for they say what "
+            "another one says"
         )
-    inputs.keep(plan.folder, items, plan.bounds, settings, _more(plan))
+    inputs.keep(plan.folder, items, plan.bounds, settings, _more(plan, tasks.require(plan.task)))
     if plan.final:
         _log_opening(plan)
     _announce(plan, folds, items, settings, tasks)
@@ -131,10 +135,10 @@ def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, emb
     return outcomes
 
 
-def _more(plan: Plan) -> dict[str, object]:
+def _more(plan: Plan, task: Task) -> dict[str, object]:
     """Return what decides results beside items, bounds and settings."""
     sisters = [(i.task, i.item_id, i.user_id, str(i.day), i.input, i.output, i.query) for i in plan.sisters]
-    return {"profiles": dict(plan.profiles), "other tasks": sisters}
+    return {"profiles": dict(plan.profiles), "other tasks": sisters, "the task's definition": asdict(task)}
 
 
 def _announce(plan: Plan, folds: Sequence[Fold], items: Sequence[Item], settings: Settings, tasks: Tasks) -> None:
@@ -168,6 +172,7 @@ class _Part:
     cut_share: float | None
     methods: dict[str, MethodResult]
     analysed: Analysed | None
+    repeats: int
 
 
 def _pasts(
@@ -218,7 +223,7 @@ def _fold(plan: Plan, study: Study, extra: Extra) -> _Part:
     curves: dict[str, list[float]] = {variant: curve(study, variant) for variant in plan.recipe.variants}
     curves = {variant: losses for variant, losses in curves.items() if losses}
     others = [tables[p.user_id] for p in fold.calibrate]
-    return _Part(targets, others, arms, variants.chosen, curves, variants.cut_share, methods, analysed)
+    return _Part(targets, others, arms, variants.chosen, curves, variants.cut_share, methods, analysed, fold.repeats)
 
 
 def _table(
@@ -260,11 +265,14 @@ def _adapters(study: Study, bench: Bench, followed: Mapping[str, Array]) -> dict
 def _outcome(plan: Plan, seed: int, parts: Sequence[_Part], tasks: Tasks) -> Outcome:
     tables = tuple(table for part in parts for table in part.tables)
     written = [part.arms for part in parts if part.arms is not None]
+    ran = [set(t.held) for t in tables]
+    common = set.intersection(*ran)  # small folds lack some controls
     if written:
         arms = _joined(written)
     else:  # weights are fitted over all folds: a user left out alone would have only their own events to go by
         kind = tasks.require(plan.task).kind
-        arms = choice_arms(tables, fit_fusion([*tables, *(t for part in parts for t in part.others)], kind), kind)
+        tables = tuple(replace(t, held={name: t.held[name] for name in t.held if name in common}) for t in tables)
+        arms = choice_arms(tables, fit_each(tables, [t for part in parts for t in part.others], kind), kind)
     shares = [part.cut_share for part in parts if part.cut_share is not None]
     return Outcome(
         seed,
@@ -276,6 +284,8 @@ def _outcome(plan: Plan, seed: int, parts: Sequence[_Part], tasks: Tasks) -> Out
         float(np.mean(shares)) if shares else None,
         merged([part.methods for part in parts]),
         tuple(part.analysed for part in parts if part.analysed is not None),
+        tuple(sorted(set.union(*ran) - common)),
+        {part.chosen.fold: part.repeats for part in parts},
     )
 
 

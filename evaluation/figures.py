@@ -68,7 +68,7 @@ def _arms(axes: Any, arms: Mapping[str, Any], metric: str) -> None:
     order = sorted(judged, key=lambda name: float(arms[name]["query_mean"]))
     axes.figure.set_size_inches(8, 1 + 0.22 * len(order))
     for at, name in enumerate(order):
-        low, high = arms[name]["ci"]
+        low, high = arms[name]["ci"] or (arms[name]["query_mean"],) * 2
         strong = name in {"evidence", "fused", "oppu"}
         axes.plot([low, high], [at, at], color="tab:blue" if strong else "tab:gray", linewidth=2)
         axes.plot(arms[name]["query_mean"], at, marker="o", color="tab:blue" if strong else "tab:gray")
@@ -83,8 +83,9 @@ def _lines(axes: Any, rows: Sequence[Mapping[str, Any]], metric: str, label: str
         points = [(at, row[arm]) for at, row in enumerate(rows) if arm in row]
         x = [at + _APART * (number - (len(arms) - 1) / 2) for at, _ in points]
         means = [p["mean"] for _, p in points]
-        below = [max(0.0, p["mean"] - p["ci"][0]) for _, p in points]
-        above = [max(0.0, p["ci"][1] - p["mean"]) for _, p in points]
+        bounds = [p["ci"] or (p["mean"],) * 2 for _, p in points]
+        below = [max(0.0, mean - low) for mean, (low, _) in zip(means, bounds, strict=True)]
+        above = [max(0.0, high - mean) for mean, (_, high) in zip(means, bounds, strict=True)]
         axes.errorbar(x, means, yerr=[below, above], marker="o", capsize=3, label=arm)
     axes.set_xticks(range(len(rows)), [f"{row['row']}\n({row['users']} users)" for row in rows], fontsize="small")
     axes.set_xlabel(label)

@@ -39,12 +39,17 @@ def keep(
     now = {name: _digest(part) for name, part in parts.items()}
     path = folder / _FILE
     if path.exists():
-        then = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            then = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"--out: cannot read {path}: {error}: name another folder") from error
         other = [name for name, digest in now.items() if then.get(name, digest) != digest]
         if other:
             raise ConfigError(f"--out: {folder} holds results of other {', '.join(other)}: name another folder")
     else:
-        path.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
 
 
 def _digest(value: object) -> str:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from evaluation.answers import read_labels, settle
-from evaluation.corpus import Item, read, unique
+from evaluation.corpus import Item, by_user, read, unique
 from evaluation.published import read_profiles
-from evaluation.roles import Bounds
+from evaluation.roles import Bounds, reachable
 from evaluation.splits import not_tested, sharing
 from oppu.errors import ConfigError
 from oppu.tasks import Task, Tasks
@@ -65,6 +65,7 @@ def gather(files: Files, task: Task, bounds: Bounds, *, final: bool) -> Material
     own = [item for item in events if item.task == task.name]
     others = _population(files, task, {item.user_id for item in own})
     bounds = replace(bounds, population=frozenset(item.user_id for item in others))
+    bounds = reachable(by_user(own), bounds)
     labels = read_labels(files.labels) if files.labels is not None else None
     every = [*events, *(item for file in files.sisters for item in read(file, task.name))]
     rest = sorted((item for item in every if item.task != task.name), key=lambda item: item.day)
@@ -81,6 +82,7 @@ def gather(files: Files, task: Task, bounds: Bounds, *, final: bool) -> Material
         "sister_tasks": sorted({item.task for item in sisters}),
         "profiles": "written" if profiles else "statistics",
         "population_before_test": bounds.before_test,
+        "min_target": bounds.target,
     }
     return Material(made.items, tuple(rest), tuple(sisters), profiles, bounds, notes)
 

@@ -15,15 +15,30 @@ from evaluation.experiment import Outcome, Plan
 from evaluation.figures import draw
 from evaluation.methods import PREFIX
 from evaluation.presets import whole
-from evaluation.sections import sections
+from evaluation.sections import between, sections
 from evaluation.splits import Person, clusters
-from evaluation.statistics import CASE_STUDY_BELOW, Contrast, block_interval, contrast, holm, mean_interval
+from evaluation.statistics import (
+    CASE_STUDY_BELOW,
+    TOP_USERS,
+    Contrast,
+    block_interval,
+    contrast,
+    holm,
+    mean_interval,
+)
 from evaluation.variants import CHOSEN_OPPU, CHOSEN_PROMPT
 from oppu.tasks import Kind
 
 BANDS = (16, 50, 100, 200)
 """History lengths that part the prequential events in the search for where the adapter adds."""
 _SHOWN = 5
+P1 = "P1 oppu - best prompt-only (both chosen by calibrate users)"
+P2_VOLUME, P2_PERMUTED = "P2 oppu - volume", "P2 oppu - permuted"
+P3 = "P3 fused - evidence, after the 16th event"
+PRIMARY = (P1, P2_VOLUME, P2_PERMUTED, P3)
+"""What is tested, Holm's adjustment over them; all else is exploratory (protocol section 4)."""
+SEEDS = 3
+"""Of base and adapters, before anything counts as shown (protocol section 4)."""
 METRICS: Mapping[Kind, str] = {
     "choice": "accuracy",
     "rating": "minus mean absolute error",
@@ -56,7 +71,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
             arms[name] = arms.get(name, {"query_mean": None, "user_mean": None, "ci": None}) | own
         tests |= text_report.lead_contrasts(outcomes[0].tables, runs, of)
     few = len(people) < CASE_STUDY_BELOW
-    primary = [name for name in tests if name.startswith(("P1", "P2", "P3"))]
+    primary = [name for name in tests if name in PRIMARY]
     adjusted = {} if few else dict(zip(primary, holm([tests[name].p for name in primary]), strict=True))
     return {
         "task": plan.task,
@@ -69,7 +84,10 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
         "case_study": few,
         "rouge_beats_lead": text_report.claims(tests),
         "tests": {
-            name: asdict(c) | {"holm_p": adjusted.get(name)} | (_case(differences.get(name, []), people) if few else {})
+            name: asdict(c)
+            | {"without_single_label": _of_many_labels(differences.get(name, []), people)}
+            | {"holm_p": adjusted.get(name)}
+            | (_case(differences.get(name, []), people) if few else {})
             for name, c in tests.items()
         },
         "trust_in_adapter": _trust(outcomes),
@@ -77,6 +95,8 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
         "methods": {n: {**arms[PREFIX + n], **cost} for n, cost in outcomes[0].methods.items()},
         "chosen": [asdict(choice) for o in outcomes for choice in o.chosen],
         "adaption": {f"seed {o.seed}, {name}": list(losses) for o in outcomes for name, losses in o.curves.items()},
+        "repeats_left_out": dict(outcomes[0].repeats),
+        "left_out": sorted({name for o in outcomes for name in o.left_out}),
         "recent_history_cut_share": outcomes[0].cut_share,
         "command": command,
         "seeds": list(plan.seeds),
@@ -104,13 +124,29 @@ def _measured(
 
 
 def write(result: Mapping[str, Any], outcomes: Sequence[Outcome], kind: Kind, folder: Path) -> tuple[Path, Path]:
-    """Write ``TASK.json`` and ``TASK.md`` and return their paths."""
+    """Write ``TASK.json`` and ``TASK.md`` and return their paths.
+
+    What says less than a result that is there, a shortened run's or a development part's, stands beside it as
+    ``TASK-quick`` or ``TASK-dev``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    data, page = folder / f"{result['task']}.json", folder / f"{result['task']}.md"
+    name = _name(result, folder)
+    data, page = folder / f"{name}.json", folder / f"{name}.md"
     result = {**result, "figures": draw(result, folder)}
     data.write_text(json.dumps(_plain(result), indent=1) + "\n", encoding="utf-8")
     page.write_text(markdown(result) + _examples(outcomes[0], kind), encoding="utf-8")
     return data, page
+
+
+def _name(result: Mapping[str, Any], folder: Path) -> str:
+    task = str(result["task"])
+    try:
+        there = json.loads((folder / f"{task}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return task
+    if (there.get("evidence"), there.get("final")) <= (result["evidence"], result["final"]):
+        return task
+    return f"{task}-{'dev' if result['evidence'] else 'quick'}"
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -118,6 +154,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines = [f"# {result['task']}", ""]
     if not result["evidence"]:
         lines += ["**A shortened run: not evidence.**", ""]
+    if len(set(result["seeds"])) < SEEDS:
+        lines += [f"**{len(set(result['seeds']))} of the {SEEDS} seeds that a result takes: an indication.**", ""]
     if result["case_study"]:
         lines += ["**So few users are a case study: intervals of each, and no p of a population.**", ""]
     part = "held-back last fifth" if result["final"] else "development part (the last fifth stays closed)"
@@ -139,10 +177,9 @@ def _arm_rows(arms: Mapping[str, Any]) -> list[str]:
     ]
     judged = {name: arm for name, arm in arms.items() if arm["query_mean"] is not None}
     for name, arm in sorted(judged.items(), key=lambda pair: -pair[1]["query_mean"]):
-        low, high = arm["ci"]
         rest = " | ".join(f"{arm[field]:.3f}" if field in arm else "" for field in ("log_loss", "macro_f1", "rmse"))
         lines.append(
-            f"| {name} | {arm['query_mean']:.3f} | {low:.3f} to {high:.3f} | {_spread(arm['seeds'])} "
+            f"| {name} | {arm['query_mean']:.3f} | {between(arm['ci'])} | {_spread(arm['seeds'])} "
             f"| {arm['user_mean']:.3f} | {rest} |"
         )
     return lines
@@ -150,17 +187,16 @@ def _arm_rows(arms: Mapping[str, Any]) -> list[str]:
 
 def _test_rows(tests: Mapping[str, Any]) -> list[str]:
     lines = [
-        "| contrast | over queries | 95 % | p (Holm) | over users | 95 % | p | wins/ties/losses | detectable |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| contrast | over queries | 95 % | p (Holm, of this task's four) | over users | 95 % | p | wins/ties/losses "
+        f"| detectable | without the top {TOP_USERS} |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, t in tests.items():
-        low, high = t["ci"]
-        user_low, user_high = t["user_ci"]
         star = _p(t["p"]) + (f" ({_p(t['holm_p'])})" if t["holm_p"] is not None else "")
         lines.append(
-            f"| {name} | {t['difference']:+.4f} | {low:+.4f} to {high:+.4f} | {star} | {t['user_difference']:+.4f} "
-            f"| {user_low:+.4f} to {user_high:+.4f} | {_p(t['user_p'])} | {t['wins']}/{t['ties']}/{t['losses']} "
-            f"| {t['detectable']:.4f} |"
+            f"| {name} | {t['difference']:+.4f} | {between(t['ci'], '+.4f')} | {star} | {t['user_difference']:+.4f} "
+            f"| {between(t['user_ci'], '+.4f')} | {_p(t['user_p'])} | {t['wins']}/{t['ties']}/{t['losses']} "
+            f"| {_number(t['detectable'], '.4f')} | {_number(t['without_top'], '+.4f')} |"
         )
     return lines
 
@@ -193,7 +229,11 @@ def _user_rows(tests: Mapping[str, Any]) -> list[str]:
 
 
 def _p(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    return _number(value, ".4f")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None or not np.isfinite(value) else f"{value:{form}}"
 
 
 def _differences(merits: Mapping[str, Sequence[Array]]) -> dict[str, list[Array]]:
@@ -201,8 +241,8 @@ def _differences(merits: Mapping[str, Sequence[Array]]) -> dict[str, list[Array]
     pairs: dict[str, tuple[str, str]] = {}
     if "oppu" in merits:
         if CHOSEN_PROMPT in merits:
-            pairs["P1 oppu - best prompt-only (both chosen by calibrate users)"] = (CHOSEN_OPPU, CHOSEN_PROMPT)
-        pairs |= {f"P2 oppu - {c}": ("oppu", c) for c in ("volume", "permuted") if c in merits}
+            pairs[P1] = (CHOSEN_OPPU, CHOSEN_PROMPT)
+        pairs |= {n: ("oppu", c) for n, c in ((P2_VOLUME, "volume"), (P2_PERMUTED, "permuted")) if c in merits}
         pairs["increments up to the cut - oppu"] = ("frozen", "oppu")
         others = ("none", "stranger-nearest", "union", "prior", "evidence")
         pairs |= {f"oppu - {c}": ("oppu", c) for c in others if c in merits}
@@ -220,7 +260,7 @@ def _prequential(outcomes: Sequence[Outcome], kind: Kind) -> dict[str, list[Arra
     """P3: fused less evidence over all events after each user's sixteenth; and by length of history."""
     people, found = outcomes[0].people, {}
     bounds = [*BANDS, 10**9]
-    spans = {"P3 fused - evidence, after the 16th event": (16, 10**9)}
+    spans = {P3: (16, 10**9)}
     for low, high in zip(bounds, bounds[1:], strict=False):
         end = f"{high}" if high < bounds[-1] else "the end"
         spans[f"fused - evidence, events {low} to {end}"] = (low, high)
@@ -256,6 +296,13 @@ def _case(parts: Sequence[Array], people: Sequence[Person]) -> dict[str, Any]:
         if len(part)
     ]
     return {"p": None, "user_p": None, "by_user": users}
+
+
+def _of_many_labels(parts: Sequence[Array], people: Sequence[Person]) -> float | None:
+    """Return the mean over queries of the users who gave more than one output."""
+    pairs = zip(parts, people, strict=False)
+    some = [part for part, p in pairs if len(part) and len({item.output for item in p.items}) > 1]
+    return float(np.concatenate(some).mean()) if some else None
 
 
 def _rmse(outcomes: Sequence[Outcome], name: str) -> float:

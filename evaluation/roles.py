@@ -3,13 +3,14 @@
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from evaluation.corpus import Item, by_user
 from oppu.errors import ConfigError
 
 LEAVE_ONE_OUT, CROSS_FOLDS = 6, 5
 """Up to so many targets each are left out alone; more are left out in so many parts."""
+LEAST_ITEMS = 5
 _HELPFUL_TARGETS = 12
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -19,7 +20,8 @@ class Bounds:
     """Who can be what: least number of items; few targets are crossed, each fold leaving some out.
 
     ``population`` names users who are never targets; where there are any, all others are targets or nothing.
-    ``before_test`` keeps of the adapt items those from before the earliest target's test part.
+    ``before_test`` keeps of the adapt items those from before the earliest target's test part. Without ``strict`` the
+    bound on targets is lowered where nobody reaches it (``reachable``).
     """
 
     target: int = 50
@@ -27,6 +29,24 @@ class Bounds:
     folds_below: int = 12
     population: frozenset[str] = field(default=frozenset(), repr=False)
     before_test: bool = False
+    strict: bool = True
+
+
+def reachable(people: Mapping[str, Sequence[Item]], bounds: Bounds) -> Bounds:
+    """Return bounds that somebody reaches: the given ones where they may not be lowered, or need not be.
+
+    The lowered one leaves about a dozen users, or half of fewer, the longest histories; nobody is a target with fewer
+    than ``LEAST_ITEMS``.
+
+    Args:
+        people: Each user's items.
+        bounds: As asked for.
+    """
+    counts = _counts(people, bounds)
+    if bounds.strict or not counts or counts[0] >= bounds.target:
+        return bounds
+    target = max(_helpful(counts), LEAST_ITEMS)
+    return replace(bounds, target=target, calibrate=min(bounds.calibrate, max(3, target // 2)))
 
 
 def roles(people: Mapping[str, list[Item]], most: Mapping[str, int], bounds: Bounds) -> dict[str, dict[str, str]]:
@@ -51,7 +71,8 @@ def roles(people: Mapping[str, list[Item]], most: Mapping[str, int], bounds: Bou
         others = {u: _role(u, most[u], bounds) for u in people if u in bounds.population}
     else:
         others = {u: _role(u, most[u], bounds) for u in people if most[u] < bounds.target}
-    crossed = len(targets) > 1 and (len(targets) < bounds.folds_below or "adapt" not in others.values())
+    alone = not {"adapt", "calibrate"} <= set(others.values())
+    crossed = len(targets) > 1 and (len(targets) < bounds.folds_below or alone)
     if bounds.population or not crossed:
         return {"all": others | dict.fromkeys(targets, "target")}
     if len(targets) < bounds.folds_below:
@@ -104,11 +125,21 @@ def _plain(user: str) -> str:
     return user if _PLAIN_NAME.fullmatch(user) else hashlib.sha256(user.encode()).hexdigest()[:16]
 
 
+def _counts(people: Mapping[str, Sequence[Item]], bounds: Bounds) -> list[int]:
+    """Return the numbers of items of those who may be targets, the most first."""
+    return sorted((len(own) for user, own in people.items() if user not in bounds.population), reverse=True)
+
+
+def _helpful(counts: Sequence[int]) -> int:
+    """Return the bound that makes targets of about a dozen users, or of half of fewer."""
+    return counts[min(_HELPFUL_TARGETS, max(1, len(counts) // 2)) - 1]
+
+
 def _too_few(people: Mapping[str, list[Item]], bounds: Bounds) -> str:
-    counts = sorted((len(own) for user, own in people.items() if user not in bounds.population), reverse=True)
+    counts = _counts(people, bounds)
     if not counts:
         return "events: expected some user who is not in --population"
-    bound = counts[min(_HELPFUL_TARGETS, max(1, len(counts) // 2)) - 1]
+    bound = _helpful(counts)
     return (
         f"events: expected some user with at least {bounds.target} items to be a target (--min-target); the longest "
         f"history has {counts[0]}: --min-target {bound} would make {sum(c >= bound for c in counts)} of {len(counts)} "

@@ -19,11 +19,19 @@ def sections(result: Mapping[str, Any]) -> str:
     return "".join(parts)
 
 
+def between(interval: Sequence[float] | None, form: str = ".3f") -> str:
+    """Render an interval; nothing where there is none."""
+    return " to ".join(f"{bound:{form}}" for bound in interval) if interval else ""
+
+
 def _adaption(result: Mapping[str, Any]) -> str:
     lines = []
     if result.get("chosen"):
-        rows = [[c["fold"], c["seed"], c["oppu"], c["prompt"]] for c in result["chosen"]]
-        lines.append(_table("Arms of P1, chosen by calibrate users", ["fold", "seed", "OPPU", "prompt-only"], rows))
+        rows = [
+            [c["fold"], c["seed"], c["oppu"], c["prompt"], "calibrate users" if c["merits"] else "nobody: the first"]
+            for c in result["chosen"]
+        ]
+        lines.append(_table("Arms of P1", ["fold", "seed", "OPPU", "prompt-only", "chosen by"], rows))
     if result.get("adaption"):
         curves = [[name, ", ".join(f"{x:.4f}" for x in losses)] for name, losses in result["adaption"].items()]
         lines.append(_table("Task adaption", ["base", "calibrate users' loss after 1, 2, … epochs"], curves))
@@ -59,6 +67,5 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]])
 
 def _cell(value: object) -> str:
     if isinstance(value, Mapping):
-        low, high = value["ci"]
-        return f"{value['mean']:.3f} ({low:.3f} to {high:.3f})"
+        return f"{value['mean']:.3f} ({between(value['ci'])})" if value["ci"] else f"{value['mean']:.3f}"
     return f"{value:.2f}" if isinstance(value, float) else "" if value is None else str(value)

@@ -55,7 +55,7 @@ class Fold:
     """One base's users: the base is adapted on ``adapt``, everything is chosen on ``calibrate``.
 
     ``held`` are the normalised inputs of sister tasks' test parts; ``before`` the day that all of ``adapt`` precedes,
-    where that was asked for.
+    where that was asked for; ``repeats`` is how many items stand in no part, for they say what another one says.
     """
 
     name: str
@@ -64,6 +64,7 @@ class Fold:
     target: tuple[Person, ...] = field(repr=False)
     held: frozenset[str] = field(default=frozenset(), repr=False)
     before: date | None = None
+    repeats: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +120,13 @@ def make_folds(
     days = _days(items, sisters, final=final)
     world = _World(people, groups, days, tuple(sisters), _most(items, sisters), bounds)
     folds = [_fold(name, world, role) for name, role in roles(people, world.most, bounds).items()]
+    repeats = max(fold.repeats for fold in folds)
     folds = [fold for fold in folds if fold.target]
     if not folds:
         bare = "; histories without outputs are asked about by their file's queries alone, with --final"
         raise ConfigError(
             "events: no target has items on both sides of a day that divides them"
+            + (f"; {repeats} of {len(items)} items say what another one says, and stand once" if repeats else "")
             + (bare if all(item.bare or item.query for item in items) else "")
         )
     return folds
@@ -231,7 +234,8 @@ def _fold(name: str, world: _World, role: Mapping[str, str]) -> Fold:
     )
     chosen = {kind: [person(u) for u in kept if role[u] == kind] for kind in ("calibrate", "target")}
     able = tuple(p for p in chosen["target"] if 0 < p.cut < len(p.items))
-    made = Fold(name, tuple(adapt), tuple(p for p in chosen["calibrate"] if p.items), able, held)
+    repeats = len(placed) - sum(map(len, kept.values()))
+    made = Fold(name, tuple(adapt), tuple(p for p in chosen["calibrate"] if p.items), able, held, repeats=repeats)
     return _before_test(made) if world.bounds.before_test and able else made
 
 

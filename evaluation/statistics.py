@@ -7,10 +7,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Interval = tuple[float, float] | None
+"""Bounds of 95 %; ``None`` where there are too few clusters to resample."""
 
 EXACT_USERS = 20
 DRAWS, RESAMPLES = 100_000, 10_000
 _BLOCK_RESAMPLES = 2_000
+LEAST_CLUSTERS = 3
+"""Resamples of fewer clusters are a handful of points: no interval."""
+TOP_USERS = 3
+"""So many users who carry most of a difference are left out to see what it is without them."""
 CASE_STUDY_BELOW = 12
 """Fewer users than this are a case study: their own intervals are reported, and no p of a population."""
 _POWER_QUANTILES = 1.959964 + 0.841621
@@ -32,18 +38,23 @@ class Contrast:
         ties: With none.
         losses: With a negative one.
         detectable: The least difference over users that this many would have shown with 80 % power.
+        clusters: How many clusters the users form.
+        without_top: The mean over queries without the ``TOP_USERS`` who carry most of the difference; ``None`` where
+            nobody else is left.
     """
 
     difference: float
-    ci: tuple[float, float]
+    ci: Interval
     user_difference: float
-    user_ci: tuple[float, float]
+    user_ci: Interval
     p: float
     user_p: float
     wins: int
     ties: int
     losses: int
     detectable: float
+    clusters: int
+    without_top: float | None
 
 
 def contrast(differences: Sequence[Array], clusters: Sequence[int], seed: int = 0) -> Contrast:
@@ -60,20 +71,21 @@ def contrast(differences: Sequence[Array], clusters: Sequence[int], seed: int = 
     sums = np.array([d.sum() for d in differences])
     counts = np.array([len(d) for d in differences], dtype=np.float64)
     means = sums / counts
-    low, high, user_low, user_high = _intervals(sums, counts, clusters, seed)
+    ci, user_ci, error = _intervals(sums, counts, clusters, seed)
+    rest = np.argsort(-sums * np.sign(sums.sum()), kind="stable")[TOP_USERS:]
     return Contrast(
         difference=float(sums.sum() / counts.sum()),
-        ci=(low, high),
+        ci=ci,
         user_difference=float(means.mean()),
-        user_ci=(user_low, user_high),
+        user_ci=user_ci,
         p=sign_flip(sums, seed),
         user_p=sign_flip(means, seed),
         wins=int((means > 0).sum()),
         ties=int((means == 0).sum()),
         losses=int((means < 0).sum()),
-        detectable=float(_POWER_QUANTILES * means.std(ddof=1) / np.sqrt(len(means)))
-        if len(means) > 1
-        else float("nan"),
+        detectable=_POWER_QUANTILES * error,
+        clusters=len(set(clusters)),
+        without_top=float(sums[rest].sum() / counts[rest].sum()) if len(rest) else None,
     )
 
 
@@ -102,11 +114,11 @@ def holm(p: Sequence[float]) -> list[float]:
     return [float(x) for x in adjusted]
 
 
-def mean_interval(values: Sequence[Array], clusters: Sequence[int], seed: int = 0) -> tuple[float, float]:
+def mean_interval(values: Sequence[Array], clusters: Sequence[int], seed: int = 0) -> Interval:
     """Return the 95 % interval of a mean over queries, clusters of users resampled."""
     sums = np.array([v.sum() for v in values])
     counts = np.array([len(v) for v in values], dtype=np.float64)
-    return _intervals(sums, counts, clusters, seed)[:2]
+    return _intervals(sums, counts, clusters, seed)[0]
 
 
 def block_interval(values: Array, seed: int = 0) -> tuple[float, float]:
@@ -125,16 +137,23 @@ def block_interval(values: Array, seed: int = 0) -> tuple[float, float]:
     size = max(1, round(count ** (1 / 3)))
     starts = np.random.default_rng(seed).integers(0, count - size + 1, size=(_BLOCK_RESAMPLES, -(-count // size)))
     drawn = (starts[:, :, None] + np.arange(size)).reshape(len(starts), -1)[:, :count]
-    low, high = np.quantile(values[drawn].mean(axis=1), [0.025, 0.975])
-    return float(low), float(high)
+    return _bounds(values[drawn].mean(axis=1))
 
 
-def _intervals(sums: Array, counts: Array, clusters: Sequence[int], seed: int) -> tuple[float, float, float, float]:
+def _intervals(sums: Array, counts: Array, clusters: Sequence[int], seed: int) -> tuple[Interval, Interval, float]:
+    """Return the intervals over queries and over users, and the standard error of the latter (NaN without)."""
     names, of_user = np.unique(np.asarray(clusters), return_inverse=True)
+    if len(names) < LEAST_CLUSTERS:
+        return None, None, float("nan")
     chance = np.random.default_rng(seed)
     drawn = chance.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)[:, of_user]
     over_queries = (drawn @ sums) / (drawn @ counts)
     over_users = (drawn @ (sums / counts)) / drawn.sum(axis=1)
-    low, high = np.quantile(over_queries, [0.025, 0.975])
-    user_low, user_high = np.quantile(over_users, [0.025, 0.975])
-    return float(low), float(high), float(user_low), float(user_high)
+    # a resample of n clusters varies by (n - 1) / n of what another sample would
+    error = over_users.std() * np.sqrt(len(names) / (len(names) - 1))
+    return _bounds(over_queries), _bounds(over_users), float(error)
+
+
+def _bounds(values: Array) -> tuple[float, float]:
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)

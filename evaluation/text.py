@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evaluation.arms import Arms, Table
+from evaluation.arms import Arms, Table, parts
 from evaluation.history import Past
 from evaluation.prompting import example
 from evaluation.splits import Person
@@ -129,19 +129,37 @@ def text_fusion(tables: Sequence[Foreseen]) -> TextFusion:
     return TextFusion(_fit(tables, DEFAULT.alone, adapter=False), _fit(tables, DEFAULT.beside, adapter=True))
 
 
-def text_arms(tables: Sequence[Foreseen], fusion: TextFusion) -> Arms:
+def fit_each(targets: Sequence[Foreseen], others: Sequence[Foreseen]) -> list[TextFusion]:
+    """Fit for each target user without that user's items; users of one part share their fit.
+
+    Args:
+        targets: Whose texts the fits are for.
+        others: Calibrate users.
+
+    Returns:
+        One fit a target, in order.
+    """
+    part = parts([own.table.person for own in targets])
+    fits = {
+        left_out: text_fusion([*(t for t, own in zip(targets, part, strict=True) if own != left_out), *others])
+        for left_out in sorted(set(part))
+    }
+    return [fits[own] for own in part]
+
+
+def text_arms(tables: Sequence[Foreseen], fusions: Sequence[TextFusion]) -> Arms:
     """Judge every held-back text in every arm, by its tokens' log probabilities.
 
     Args:
         tables: Of the target users.
-        fusion: Fitted beforehand.
+        fusions: Fitted beforehand, one a user.
 
     Returns:
         All arms; ``stream`` has evidence and fused on all items.
     """
     held: dict[str, list[Array]] = {}
     stream: dict[str, list[Array]] = {"evidence": [], "fused": []}
-    for own in tables:
+    for own, fusion in zip(tables, fusions, strict=True):
         table, cut = own.table, own.table.person.cut
         streamed = {"evidence": own.log_p(fusion, adapter=False), "fused": own.log_p(fusion, adapter=True)}
         for name, scores in streamed.items():
@@ -178,7 +196,7 @@ def text_run(bench: Bench, tables: Mapping[str, Table], adapters: Mapping[str, A
         Writer("fused", adapters["fused"], fusion=fusion),
     ]
     texts = {w.name: write(bench, targets, w, limits.most) for w in writers}
-    arms = text_arms(experts[: len(targets)], fusion)
+    arms = text_arms(experts[: len(targets)], fit_each(experts[: len(targets)], experts[len(targets) :]))
     return replace(arms, texts=texts | plain(targets, limits.lead, bench.recipe.written))
 
 

@@ -71,7 +71,11 @@ def lead_contrasts(tables: Sequence[Table], runs: Sequence[Texts], clusters: Seq
 def claims(tests: Mapping[str, Contrast]) -> list[str]:
     """Return the arms whose ROUGE-1 and ROUGE-L lie above lead-k's, both intervals over users above 0."""
     arms = [name.split()[1] for name in tests if name.startswith("rouge_1") and name.endswith(f" - {LEAD}")]
-    return [a for a in arms if all(tests[f"{m} {a} - {LEAD}"].user_ci[0] > 0 for m in MEASURES)]
+    return [a for a in arms if all(_above(tests[f"{m} {a} - {LEAD}"]) for m in MEASURES)]
+
+
+def _above(less: Contrast) -> bool:
+    return less.user_ci is not None and less.user_ci[0] > 0
 
 
 def table(arms: Mapping[str, Mapping[str, Any]], claimed: Sequence[str]) -> str:

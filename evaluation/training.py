@@ -55,7 +55,7 @@ class Recipe:
     replay: int = 16
     chunk_passes: int = 2
     chunk_learning_rate: float = 2e-3
-    strangers: int = 3
+    strangers: int = 5
     judge_items: int = 200
     written: int = 20
     base_method: Literal["full", "lora"] = "full"

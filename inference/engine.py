@@ -21,7 +21,7 @@ from inference.blending import TextFusion
 from inference.evidence import HistoryRetriever, Personal, gather
 from oppu.clock import Clock
 from oppu.errors import OppuError, Reason
-from oppu.fusion import DEFAULT, Fusion, Sources, pick, sources_of
+from oppu.fusion import DEFAULT, Fusion, Sources, log_softmax, pick, sources_of
 from oppu.lm.blend import Blend
 from oppu.lm.port import LanguageModel, Row, Scored
 from oppu.metrics import Metrics
@@ -187,7 +187,10 @@ class Engine:
                 return self._writer.error(ask, EMPTY_GENERATION, "the model wrote no text", timings)
             return self._writer.ok(ask, text, None, provenance, timings)
         personal = prepared.personal
-        log_p = self._fusion.scores(_sources(prepared, placed, result), personal.sequence, personal.earned)
+        if personal.retrieved is None and personal.profile is None:  # nothing was asked to stand beside the model
+            log_p = log_softmax(result.scores if placed.ref is not None else result.base_scores)
+        else:
+            log_p = self._fusion.scores(_sources(prepared, placed, result), personal.sequence, personal.earned)
         if np.isnan(log_p).any():
             return self._writer.error(ask, Reason.INTERNAL_ERROR, "the model's scores are not numbers", timings)
         probabilities = np.exp(log_p)

@@ -118,10 +118,7 @@ class Fusion:
         Returns:
             Log probabilities ``[c]``, normalised.
         """
-        adapter = sources.get("adapter")
-        if sources.get("knn") is None and sources.get("prior") is None:
-            return log_softmax(_present(sources, "base") if adapter is None else adapter)  # nothing stands beside it
-        if adapter is None:
+        if sources.get("adapter") is None:
             return self.alone.scores(sources, events)
         return mix(
             self.weights(events, earned), [self.alone.scores(sources, events), self.beside.scores(sources, events)]
@@ -294,13 +291,6 @@ def pick(kind: Kind, choices: Sequence[str], probabilities: Array) -> str:
     order = sorted(range(len(choices)), key=lambda i: float(choices[i]))
     reached = np.cumsum(probabilities[order])
     return choices[order[min(int(np.searchsorted(reached, _HALF)), len(order) - 1)]]
-
-
-def _present(sources: Sources, name: str) -> Array:
-    said = sources[name]
-    if said is None:
-        raise ValueError(f"expected {name}")
-    return said
 
 
 def _stack(path: Path, content: Mapping[str, Any], field_name: str, allowed: Sequence[str], needed: str) -> Stack:

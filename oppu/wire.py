@@ -335,11 +335,12 @@ def _validate(contract: type[M], fields: dict[str, Any]) -> M:
     try:
         value = contract.model_validate(fields)
     except ValidationError as error:
-        raise _refusal(error) from error
+        raise refusal(error) from error
     return value
 
 
-def _refusal(error: ValidationError) -> InvalidRecord:
+def refusal(error: ValidationError) -> InvalidRecord:
+    """Say what is wrong with a record, field by field, and nothing of what stands in it."""
     faults = error.errors(include_input=False, include_context=False, include_url=False)
     time_only = all(f["loc"][:1] in (("occurred_at",), ("deadline",)) and f["type"] != "missing" for f in faults)
     shown = [f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in faults[:_FAULTS_SHOWN]]

@@ -27,7 +27,7 @@ class Judge:
             job: A scored job.
 
         Returns:
-            Log odds; as before where there is no adapter. Events without choices or without evidence change nothing.
+            Log odds; as before where there is no adapter. Events without choices change nothing.
 
         Raises:
             TransientError: The store is away.
@@ -49,6 +49,5 @@ class Judge:
             example = job.work().pending[at]
             vote = knn_distribution(retrieved.neighbours, example.choices)
             sources = sources_of(job.scored().none.scores[at], live.scores[at], vote, profile.prior, example.choices)
-            if sources["knn"] is not None or sources["prior"] is not None:
-                earned = earn(earned, self.fusion.gain(sources, event.seq - 1, example.choices.index(example.output)))
+            earned = earn(earned, self.fusion.gain(sources, event.seq - 1, example.choices.index(example.output)))
         return earned

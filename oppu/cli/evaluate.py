@@ -31,7 +31,7 @@ _FILES = ("outputs", "population", "population_outputs", "sisters", "profiles", 
 @click.option("--labels", type=click.Path(path_type=Path), help="The task's labels, one a line.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Work folder; a killed run goes on here.")
 @click.option("--seed", "seeds", type=int, multiple=True, default=(0,), show_default=True, help="May be repeated.")
-@click.option("--min-target", type=click.IntRange(5), default=50, show_default=True, help="Items of a target user.")
+@click.option("--min-target", type=click.IntRange(5), help="Items of a target user; 50, or what some users have.")
 @click.option("--min-calibrate", type=click.IntRange(3), default=20, show_default=True)
 @click.option("--preset", type=click.Choice(["oppu"]), help="OPPU's released hyper-parameters: docs/reproduce.md.")
 @click.option("--base-epochs", type=click.IntRange(1), help="Adapt every base for so many, instead of searching.")
@@ -65,7 +65,8 @@ def evaluate(
 
     before_test, quick, preset = options["population_before_test"], options["quick"], options["preset"]
     settings = session.settings if preset is None else PRESETS[preset].settings(session.settings)
-    bounds = Bounds(options["min_target"], options["min_calibrate"], before_test=before_test)
+    given = options["min_target"]
+    bounds = Bounds(given or Bounds().target, options["min_calibrate"], before_test=before_test, strict=bool(given))
     material = gather(Files(events, **{name: options[name] for name in _FILES}), tasks[task], bounds, final=final)
     say(", ".join(f"{name} {value}" for name, value in material.notes.items()))
     recipe, items = _recipe(options), material.items

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from evaluation import controls
-from evaluation.arms import Table, answer, choice_arms, fit_fusion, log_loss, macro_f1, right, squared_error
+from evaluation.arms import Table, answer, choice_arms, fit_each, fit_fusion, log_loss, macro_f1, right, squared_error
 from evaluation.corpus import Item
 from evaluation.history import Past
 from evaluation.splits import Person
@@ -33,6 +33,11 @@ def table(own: Person, base: str, follow: str) -> Table:
     return Table(own, past, scores, followed, {"oppu": scores[own.cut :]}, 1)
 
 
+def offering(one: Item, number: int) -> Item:
+    """Offer choices of its own, the right one first."""
+    return replace(one, choices=(f"right {number}", f"wrong {number}"), output=f"right {number}")
+
+
 FUSION = Fusion(
     Stack({"base": (1.0, 0.0)}),
     Stack({"adapter": (1.0, 0.0)}),
@@ -42,7 +47,7 @@ FUSION = Fusion(
 
 def test_every_arm_answers_every_query_of_every_user() -> None:
     tables = [table(person("u"), "a", "b"), table(person("v", 12, 9), "c", "a")]
-    arms = choice_arms(tables, FUSION)
+    arms = choice_arms(tables, [FUSION] * len(tables))
     for name, scores in arms.held.items():
         assert [s.shape for s in scores] == [(2, 3), (3, 3)], name
     assert [s.shape for s in arms.stream["fused"]] == [(10, 3), (12, 3)]
@@ -52,10 +57,10 @@ def test_every_arm_answers_every_query_of_every_user() -> None:
 
 
 def test_an_adapter_that_foresees_the_user_keeps_its_share_and_one_that_does_not_loses_it() -> None:
-    good = choice_arms([table(person(count=40, cut=30), "a", "truth")], FUSION)
+    good = choice_arms([table(person(count=40, cut=30), "a", "truth")], [FUSION])
     assert good.trust[0] == MOST_SHARE
     own = person(count=40, cut=30, outputs="a")
-    bad = choice_arms([table(own, "a", "b")], FUSION)
+    bad = choice_arms([table(own, "a", "b")], [FUSION])
     assert bad.trust[0] < 0.01
     losses = {arm: log_loss(own.test, bad.held[arm][0]).mean() for arm in ("evidence", "fused", "unweighed")}
     assert losses["fused"] < losses["evidence"] + 0.01 < losses["unweighed"]
@@ -64,16 +69,41 @@ def test_an_adapter_that_foresees_the_user_keeps_its_share_and_one_that_does_not
 def test_outcomes_of_a_day_count_from_the_next_day_on() -> None:
     own = person(count=6, cut=5)
     same = Person("u", tuple(item("u", at, output="a", day=1 if at else 0) for at in range(6)), own.groups, 5)
-    arms = choice_arms([table(same, "b", "a")], FUSION)
+    arms = choice_arms([table(same, "b", "a")], [FUSION])
     streamed = arms.stream["fused"][0]
     np.testing.assert_allclose(streamed[2], streamed[5])  # nothing of the day was used within it
 
 
 def test_the_commonest_and_the_last_output_so_far() -> None:
     own = person(count=10, cut=8, outputs="aab")  # …a a b a a b a a | b a
-    arms = choice_arms([table(own, "a", "a")], FUSION)
+    arms = choice_arms([table(own, "a", "a")], [FUSION])
     assert [LABELS[int(row.argmax())] for row in arms.held["majority"][0]] == ["a", "a"]
     assert [LABELS[int(row.argmax())] for row in arms.held["recent"][0]] == ["a", "b"]
+
+
+def test_an_earlier_output_that_is_not_offered_leaves_the_answer_to_the_base() -> None:
+    own = person(count=10, cut=8)
+    items = tuple(offering(i, n) for n, i in enumerate(own.items))
+    scores = np.tile(np.log([0.3, 0.7]), (10, 1))  # the base is wrong, whatever stands first
+    past = [Past(at, None, None, (), "") for at in range(10)]
+    arms = choice_arms([Table(replace(own, items=items), past, scores, scores, {}, 1)], [FUSION])
+    for name in ("majority", "recent"):
+        np.testing.assert_allclose(arms.held[name][0], scores[8:])
+
+
+def test_each_users_weights_are_fitted_without_them() -> None:
+    def told(user: str, says: str) -> Table:
+        own = person(user, 40, 30)
+        return table(replace(own, groups=tuple(100 * int(user[1:]) + n for n in own.groups)), "a", says)
+
+    names = [f"u{n}" for n in range(7)]
+    before = fit_each([told(user, "truth") for user in names], [])
+    after = fit_each([told(user, "b" if user == "u0" else "truth") for user in names], [])
+    assert before[0] == after[0] and before[1] != after[1]
+    assert before[0] == before[5] == after[5]  # of one part
+    crossed = [told(user, "truth") for user in names]
+    assert fit_each(crossed, [told("u0", "b")])[0] == before[0]  # calibrates in another fold
+    assert fit_each([told("u0", "truth")], []) == [DEFAULT]
 
 
 def test_merits_by_kind() -> None:
@@ -118,7 +148,12 @@ class TestControls:
         items = (replace(items[0], output=""), replace(items[1], output="a"), *items[2:])
         made = controls.permuted(replace(own, items=items), 0)
         assert made[0] == items[0] and all(i.output in i.choices for i in made[1:])
-        assert sorted(i.output for i in made) == ["", "a", *"b" * 7]
+
+    def test_permuted_outputs_say_nothing_where_the_right_one_always_stands_first(self) -> None:
+        own = person(count=60, cut=50)
+        items = tuple(offering(i, n) for n, i in enumerate(own.items))
+        made = controls.permuted(replace(own, items=items), 0)
+        assert 15 < sum(i.output.startswith("wrong") for i in made) < 35
 
     def test_nobody_else_has_nothing_to_draw(self) -> None:
         [own, *_] = self.people()
@@ -159,7 +194,7 @@ def test_unequal_choices_are_answered_among_their_own_and_an_unknown_label_is_wr
     past = [Past(at, None, np.full(3 - at % 2, 1 / (3 - at % 2)) if at else None, (), "") for at in range(10)]
     made = Table(replace(own, items=tuple(items)), past, scores, scores, {"oppu": scores[8:]}, 1)
     fusion = fit_fusion([made])
-    arms = choice_arms([made], fusion)
+    arms = choice_arms([made], [fusion])
     for name, [found] in arms.held.items():
         assert found.shape == (2, 3) and np.isneginf(found[1, 2]) and not np.isnan(found).any(), name
         assert right(items[8:], found, "choice")[1] == 0.0
@@ -178,7 +213,7 @@ def test_what_cannot_be_fitted_stays_as_it_is_built_in() -> None:
 
 
 def test_a_choice_is_normalised_after_a_source_is_added() -> None:
-    arms = choice_arms([table(person(), "a", "b")], FUSION)
+    arms = choice_arms([table(person(), "a", "b")], [FUSION])
     for name in ("prior", "knn", "oppu+prior", "evidence", "fused", "unweighed"):
         for row in arms.held[name][0]:
             np.testing.assert_allclose(row, log_softmax(row), atol=1e-9)
@@ -193,7 +228,7 @@ class TestRatings:
         own = Person("u", items, tuple(range(9)), 7)
         past = [Past(at, None, None, (), "") for at in range(9)]
         flat = np.zeros((9, 3))
-        arms = choice_arms([Table(own, past, flat, flat, {}, 1)], FUSION, "rating")
+        arms = choice_arms([Table(own, past, flat, flat, {}, 1)], [FUSION], "rating")
         assert [answer(i, s, "rating") for i, s in zip(own.test, arms.held["median"][0], strict=True)] == ["3", "3"]
         scores = np.log([[0.5, 0.5, 1e-12], [1e-12, 1e-12, 1.0]])
         assert squared_error([self.rated("5"), self.rated("3")], scores) == pytest.approx([4.0, 0.0])

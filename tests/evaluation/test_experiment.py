@@ -174,6 +174,16 @@ def test_a_plain_run_has_no_prompted_arm_and_no_p1(task: str, settings: Settings
     assert write(result, outcomes, kind, tmp_path / "out")[1].exists()
 
 
+def test_folds_of_unequal_size_have_the_controls_that_all_have(settings: Settings, tmp_path: Path) -> None:
+    items = people({f"u{n}": 12 for n in range(7)})
+    recipe = replace(RECIPE, variants=("plain",), base_epochs=1, base_search=False, strangers=2)
+    plan = replace(planned(tmp_path), recipe=recipe, bounds=Bounds(target=12, calibrate=6, folds_below=12))
+    outcomes = run(plan, items, settings, TASKS, EMBEDDER)
+    result = summarise(plan, outcomes, "choice", "tiny", "oppu evaluate pick")
+    assert result["users"] == 7 and {"oppu", "permuted", "fused"} <= set(result["arms"])
+    assert "union" in result["left_out"] and "union" not in result["arms"]
+
+
 def test_the_items_that_adapt_a_base_are_drawn_by_the_seed() -> None:
     items, recipe = everybody(), replace(RECIPE, adapt_items=7)
     drawn = [bases.learnt_items(items, recipe, seed) for seed in (0, 0, 1)]

@@ -1,5 +1,6 @@
 """``oppu evaluate`` on other people's data of every task, at the first attempt, on a tiny random base."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,41 @@ def test_too_few_events_say_which_bound_would_do(evaluate: Run, tmp_path: Path) 
     with pytest.raises(
         ConfigError, match=r"at least 50 items .*--min-target.* has 12: --min-target 9 would make 2 of 4"
     ):
-        evaluate("movie_tagging", events, bounds=())
-    result = evaluate("movie_tagging", events, "--min-target", "9", "--min-calibrate", "3", bounds=())
-    assert result["users"] == 2
+        evaluate("movie_tagging", events, "--min-target", "50", bounds=())
+    result = evaluate("movie_tagging", events, bounds=())
+    assert result["users"] == 2 and result["data"]["min_target"] == 9
+    with pytest.raises(ConfigError, match="at least 5 items"):
+        evaluate("movie_tagging", lines(tmp_path / "few.jsonl", rows("movie_tagging", {"a": 4, "b": 3})), bounds=())
+
+
+def test_a_lesser_result_does_not_replace_a_better_one(evaluate: Run, tmp_path: Path) -> None:
+    events = lines(tmp_path / "e.jsonl", rows("movie_tagging", COUNTS))
+    assert evaluate("movie_tagging", events)["final"] is False
+    assert evaluate("movie_tagging", events, "--final")["final"] is True  # more than what was there
+    evaluate("movie_tagging", events)
+    names = {
+        name: json.loads((tmp_path / "out" / name).read_text())["final"]
+        for name in ("movie_tagging.json", "movie_tagging-quick.json")
+    }
+    assert names == {"movie_tagging.json": True, "movie_tagging-quick.json": False}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        ({"event_id": None}, "line 2: event_id: "),
+        ({"occurred_at": "0001-01-01T00:00:00+05:00"}, "line 2: occurred_at: out of range"),
+        ({"output": 7}, "line 2: output: "),
+    ],
+)
+def test_a_fault_of_a_line_is_named_without_what_stands_in_it(
+    spoil: dict[str, object], words: str, evaluate: Run, tmp_path: Path
+) -> None:
+    made = rows("movie_tagging", COUNTS)
+    made[1] = {name: value for name, value in (made[1] | spoil).items() if value is not None}
+    with pytest.raises(ConfigError, match=words) as raised:
+        evaluate("movie_tagging", lines(tmp_path / "e.jsonl", made))
+    assert str(made[1]["input"]) not in str(raised.value) and "pydantic" not in str(raised.value)
 
 
 def test_a_work_folder_takes_no_other_events(evaluate: Run, tmp_path: Path) -> None:

@@ -29,14 +29,17 @@ def test_a_contrast_counts_users_and_weighs_queries() -> None:
     assert (made.wins, made.ties, made.losses) == (1, 1, 1)
     assert made.difference == pytest.approx(2 / 6)
     assert made.user_difference == pytest.approx(0)
-    assert made.ci[0] <= made.difference <= made.ci[1]
+    assert made.ci is not None and made.ci[0] <= made.difference <= made.ci[1]
+    assert made.clusters == 3 and made.without_top is None
 
 
 def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     chance, hits = np.random.default_rng(3), 0
     for trial in range(100):
         users = [chance.normal(0.2 + chance.normal(0, 0.3), 1, size=10) for _ in range(40)]
-        low, high = mean_interval(users, range(40), seed=trial)
+        found = mean_interval(users, range(40), seed=trial)
+        assert found is not None
+        low, high = found
         hits += low <= 0.2 <= high
     assert hits >= 88
 
@@ -44,8 +47,25 @@ def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
 def test_users_of_one_cluster_widen_the_interval() -> None:
     users = [np.full(5, float(k % 2)) for k in range(20)]
     apart = contrast(users, range(20))
-    together = contrast(users, [k % 2 for k in range(20)])
+    together = contrast(users, [k % 4 for k in range(20)])
+    assert apart.ci is not None and together.ci is not None
     assert together.ci[1] - together.ci[0] > apart.ci[1] - apart.ci[0]
+    assert together.detectable > apart.detectable
+
+
+def test_few_clusters_have_no_interval_and_nothing_detectable() -> None:
+    users = [np.array([0.1, 0.2, 0.3]), np.array([0.2, 0.1])]
+    for clusters in ([0, 0], [0, 1]):
+        made = contrast(users, clusters)
+        assert made.ci is None and made.user_ci is None and np.isnan(made.detectable)
+        assert mean_interval(users, clusters) is None
+
+
+def test_a_difference_without_the_users_who_carry_it() -> None:
+    made = contrast([np.array([v]) for v in (5.0, 4.0, 3.0, 0.5, -0.5, 0.3)], range(6))
+    assert made.difference > 2 and made.without_top == pytest.approx(0.1)
+    less = contrast([np.array([-v]) for v in (5.0, 4.0, 3.0, 0.5, -0.5, 0.3)], range(6))
+    assert less.without_top == pytest.approx(-0.1)
 
 
 def test_the_detectable_effect_is_the_one_found_four_times_in_five() -> None:

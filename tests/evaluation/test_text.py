@@ -41,7 +41,7 @@ def test_a_better_adapter_earns_its_weight_and_a_worse_one_loses_it() -> None:
     for adapter, more in ((0.5, True), (0.001, False)):
         tables = [told(f"u{n}", base=0.1, adapter=adapter) for n in range(8)]
         fusion = fit_text_fusion(tables)
-        arms = text_arms(tables, fusion)
+        arms = text_arms(tables, [fusion] * len(tables))
         loss = {
             name: -np.concatenate(
                 [right(t.table.person.test, s, "text") for t, s in zip(tables, arms.held[name], strict=True)]
@@ -56,19 +56,19 @@ def test_a_better_adapter_earns_its_weight_and_a_worse_one_loses_it() -> None:
 def test_every_expert_that_foresees_is_used() -> None:
     tables = [told(f"u{n}", base=0.1, adapter=0.1, prior_next=0.6) for n in range(8)]
     fusion = fit_text_fusion(tables)
-    assert text_arms(tables, fusion).held["evidence"][0][0, 0] > np.log(0.5)
+    assert text_arms(tables, [fusion] * len(tables)).held["evidence"][0][0, 0] > np.log(0.5)
 
 
 def test_an_adapter_is_silent_before_its_first_training() -> None:
     own = told(base=0.1, adapter=0.9)
-    arms = text_arms([own], DEFAULT)
+    arms = text_arms([own], [DEFAULT])
     np.testing.assert_allclose(arms.stream["fused"][0][:16], arms.stream["evidence"][0][:16])
     assert (arms.stream["fused"][0][16:, :3] > arms.stream["evidence"][0][16:, :3]).all()
 
 
 def test_the_arms_are_what_would_be_served() -> None:
     own = told(base=0.1, adapter=0.3, knn=0.2)
-    arms = text_arms([own], DEFAULT)
+    arms = text_arms([own], [DEFAULT])
     weights = DEFAULT.weights(35, adapter=True)
     expected = np.log(mixed(own.said[35, :3], own.matched[35, :3], weights))
     np.testing.assert_allclose(arms.held["fused"][0][5][:3], expected)

@@ -92,12 +92,14 @@ class TestEarned:
 class TestFusion:
     said = {"base": spoken(1), "knn": spoken(2), "prior": spoken(3), "adapter": spoken(4)}
 
-    def test_nobody_known_gets_the_base_as_it_is(self) -> None:
-        np.testing.assert_allclose(DEFAULT.scores({"base": self.said["base"]}, events=900), self.said["base"])
-
-    def test_an_adapter_without_evidence_has_all(self) -> None:
-        only = {"base": self.said["base"], "adapter": self.said["adapter"], "knn": None}
-        np.testing.assert_allclose(DEFAULT.scores(only, events=5), self.said["adapter"])
+    @pytest.mark.parametrize("events", [0, 5, 900])
+    def test_an_adapter_has_no_more_than_its_share_where_evidence_is_silent(self, events: int) -> None:
+        wrong = {"base": self.said["base"], "adapter": np.log([1e-9, 1 - 3e-9, 1e-9, 1e-9]), "knn": None}
+        alone = DEFAULT.scores({**wrong, "adapter": None}, events)
+        lost = alone - DEFAULT.scores(wrong, events)
+        assert 0 < lost.max() <= np.log(2) + 1e-9
+        hurt = alone - DEFAULT.scores(wrong, events, earned=-10.0)
+        assert hurt.max() < 1e-3
 
     def test_without_an_adapter_the_stack_that_knows_none_answers(self) -> None:
         without = {**self.said, "adapter": None}
