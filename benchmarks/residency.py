@@ -222,7 +222,8 @@ def _fill(registry: AdapterRegistry, subject: Banked, count: int) -> None:
 
 def _registry(base: LoadedBase, folder: str) -> AdapterRegistry:
     url = str(Path(folder) / "adapters")
-    return AdapterRegistry(url, base=base.fingerprint, user_hash=UserHash(KEY), adapter_config={"r": RANK})
+    config = {"r": RANK, "lora_alpha": ALPHA}
+    return AdapterRegistry(url, base=base.fingerprint, user_hash=UserHash(KEY), adapter_config=config)
 
 
 def _ids(tokens: int) -> list[tuple[int, ...]]:

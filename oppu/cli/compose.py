@@ -179,7 +179,7 @@ def inference_worker(settings: Settings, metrics: Metrics) -> InferenceWorker:
         retriever(settings, history, embedder(settings), metrics),
         language_model,
         HostCache(
-            registry(settings, language_model.base),
+            registry(settings, language_model.base, language_model.adapter_config()),
             capacity=settings.inference.host_adapters,
             readers=ThreadPoolExecutor(ADAPTER_READERS, thread_name_prefix="adapters"),
             on_hit=metrics.bank_events.labels("host_hit").inc,
