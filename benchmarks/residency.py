@@ -10,7 +10,6 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +20,7 @@ from benchmarks.subjects import Banked, banked, random_adapter
 from benchmarks.timing import Cell, rounded
 from inference.adapters import AdapterShelf
 from inference.host_cache import HostCache
+from inference.readers import Readers
 from oppu.cli.compose import ADAPTER_READERS
 from oppu.clock import SystemClock
 from oppu.lm.base import LoadedBase
@@ -173,7 +173,7 @@ def _run(
     cache = HostCache(
         registry,
         capacity=1024,
-        readers=ThreadPoolExecutor(ADAPTER_READERS),
+        readers=Readers(ADAPTER_READERS),
         on_hit=metrics.bank_events.labels("host_hit").inc,
     )
     shelf = AdapterShelf(cache, cast(Any, model), cast(Any, None), metrics, clock, wait_seconds=0.25)
@@ -222,7 +222,8 @@ def _fill(registry: AdapterRegistry, subject: Banked, count: int) -> None:
 
 def _registry(base: LoadedBase, folder: str) -> AdapterRegistry:
     url = str(Path(folder) / "adapters")
-    return AdapterRegistry(url, base=base.fingerprint, user_hash=UserHash(KEY), adapter_config={"r": RANK})
+    config = {"r": RANK, "lora_alpha": ALPHA}
+    return AdapterRegistry(url, base=base.fingerprint, user_hash=UserHash(KEY), adapter_config=config)
 
 
 def _ids(tokens: int) -> list[tuple[int, ...]]:

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +29,7 @@ from safetensors.numpy import save as format_safetensors
 from oppu.clock import Clock, SystemClock
 from oppu.errors import AdapterUnreadable, ConfigError, TransientError
 from oppu.lm.port import AdapterRef, AdapterSource, Tensors
+from oppu.lora_config import alpha_of, fitted
 from oppu.privacy import UserHash
 from oppu.values import BaseId, UserId
 
@@ -71,11 +72,11 @@ class AdapterRegistry(AdapterSource):
             url: A folder or any fsspec URL.
             base: Fingerprint of the base that the adapters fit.
             user_hash: Names users in paths and seals manifests.
-            adapter_config: Content of ``adapter_config.json``; needed to write, not to read.
+            adapter_config: Content of ``adapter_config.json``; needed to write; its ``lora_alpha`` is the base's.
             clock: Dates the manifests; the machine's where absent.
 
         Raises:
-            ConfigError: The URL names no known file system.
+            ConfigError: The URL names no known file system, or the configuration has no usable ``lora_alpha``.
         """
         try:
             self._fs, root = fsspec.core.url_to_fs(url)
@@ -84,7 +85,7 @@ class AdapterRegistry(AdapterSource):
         self._root = str(root).rstrip("/")
         self._base = base
         self._hash = user_hash
-        self._config = adapter_config
+        self._config, self._alpha = adapter_config, alpha_of(adapter_config)
         self._clock = clock or SystemClock()
 
     def path(self, ref: AdapterRef) -> str:
@@ -148,13 +149,17 @@ class AdapterRegistry(AdapterSource):
             ref: The version.
 
         Returns:
-            The weights, each float32 and finite.
+            The weights, each float32 and finite; made under another ``lora_alpha``, scaled to mean the same here.
 
         Raises:
-            AdapterUnreadable: Missing, truncated, tampered with, or made for another base; says which.
+            AdapterUnreadable: Missing, truncated, tampered with, at odds with itself, or made for another base.
             TransientError: The file system cannot be reached.
         """
-        return _parse(ref, self._checked(ref)[WEIGHTS])
+        files = self._checked(ref)
+        try:
+            return fitted(files[CONFIG], _parse(ref, files[WEIGHTS]), self._alpha)
+        except ConfigError as error:
+            raise _unreadable(ref, f"{CONFIG}: {error}") from error
 
     def export(self, ref: AdapterRef, folder: Path) -> list[Path]:
         """Copy a version's checked files into a local folder, loadable by ``PeftModel.from_pretrained``.
@@ -282,10 +287,8 @@ class AdapterRegistry(AdapterSource):
         files = {name: self._get(ref, name, manifest["files"][name]["bytes"]) for name in (CONFIG, WEIGHTS)}
         for name, content in files.items():
             noted = manifest["files"][name]
-            if len(content) != noted["bytes"]:
-                raise _unreadable(
-                    ref, f"{name} has {_counted(content, noted['bytes'])} bytes, expected {noted['bytes']}"
-                )
+            if len(content) != (size := noted["bytes"]):
+                raise _unreadable(ref, f"{name} has {_counted(content, size)} bytes, expected {size}")
             if _sha256(content) != noted["sha256"]:
                 raise _unreadable(ref, f"{name} has another SHA-256 than its manifest says")
         return {**files, MANIFEST: raw}
@@ -331,11 +334,9 @@ class AdapterRegistry(AdapterSource):
 
     def _remove(self, folder: str) -> None:
         with _mapped("delete", folder):
-            try:
-                # the manifest first: what is half deleted must not look like a version
+            # the manifest first: what is half deleted must not look like a version
+            with suppress(*_MISSING):
                 self._fs.rm_file(f"{folder}/{MANIFEST}")
-            except _MISSING:
-                pass
             try:
                 self._fs.rm(folder, recursive=True)
             except _MISSING:

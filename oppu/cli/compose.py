@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import socket
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -166,6 +165,7 @@ def ingest_worker(settings: Settings, metrics: Metrics) -> IngestWorker:
 def inference_worker(settings: Settings, metrics: Metrics) -> InferenceWorker:
     """Build the inference worker, its base model loaded."""
     from inference.host_cache import HostCache
+    from inference.readers import Readers
     from inference.worker import InferenceWorker
     from oppu.clock import SystemClock
 
@@ -179,9 +179,9 @@ def inference_worker(settings: Settings, metrics: Metrics) -> InferenceWorker:
         retriever(settings, history, embedder(settings), metrics),
         language_model,
         HostCache(
-            registry(settings, language_model.base),
+            registry(settings, language_model.base, language_model.adapter_config()),
             capacity=settings.inference.host_adapters,
-            readers=ThreadPoolExecutor(ADAPTER_READERS, thread_name_prefix="adapters"),
+            readers=Readers(ADAPTER_READERS),
             on_hit=metrics.bank_events.labels("host_hit").inc,
         ),
         tasks(settings),

@@ -141,7 +141,7 @@ class WrongUser:
         # a fresh bank: a version keeps its name and has other weights
         model = TorchModel(self._base, compose.tasks(settings), settings=settings.model, slots=slots)
         heads = _heads(self._store, model.base)
-        source = _Strangers(compose.registry(settings, model.base), heads, shift)
+        source = _Strangers(compose.registry(settings, model.base, model.adapter_config()), heads, shift)
         shelf = AdapterShelf(source, model, self._store, self._metrics, clock)
         parts, writer = Parts(self._store, self._retriever, model, shelf), AnswerWriter(settings)
         engine = Engine(parts, writer, settings, self._metrics, clock, fusion=compose.fusion(settings))

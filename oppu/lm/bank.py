@@ -164,6 +164,9 @@ class SlotBank:
         if set(tensors) != expected:
             odd = sorted(set(tensors) ^ expected)
             raise AdapterUnreadable(f"adapter and base differ in {len(odd)} tensors, the first is {odd[0]}")
+        for key, tensor in tensors.items():
+            if tensor.ndim != 2 or tensor.dtype != np.float32:
+                raise AdapterUnreadable(f"{key}: {tensor.ndim} dimensions of {tensor.dtype}, expected 2 of float32")
         rank = int(tensors[_key(self._names[0], "A")].shape[0])
         if not 1 <= rank <= self.rank:
             raise AdapterUnreadable(f"adapter of rank {rank}, expected 1 to {self.rank}")

@@ -49,21 +49,18 @@ class AdapterBank:
             tensors: The adapter's weights; ``None`` = the base alone.
 
         Raises:
-            AdapterUnreadable: It does not fit this base; no slot has changed hands.
+            AdapterUnreadable: It does not fit this base; nobody was evicted.
             Backpressure: Every slot is in use.
         """
         if ref in self._slots:
             self._slots.move_to_end(ref)
             return
-        victim = None if self._free else self._victim()
-        slot = self._free[-1] if victim is None else self._slots[victim]
-        self._bank.load(slot, tensors)
-        if victim is None:
-            self._free.pop()
-        else:
-            del self._slots[victim]
-            self._on_event("evict")
-        self._slots[ref] = slot
+        self._bank.check(tensors)
+        if not self._free:
+            self._evict()
+        # nobody is mapped to the slot while it is written: a write that breaks off leaves it free
+        self._bank.load(self._free[-1], tensors)
+        self._slots[ref] = self._free.pop()
         self._on_event("load")
 
     @contextmanager
@@ -90,8 +87,9 @@ class AdapterBank:
             self._pins.subtract(held)
             self._pins = +self._pins
 
-    def _victim(self) -> AdapterRef:
-        for ref in self._slots:
-            if self._pins[ref] <= 0:
-                return ref
-        raise Backpressure(_PINNED_RETRY_SECONDS)
+    def _evict(self) -> None:
+        victim = next((ref for ref in self._slots if self._pins[ref] <= 0), None)
+        if victim is None:
+            raise Backpressure(_PINNED_RETRY_SECONDS)
+        self._free.append(self._slots.pop(victim))
+        self._on_event("evict")

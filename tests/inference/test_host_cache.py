@@ -104,3 +104,55 @@ def test_no_more_reads_are_begun_than_there_is_room_for(disk: Disk, cache: HostC
         gate.set()
     cache.expect(map(ref, range(3)), wait_seconds=LONG)
     assert sorted(disk.reads) == [ref(0), ref(1), ref(2)]
+
+
+def test_reads_that_nobody_asks_for_hold_up_no_others(disk: Disk, cache: HostCache) -> None:
+    for first in range(0, 12, 3):
+        cache.expect(map(ref, range(first, first + 3)), wait_seconds=LONG)
+    assert sorted(disk.reads) == [ref(number) for number in range(12)]
+    cache.expect([ref(20)], wait_seconds=LONG)
+    assert len(cache) == 3
+    disk.reads.clear()
+    assert float(cache.load(ref(20))["weight"][0]) == 20.0
+    assert disk.reads == []
+
+
+def test_failures_that_nobody_asks_for_hold_up_no_others(disk: Disk, cache: HostCache) -> None:
+    disk.bad |= {ref(number) for number in range(3)}
+    cache.expect(map(ref, range(3)), wait_seconds=LONG)
+    cache.expect([ref(7)], wait_seconds=LONG)
+    assert disk.reads[-1] == ref(7)
+    disk.bad.clear()
+    cache.expect([ref(1)], wait_seconds=LONG)
+    assert float(cache.load(ref(1))["weight"][0]) == 1.0
+
+
+def test_a_failure_is_told_while_the_version_is_read_anew(disk: Disk, cache: HostCache) -> None:
+    """Or a file whose every read fails late would count as late for ever."""
+    disk.bad.add(ref(1))
+    cache.expect([ref(1)], wait_seconds=LONG)
+    disk.gates[ref(1)] = threading.Event()
+    cache.expect([ref(1)])
+    with pytest.raises(AdapterUnreadable, match="torn"):
+        cache.load(ref(1))
+    with pytest.raises(AdapterNotReady):
+        cache.load(ref(1))
+
+
+def test_a_load_that_nobody_expected_waits_for_no_hung_ones(disk: Disk, cache: HostCache) -> None:
+    disk.gates |= {ref(number): threading.Event() for number in range(3)}
+    cache.expect(map(ref, range(3)))
+    with pytest.raises(AdapterNotReady, match="too many"):
+        cache.load(ref(9))
+    assert ref(9) not in disk.reads
+    assert cache.reading(ref(0)) and not cache.known(ref(9))
+
+
+def test_the_first_load_of_what_was_read_ahead_is_no_hit(disk: Disk) -> None:
+    hits = []
+    cache = HostCache(disk, capacity=3, readers=ThreadPoolExecutor(1), on_hit=lambda: hits.append(1))
+    cache.expect([ref(1)], wait_seconds=LONG)
+    cache.load(ref(1))
+    assert not hits
+    cache.load(ref(1))
+    assert len(hits) == 1

@@ -26,7 +26,7 @@ BASE = BaseId("base-1")
 USER = UserId("user\u00e9/../1")
 REF = AdapterRef(USER, 1, 3)
 HASH = UserHash("key")
-SETUP: dict[str, object] = {"peft_type": "LORA", "r": 2, "target_modules": ["q", "v"]}
+SETUP: dict[str, object] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q", "v"]}
 
 
 @pytest.fixture(params=["folder", "memory", "brittle"])
@@ -393,13 +393,13 @@ def test_weights_of_another_type_are_unreadable(url: str, registry: AdapterRegis
         registry.load(REF)
 
 
-def reseal(url: str, registry: AdapterRegistry, weights: bytes) -> None:
-    """Write weights and a manifest that vouches for them, as only a holder of the key can."""
+def reseal(url: str, registry: AdapterRegistry, content: bytes, name: str = WEIGHTS) -> None:
+    """Write a file and a manifest that vouches for it, as only a holder of the key can."""
     manifest = json.loads(read(url, registry, MANIFEST))
     manifest.pop("seal")
-    manifest["files"][WEIGHTS] = {"bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}
+    manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     plain = json.dumps(manifest, sort_keys=True, indent=1).encode()
-    change(url, registry, WEIGHTS, weights)
+    change(url, registry, name, content)
     change(url, registry, MANIFEST, json.dumps(manifest | {"seal": HASH.seal(plain)}).encode())
 
 
@@ -416,7 +416,8 @@ def test_peft_loads_what_was_exported(tmp_path: Path) -> None:
             return self.query(x)
 
     torch.manual_seed(0)
-    base = Small()
+    base, inputs = Small(), torch.randn(3, 6)
+    plain = base(inputs).detach()
     config = LoraConfig(r=2, lora_alpha=4, target_modules=["query"])
     trained = get_peft_model(Small(), config)
     weights = {n: torch.randn_like(t).numpy() for n, t in get_peft_model_state_dict(trained).items()}
@@ -427,3 +428,60 @@ def test_peft_loads_what_was_exported(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(base, str(tmp_path / "out"))
     found = {n: t.numpy() for n, t in get_peft_model_state_dict(loaded).items()}
     assert_same(found, weights)
+    later = AdapterRegistry(
+        str(tmp_path / "r"), base=BASE, user_hash=HASH, adapter_config={**content, "lora_alpha": 10.0, "r": 8}
+    )
+    [a, b] = [value for _, value in sorted(later.load(REF).items())]
+    delta = (10.0 / 2) * inputs.numpy() @ a.T @ b.T
+    np.testing.assert_allclose(plain.numpy() + delta, loaded(inputs).detach().numpy(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [8, 1.0, 3])
+def test_a_changed_alpha_of_the_model_rescales_no_version(url: str, registry: AdapterRegistry, alpha: float) -> None:
+    write(registry)
+    changed = AdapterRegistry(url, base=BASE, user_hash=HASH, adapter_config={**SETUP, "lora_alpha": alpha})
+    found = changed.load(REF)
+    for name, value in tensors().items():
+        assert found[name].dtype == np.float32
+        expected = value * np.float32(4 / alpha) if "lora_B" in name else value
+        np.testing.assert_allclose(found[name], expected, rtol=1e-6)
+    assert_same(AdapterRegistry(url, base=BASE, user_hash=HASH).load(REF), tensors())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("lora_alpha", None),
+        ("lora_alpha", "4"),
+        ("lora_alpha", 0),
+        ("lora_alpha", True),
+        ("r", None),
+        ("r", 3),
+        ("r", 2.5),
+        ("use_rslora", True),
+        ("use_dora", True),
+        ("rank_pattern", {"q": 4}),
+        ("alpha_pattern", {"q": 4}),
+    ],
+)
+def test_a_configuration_that_contradicts_its_weights_is_unreadable(tmp_path: Path, field: str, value: object) -> None:
+    registry = AdapterRegistry(str(tmp_path), base=BASE, user_hash=HASH, adapter_config=SETUP)
+    write(registry)
+    setup = {name: known for name, known in {**SETUP, field: value}.items() if known is not None}
+    reseal(str(tmp_path), registry, json.dumps(setup).encode(), CONFIG)
+    with pytest.raises(AdapterUnreadable, match=rf"version 3 .*{CONFIG}: {field}: "):
+        registry.load(REF)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{"])
+def test_a_configuration_that_is_no_json_object_is_unreadable(tmp_path: Path, content: bytes) -> None:
+    registry = AdapterRegistry(str(tmp_path), base=BASE, user_hash=HASH, adapter_config=SETUP)
+    write(registry)
+    reseal(str(tmp_path), registry, content, CONFIG)
+    with pytest.raises(AdapterUnreadable, match=f"{CONFIG}: .* JSON"):
+        registry.load(REF)
+
+
+def test_a_base_without_a_usable_alpha_is_a_configuration_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="lora_alpha"):
+        AdapterRegistry(str(tmp_path), base=BASE, user_hash=HASH, adapter_config={**SETUP, "lora_alpha": 0})

@@ -272,3 +272,46 @@ def test_a_refused_version_evicts_nobody(make_base: Make, make_adapter: Make) ->
     with pytest.raises(AdapterUnreadable):
         adapters.install(ref("b"), {})
     assert ref("a") in adapters
+
+
+def test_a_write_that_breaks_off_leaves_nobody_in_its_slot(
+    make_base: Make, make_adapter: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_base()
+    bank = new_bank(base, slots=2)
+    adapters = AdapterBank(bank)
+    tensors = {name: make_adapter(base.model, at) for at, name in enumerate("abc")}
+    adapters.install(ref("a"), tensors["a"])
+    adapters.install(ref("b"), tensors["b"])
+    whole = bank.load
+
+    def half(slot: int, tensors: Any) -> None:
+        whole(slot, {name: value * 2 for name, value in tensors.items()})
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(bank, "load", half)
+    with pytest.raises(RuntimeError):
+        adapters.install(ref("c"), tensors["c"])
+    assert [ref(name) in adapters for name in "abc"] == [False, True, False]
+    monkeypatch.setattr(bank, "load", whole)
+    for name in "ac":
+        adapters.install(ref(name), tensors[name])
+        with adapters.pinned([ref(name)]) as slots:
+            found = bank.read(slots[ref(name)])
+        assert all(np.array_equal(found[key], tensors[name][key]) for key in found)
+    assert len(adapters) == 2
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda value: value.astype(np.float64), lambda value: value[0], lambda value: np.float32(1).reshape(())]
+)
+@pytest.mark.parametrize("at", [0, -1])
+def test_a_tensor_of_another_type_or_shape_is_refused_by_name(
+    spoil: Callable[[Any], Any], at: int, make_base: Make, make_adapter: Make
+) -> None:
+    base = make_base()
+    tensors = make_adapter(base.model, 1)
+    name = list(tensors)[at]
+    tensors[name] = spoil(tensors[name])
+    with pytest.raises(AdapterUnreadable, match=name):
+        new_bank(base).check(tensors)
