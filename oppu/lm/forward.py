@@ -41,7 +41,8 @@ class Runner:
         self._picked: tuple[torch.Tensor, torch.Tensor] | None = None
         self._last = LastBlock(base.model)
         self._takes_positions = "position_ids" in inspect.signature(base.model.forward).parameters
-        self._hook = base.model.base_model.register_forward_hook(self._pick)
+        # what the head reads: OPT calls its decoder past the model around it
+        self._hook = base.model.get_decoder().register_forward_hook(self._pick)
 
     def close(self) -> None:
         """Take the hooks off the base."""
@@ -58,7 +59,7 @@ class Runner:
             ``[t, vocabulary]`` float32 (or the base's wider type), positions in the order of the readings.
         """
         ids = self.padded([reading.ids for reading in readings])
-        with self._picking([reading.positions for reading in readings], ids.shape[1]), self._attention(ids.shape[1]):
+        with self._picking([reading.positions for reading in readings]), self._attention(ids.shape[1]):
             out = self.base.model(input_ids=ids, use_cache=False, **self.positions(ids))
         return self.widened(out.logits[0])
 
@@ -89,14 +90,19 @@ class Runner:
         return plain_attention() if plain else nullcontext()
 
     @contextmanager
-    def _picking(self, positions: Sequence[tuple[int, ...]], length: int) -> Iterator[None]:
-        """Let the next forward give the hidden states of some positions of each row only."""
+    def _picking(self, positions: Sequence[tuple[int, ...]]) -> Iterator[None]:
+        """Let the next forward give the hidden states of some positions of each row only.
+
+        A known last block is always narrowed: which of its columns a row's dropout counts must not depend on how long
+        the rows beside it are.
+        """
         device = self.base.device
         rows = [row for row, own in enumerate(positions) for _ in own]
         columns = [column for own in positions for column in own]
         most = max(len(own) for own in positions)
-        if self._last.known and most < length:
-            self._last.read = torch.tensor([[*own, *own[-1:] * (most - len(own))] for own in positions], device=device)
+        if self._last.known and most:
+            read = [[*own, *(own[-1:] or (0,)) * (most - len(own))] for own in positions]
+            self._last.read = torch.tensor(read, device=device)
             columns = [place for own in positions for place in range(len(own))]
         self._picked = torch.tensor(rows, device=device), torch.tensor(columns, device=device)
         try:

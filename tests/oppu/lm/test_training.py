@@ -253,6 +253,38 @@ def test_batch_mates_and_their_order_do_not_matter(make_base: Make, make_adapter
         assert torch.allclose(first, second, rtol=1e-10) and torch.allclose(first, third, rtol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("family", "endings"),
+    [("llama", ("down_proj",)), ("bert", ("dense",)), ("gpt2", ("c_proj",)), ("opt", ("out_proj", "fc2"))],
+)
+def test_what_is_dropped_behind_the_last_attention_does_not_depend_on_batch_mates(
+    family: str, endings: tuple[str, ...], make_base: Make, tasks: Tasks
+) -> None:
+    """A choice reads few positions, a bare text all of its own: whichever of them is longer in the batch."""
+    base, config = make_base(family, torch.float64), replace(CONFIG, passes=2, batch=2, dropout=0.3)
+    choice = [Example("news_categorize", "abc" * n, "alpha", CHOICES) for n in (2, 1, 3)]
+    texts = [[Example("tweet_paraphrase", "word " * n, "") for n in lengths] for lengths in ((12, 11, 9), (1, 2, 1))]
+    users = [targets_of(base, tasks, rows) for rows in (choice, *texts)]
+
+    def trained(order: Sequence[int]) -> dict[int, list[torch.Tensor]]:
+        layers = find_targets(base.model, endings)
+        layers.pop("cls.predictions.transform.dense", None)
+        bank = SlotBank(layers, slots=len(order), rank=4, alpha=8.0, trainable=True)
+        for slot in range(1, len(order) + 1):
+            bank.fresh(slot, 5)
+        runner = Runner(base)
+        train_slots(runner, bank, [users[at] for at in order], config, Calls(lambda: None), seeds=order)
+        runner.close()
+        bank.close()
+        return {user: weights(bank, slot) for slot, user in enumerate(order, start=1)}
+
+    together, turned = trained([0, 1, 2]), trained([2, 0, 1])
+    for user in range(3):
+        for other in (turned[user], trained([user])[user]):
+            for mine, theirs in zip(together[user], other, strict=True):
+                assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
 def test_a_row_that_is_not_finite_stays_its_users_problem(make_base: Make, make_adapter: Make, tasks: Tasks) -> None:
     base = make_base("llama", torch.float64)
     adapters = [make_adapter(base.model, seed) for seed in range(3)]
