@@ -24,7 +24,7 @@ from oppu.lm.generation import Writing, greedy
 from oppu.lm.port import AdapterRef, Example, Row, Scored, Tensors, TrainConfig, Trained, TrainJob
 from oppu.lm.prompts import Ids
 from oppu.lm.residence import AdapterBank
-from oppu.lm.scoring import Trie, aim_log_probs, allowed_log_probs
+from oppu.lm.scoring import Trie, aim_log_probs, choice_logits
 from oppu.lm.targets import adapter_config, find_targets
 from oppu.lm.training import Calls, slots_for, train_slots
 from oppu.settings import ModelSettings
@@ -383,7 +383,7 @@ def _spread(
     for entry, (at, node) in enumerate(places):
         groups.setdefault(work[at][1].nodes[node].allowed, []).append(entry)
     for allowed, entries in groups.items():
-        rows = logits[torch.tensor(entries, device=logits.device)].double()
-        for entry, scores in zip(entries, allowed_log_probs(rows, allowed).cpu().numpy(), strict=True):
+        picked = choice_logits(logits, torch.tensor(entries, device=logits.device), allowed)
+        for entry, scores in zip(entries, picked.double().log_softmax(-1).cpu().numpy(), strict=True):
             at, node = places[entry]
             found[at][node] = scores

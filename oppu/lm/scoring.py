@@ -137,10 +137,13 @@ def aim_log_probs(logits: torch.Tensor, aims: Sequence[Aim]) -> torch.Tensor:
     Returns:
         ``[t]``, differentiable.
     """
-    groups: dict[Ids | None, list[int]] = defaultdict(list)
+    groups: dict[Ids, list[int]] = defaultdict(list)
     for at, aim in enumerate(aims):
-        groups[aim.allowed].append(at)
-    if groups.pop(None, None):  # over all rows: cheaper than copying most of a [t, vocabulary] tensor
+        if aim.allowed is not None:
+            groups[aim.allowed].append(at)
+    if sum(map(len, groups.values())) < len(
+        aims
+    ):  # over all rows: cheaper than copying most of a [t, vocabulary] tensor
         tokens = torch.tensor([aim.index if aim.allowed is None else 0 for aim in aims], device=logits.device)
         found = -torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
     else:
@@ -148,7 +151,7 @@ def aim_log_probs(logits: torch.Tensor, aims: Sequence[Aim]) -> torch.Tensor:
     for allowed, members in groups.items():
         rows = torch.tensor(members, device=logits.device)
         wanted = torch.tensor([aims[at].index for at in members], device=logits.device)
-        picked = allowed_log_probs(logits[rows], allowed).gather(1, wanted[:, None])[:, 0]
+        picked = choice_logits(logits, rows, allowed).log_softmax(-1).gather(1, wanted[:, None])[:, 0]
         found = found.index_put((rows,), picked)
     return found
 
@@ -158,6 +161,11 @@ def allowed_log_probs(logits: torch.Tensor, allowed: Ids | None) -> torch.Tensor
     if allowed is not None:
         logits = logits[:, torch.tensor(allowed, device=logits.device)]
     return logits.log_softmax(-1)
+
+
+def choice_logits(logits: torch.Tensor, rows: torch.Tensor, allowed: Ids) -> torch.Tensor:
+    """Return ``[n, len(allowed)]``, the allowed columns of some rows of ``[t, vocabulary]``; copies no others."""
+    return logits[rows[:, None], torch.tensor(allowed, device=logits.device)]
 
 
 def _lines(paths: Sequence[Ids], number: dict[Ids, int]) -> tuple[Line, ...]:
