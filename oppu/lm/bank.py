@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from oppu.errors import AdapterUnreadable, ConfigError
 from oppu.lm.dropout import Dropout, dropped
 from oppu.lm.port import Tensors
+from oppu.lm.transfer import sent
 
 _PREFIX = "base_model.model."
 _NARROW_TOKENS = 16
@@ -294,7 +295,7 @@ class SlotBank:
         lengths = {length for _, length in runs}
         if len(lengths) > 1 and adapted < _LOOP_ROWS * len(runs):
             runs, lengths = [(slot, 1) for slot in slots[plain:]], {1}
-        chosen = torch.tensor([slot for slot, _ in runs], device=self.weights[0].device)
+        chosen = sent([slot for slot, _ in runs], self.weights[0].device)
         ends = tuple(accumulate(length for _, length in runs)) if len(lengths) > 1 else ()
         if dropout is not None:
             dropout = replace(dropout, seeds=dropout.seeds[plain:])

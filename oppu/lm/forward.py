@@ -18,6 +18,7 @@ from oppu.lm.base import LoadedBase
 from oppu.lm.encoding import Reading, Target
 from oppu.lm.last_block import LastBlock
 from oppu.lm.scoring import aim_log_probs
+from oppu.lm.transfer import sent
 
 _CPU_TOKENS, _GPU_TOKENS = 4_096, 32_768
 """Most padded tokens of one forward: on a CPU, a training step's activations stay within some hundred megabytes."""
@@ -66,7 +67,7 @@ class Runner:
     def padded(self, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
         """Return ``[n, longest] int64`` on the base's device, padded with token 0 on the right."""
         longest = max(len(row) for row in rows)
-        return torch.tensor([[*row, *(0,) * (longest - len(row))] for row in rows], device=self.base.device)
+        return sent([[*row, *(0,) * (longest - len(row))] for row in rows], self.base.device)
 
     def positions(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the model's position argument for right-padded ids, where it takes one."""
@@ -102,9 +103,9 @@ class Runner:
         most = max(len(own) for own in positions)
         if self._last.known and most:
             read = [[*own, *(own[-1:] or (0,)) * (most - len(own))] for own in positions]
-            self._last.read = torch.tensor(read, device=device)
+            self._last.read = sent(read, device)
             columns = [place for own in positions for place in range(len(own))]
-        self._picked = torch.tensor(rows, device=device), torch.tensor(columns, device=device)
+        self._picked = sent(rows, device), sent(columns, device)
         try:
             yield
         finally:
@@ -133,9 +134,9 @@ def target_losses(runner: Runner, targets: Sequence[Target], slots: Sequence[int
     log_probs = aim_log_probs(logits, [aim for target in targets for aim in target.aims])
     owners = [row for row, target in enumerate(targets) for _ in target.aims]
     zero = torch.zeros(len(targets), dtype=logits.dtype, device=logits.device)
-    sums = zero.index_add(0, torch.tensor(owners, device=logits.device), log_probs)
-    scale = torch.tensor([target.scale for target in targets], dtype=logits.dtype, device=logits.device)
-    offset = torch.tensor([target.offset for target in targets], dtype=logits.dtype, device=logits.device)
+    sums = zero.index_add(0, sent(owners, logits.device), log_probs)
+    scale = sent([target.scale for target in targets], logits.device, logits.dtype)
+    offset = sent([target.offset for target in targets], logits.device, logits.dtype)
     return offset - scale * sums
 
 
