@@ -1,7 +1,8 @@
 """Serving: a batch of rows of many users through the bank, against the base alone and against PEFT's two ways.
 
-First checks that all of them compute the same logits. ``sweep_users`` keeps the rows and varies how many users they
-belong to; there the ratio is to one user.
+First checks that all of them compute the same logits. The base is run as a user of transformers would, and well:
+through the bank's own ``Runner`` with every row in slot 0, so that ``ratio_to_well_run_base`` is what adapters cost and
+nothing else. ``sweep_users`` keeps the rows and varies how many users they belong to; there the ratio is to one user.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +20,11 @@ from oppu.lm.base import LoadedBase
 _Case = Callable[[], torch.Tensor]
 CACHED = 32
 """Tokens before the one that is decoded where ``tokens`` is 1; every other length is a prompt read at once."""
-DECODED = {"bank": 16, "base": 16, "names": 4, "set": 1}
-"""Steps of one batch: a short answer. The bank's gather for the steps is in its time; PEFT does nothing once a batch,
-so fewer steps of its slower ways say the same."""
+DECODED = 16
+"""Steps of one batch, a short answer, the same for all: what is done once a batch, the bank's gather and PEFT's
+``set_adapter`` of each user, is spread over the same steps."""
+FEWER = {"set": 3}
+"""Repeats of what decodes one user after another and takes as many times as long."""
 TOKENS, RANKS = (1, 8, 32, 96), (8, 16)
 ROWS, WIDE_ROWS = 64, 1024
 USERS, WIDE_TOKENS = (1, 4, 16, 64, 256, 1024), (1, 32)
@@ -74,10 +77,11 @@ def sweep_users(base: LoadedBase, scope: Scope, *, rank: int = 8) -> Iterator[di
             return subject.run(ids, [1 + row % count for row in range(rows)])
 
         cases = {str(count): (lambda count=count, run=run: run(count)) for count in scope.users}
-        times = interleaved(
-            {"base": lambda tensor=tensor: bare(base, tensor), **cases},  # type: ignore[misc]
-            repeats=scope.repeats,
-        )
+        bases = {
+            "base": lambda tensor=tensor: bare(base, tensor),
+            "well run": lambda ids=ids: subject.run(ids, [0] * rows),
+        }
+        times = interleaved({**bases, **cases}, repeats=scope.repeats)
         for count in scope.users:
             yield {
                 "rows": rows,
@@ -85,6 +89,7 @@ def sweep_users(base: LoadedBase, scope: Scope, *, rank: int = 8) -> Iterator[di
                 "distinct_users": count,
                 "rank": rank,
                 "ratio_to_base": _ratio(times["base"], times[str(count)]),
+                "ratio_to_well_run_base": _ratio(times["well run"], times[str(count)]),
                 "ratio_to_one_user": _ratio(times[str(scope.users[0])], times[str(count)]),
                 "spread": rounded(times[str(count)].spread),
             }
@@ -103,19 +108,22 @@ def _compared(base: LoadedBase, subject: Banked, peft: Peft, tokens: int, repeat
     own, cases = _decoding(base, subject, peft) if tokens == 1 else _reading(base, subject, peft, tokens)
     for name in ("names", "set"):
         _agree(own(), cases[name](), name)
-    taken = interleaved({"bank": own, **cases}, repeats=repeats)
-    times = {name: time.each(DECODED[name] if tokens == 1 else 1) for name, time in taken.items()}
+    decodes = tokens == 1
+    taken = interleaved({"bank": own, **cases}, repeats=repeats, fewer=FEWER if decodes else None)
+    times = {name: time.each(DECODED if decodes else 1) for name, time in taken.items()}
     return {
         "rows": ROWS,
         "tokens": tokens,
         "distinct_users": ROWS,
         "rank": subject.bank.rank,
         "ratio_to_base": _ratio(times["base"], times["bank"]),
+        "ratio_to_well_run_base": _ratio(times["well run"], times["bank"]),
         "ratio_to_peft_set_adapter": _ratio(times["set"], times["bank"]),
         "ratio_to_peft_adapter_names": _ratio(times["names"], times["bank"]),
         "milliseconds": rounded(1000 * times["bank"].median),
         "spread": rounded(times["bank"].spread),
         "spread_base": rounded(times["base"].spread),
+        "spread_well_run_base": rounded(times["well run"].spread),
     }
 
 
@@ -125,6 +133,7 @@ def _reading(base: LoadedBase, subject: Banked, peft: Peft, tokens: int) -> tupl
     tensor = torch.tensor(ids, device=base.device)
     return lambda: subject.run(ids, [1 + user for user in users]), {
         "base": lambda: bare(base, tensor),
+        "well run": lambda: subject.run(ids, [0] * ROWS),
         "names": lambda: peft.by_adapter_names(tensor, users),
         "set": lambda: peft.by_set_adapter(tensor, users),
     }
@@ -135,11 +144,12 @@ def _decoding(base: LoadedBase, subject: Banked, peft: Peft) -> tuple[_Case, dic
     ids = _ids(ROWS, CACHED + 1)
     tensor = torch.tensor(ids, device=base.device)
     own = subject.decoder(ids, [1 + row for row in range(ROWS)])
-    plain = Decoder(base.model, tensor, nullcontext)
-    return lambda: own.run(DECODED["bank"]), {
-        "base": lambda: plain.run(DECODED["base"]),
-        "names": peft.decode_by_adapter_names(tensor, DECODED["names"]),
-        "set": peft.decode_by_set_adapter(tensor, DECODED["set"]),
+    plain, well_run = Decoder(base.model, tensor, nullcontext), subject.decoder(ids, [0] * ROWS)
+    return lambda: own.run(DECODED), {
+        "base": lambda: plain.run(DECODED),
+        "well run": lambda: well_run.run(DECODED),
+        "names": peft.decode_by_adapter_names(tensor, DECODED),
+        "set": peft.decode_by_set_adapter(tensor, DECODED),
     }
 
 

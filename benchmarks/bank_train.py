@@ -2,14 +2,16 @@
 
 Every rung takes the same optimizer steps on the same rows, apart from the last, where an update learns the new events
 and some older ones instead of the whole history. OPPU's way is a fresh PEFT adapter a user, logits over the vocabulary
-at every position, batches padded to their longest row, and a saved folder. The well-run PEFT loop shares the bank's
-``Runner``: it too computes logits, and the last block, at targets only, and takes length buckets where they are faster.
+at every position, and batches padded to their longest row, in float32. The well-run PEFT loop shares the bank's
+``Runner`` and takes AdamW's fused kernel: it too computes logits, and the last block, at targets only, and takes length
+buckets where they are faster. Ratios are of one type, float32, unless their name ends in another. None of them saves
+what it trained.
 """
 
+import functools
 import json
 import math
 import random
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,35 +73,55 @@ def ladder(
         mixed: Users of unequal histories, as ``MIXED``.
 
     Returns:
-        ``rows``, one a case and rung; ``examples_per_second_ratio``, ``update_cost_ratio_to_oppu``, and
-        ``full_bank_ratio``, of slots that are filled again to groups that last as long as their longest user.
+        ``rows``, one a case and rung; ``examples_per_second_ratio`` by case and ``update_cost_ratio_to_oppu``, of the
+        bank in float32 to OPPU's way (``..._bfloat16``: of the bank in bfloat16); and ``full_bank_ratio``, of slots
+        that are filled again to groups that last as long as their longest user.
 
     Raises:
         FatalError: Bank and PEFT do not arrive at the same loss.
     """
     subjects = _subjects(tasks)
     rows: list[dict[str, Cell]] = []
-    speed: dict[str, float] = {}
+    speed: dict[str, dict[str, float]] = {dtype: {} for dtype in _TYPES}
     for name, (users, events) in cases.items():
         jobs = _jobs(users, events, tasks)
         times = interleaved(_rungs(subjects, jobs, tasks), repeats=repeats)
         rows += shown(name, times, users * events * OPPU_PASSES)
-        speed[name] = rounded(times["oppu"].median / times["bank bfloat16"].median)
+        for dtype, ratios in speed.items():
+            ratios[name] = rounded(times["oppu"].median / times[f"bank {dtype}"].median)
     full = interleaved(_turnover(subjects.banks["bfloat16"], tasks, mixed), repeats=repeats)
     cost = interleaved(_updates(subjects, tasks), repeats=repeats)
-    users = UpdaterSettings().users_per_tick
     return {
         "rows": rows,
-        "examples_per_second_ratio": speed,
-        "update_cost_ratio_to_oppu": rounded(cost["oppu"].median / (cost["together"].median / users)),
+        "examples_per_second_ratio": speed["float32"],
+        "examples_per_second_ratio_bfloat16": speed["bfloat16"],
+        **costs(cost, UpdaterSettings().users_per_tick),
         "full_bank_ratio": rounded(full["groups"].median / full["full"].median),
         "full_bank_spread": rounded(max(time.spread for time in full.values())),
-        "update_cost_ratio_to_oppu_one_user": rounded(cost["oppu"].median / cost["alone"].median),
     }
 
 
+def costs(times: Mapping[str, Timing], users: int) -> dict[str, float]:
+    """Return what OPPU's way takes for a user's update, over what the bank takes.
+
+    Args:
+        times: OPPU's way; in both types, so many users' updates ``together`` and one ``alone``.
+        users: As many.
+
+    Returns:
+        A ratio for each of the bank's.
+    """
+    oppu = times["oppu"].median
+    each = {
+        f"update_cost_ratio_to_oppu{kind}{suffix}": times[f"{case} {dtype}"].median / count
+        for kind, case, count in (("", "together", users), ("_one_user", "alone", 1))
+        for suffix, dtype in (("", "float32"), ("_bfloat16", "bfloat16"))
+    }
+    return {name: rounded(oppu / seconds) for name, seconds in each.items()}
+
+
 class PeftLoop:
-    """Trains users one after another with PEFT and ``torch.optim.AdamW``."""
+    """Trains users one after another with PEFT and a fused ``torch.optim.AdamW``."""
 
     def __init__(self, base: LoadedBase, tasks: Tasks, config: TrainConfig) -> None:
         """Attach one adapter, whose weights every user starts afresh.
@@ -127,7 +149,7 @@ class PeftLoop:
         self._start(seed)
         batches = [targets[at : at + self._config.batch] for at in range(0, len(targets), self._config.batch)]
         steps = self._config.passes * len(batches)
-        optimizer, schedule = _optimizer(self._weights, self._config, steps)
+        optimizer, schedule = _optimizer(self._weights, self._config, steps, fused=True)
         total = 0.0
         for step in range(steps):
             batch = batches[step % len(batches)]
@@ -159,7 +181,7 @@ class PeftLoop:
 
 
 def train_as_oppu(base: LoadedBase, encoder: Encoder, jobs: Sequence[Job], config: TrainConfig) -> None:
-    """Train every user as OPPU's code does, and save each adapter."""
+    """Train every user as OPPU's code does."""
     prompts = base.prompts()
     for job in jobs:
         lora = LoraConfig(
@@ -183,8 +205,6 @@ def train_as_oppu(base: LoadedBase, encoder: Encoder, jobs: Sequence[Job], confi
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
         model.unload()
 
 
@@ -261,11 +281,11 @@ def _updates(subjects: Subjects, tasks: Tasks) -> dict[str, Callable[[], object]
     plain = base_named("offline", device="cpu", dtype="float32")
     encoder = _encoder(plain, tasks)
     whole, part = _jobs(1, HISTORY + NEW, tasks), _jobs(own.users_per_tick, NEW + own.replay, tasks)
-    return {
-        "oppu": lambda: train_as_oppu(plain, encoder, whole, _config()),
-        "together": lambda: _banked(subjects.banks["bfloat16"], part, config),
-        "alone": lambda: _banked(subjects.banks["bfloat16"], part[:1], config),
-    }
+    found: dict[str, Callable[[], object]] = {"oppu": lambda: train_as_oppu(plain, encoder, whole, _config())}
+    for dtype, bank in subjects.banks.items():
+        for case, jobs in (("together", part), ("alone", part[:1])):
+            found[f"{case} {dtype}"] = functools.partial(_banked, bank, jobs, config)
+    return found
 
 
 def _agree(subjects: Subjects, jobs: Sequence[Job]) -> None:
@@ -296,8 +316,10 @@ def _config() -> TrainConfig:
     return TrainConfig(learning_rate=1e-3, weight_decay=0.01, passes=OPPU_PASSES, batch=16)
 
 
-def _optimizer(weights: Sequence[torch.Tensor], config: TrainConfig, steps: int) -> tuple[Any, Any]:
-    optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=config.weight_decay)
+def _optimizer(
+    weights: Sequence[torch.Tensor], config: TrainConfig, steps: int, *, fused: bool | None = None
+) -> tuple[Any, Any]:
+    optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
     rise = max(1, math.ceil(_WARM_UP_SHARE * steps))
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / rise))
 

@@ -1,6 +1,7 @@
 """``oppu bench``: speed and memory, as ratios against baselines that ran in the same minutes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -10,6 +11,12 @@ from oppu.errors import ConfigError
 
 json_file = click.option("--json", "out", type=click.Path(path_type=Path), help="Also write the result there.")
 quick = click.option("--quick", is_flag=True, help="Fewer sizes and repeats: to see that it runs, not to quote.")
+lengths = click.option(
+    "--tokens",
+    multiple=True,
+    type=click.IntRange(min=1),
+    help="Tokens of a row, several times for several; otherwise as the benchmark has them.",
+)
 base_options: list[Callable[[Callable[..., None]], Callable[..., None]]] = [
     click.option("--base", default="offline", show_default=True, help="As model.base, or llama-1b (random weights)."),
     click.option("--device", default="cpu", show_default=True),
@@ -32,9 +39,12 @@ def bench() -> None:
 @bench.command("bank-serve")
 @with_base
 @click.option("--users", default=1024, show_default=True, type=click.IntRange(min=1), help="Most distinct users.")
+@lengths
 @quick
 @json_file
-def bank_serve(*, base: str, device: str, dtype: str, users: int, quick: bool, out: Path | None) -> None:
+def bank_serve(
+    *, base: str, device: str, dtype: str, users: int, tokens: tuple[int, ...], quick: bool, out: Path | None
+) -> None:
     """A batch of many users' rows: the bank against the base alone and PEFT's two ways."""
     from benchmarks import bank_serve as work
     from benchmarks.subjects import base_named
@@ -47,6 +57,8 @@ def bank_serve(*, base: str, device: str, dtype: str, users: int, quick: bool, o
         if quick
         else work.Scope(users=counts)
     )
+    if tokens:
+        scope = replace(scope, tokens=tokens, wide_tokens=[one for one in scope.wide_tokens if one in tokens])
     result: dict[str, object] = {"machine": machine(), "base": base, "dtype": dtype}
     rows = list(work.against_others(loaded, scope))
     show("64 rows of 64 users; ratios of throughput, the bank's over the other's", rows)
@@ -84,9 +96,12 @@ def bank_train(session: Session, /, *, quick: bool, results: Path | None, out: P
 @click.option("--slots", default=256, show_default=True, type=click.IntRange(min=64))
 @click.option("--adapters", default=25_600, show_default=True, type=click.IntRange(min=64), help="On disk.")
 @click.option("--registered", default=0, show_default=True, help="Also register so many small ones; 0 = none.")
+@lengths
 @quick
 @json_file
-def residency(*, device: str, slots: int, adapters: int, registered: int, quick: bool, out: Path | None) -> None:
+def residency(
+    *, device: str, slots: int, adapters: int, registered: int, tokens: tuple[int, ...], quick: bool, out: Path | None
+) -> None:
     """More adapters on disk than slots: throughput against all of them resident."""
     from benchmarks import residency as work
     from benchmarks.subjects import base_named
@@ -100,10 +115,12 @@ def residency(*, device: str, slots: int, adapters: int, registered: int, quick:
 
     loaded = base_named("offline", device=device, dtype="float32")
     scope = (
-        work.Scope(64, 640, (1, 10), (1,), (work.Draw(1.0),), batches=9, repeats=1)
+        work.Scope(64, 640, (1, 10), (1,), (work.Draw(1.0),), batches=9, repeats=3)
         if quick
         else work.Scope(slots, adapters)
     )
+    if tokens:
+        scope = replace(scope, tokens=tokens)
     rows = list(work.measure(loaded, scope, say))
     show(f"batches of {work.ROWS}, {scope.slots} slots, {scope.adapters} adapters on disk", rows)
     counts = [count for count in (1_000, 10_000, 100_000) if count < registered] + ([registered] if registered else [])

@@ -4,7 +4,8 @@ Target layers that read the same input (query and value of one block) share one 
 A ``[r, in]`` and the transposes of their B ``[out, r]``: what a batch needs of it is gathered in one copy, into memory
 that stays in the cache, and all A meet the input in one product. A hook adds ``scale · B A x`` of its slot to every
 row. Slot 0 is the zero adapter and never written. Names and shapes outside are PEFT's. Which version lies in which
-slot is decided in ``residence``.
+slot is decided in ``residence``. A layer that reads its rows' tokens flattened, as OPT's ``fc1`` does, is told them
+apart by the number of rows.
 """
 
 from collections import Counter
@@ -19,15 +20,18 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from oppu.errors import AdapterUnreadable
+from oppu.errors import AdapterUnreadable, ConfigError
 from oppu.lm.dropout import Dropout, dropped
 from oppu.lm.port import Tensors
+from oppu.lm.transfer import sent
 
 _PREFIX = "base_model.model."
 _NARROW_TOKENS = 16
 """From so many tokens a row a CPU multiplies faster in the base's narrower type; below, converting costs more."""
 _LOOP_ROWS = 4
 """With so many rows a run of equal slots, a product a run costs less than a copy of its adapter a row."""
+_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
+"""Layers of one parent that read the same input, by the names that model families give them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +39,16 @@ class _Mix:
     """The rows of a batch by adapter: ``plain`` rows of slot 0 first, then runs of equal slots.
 
     ``slots`` ``[k]`` holds a slot a run; ``ends`` are the runs' last rows plus one where they differ in length
-    (empty: all have ``n / k`` rows). ``kept`` are the factors by group that a next forward of the same batch finds
-    gathered; ``None`` where they were gathered once and not kept. ``dropout`` has a seed a row that is adapted.
+    (empty: all have ``n / k`` rows). ``kept`` are the factors, by the first layer that asks for them, that a next
+    forward of the same batch finds gathered; ``None`` where they were gathered once and not kept. ``dropout`` has a
+    seed a row that is adapted.
     """
 
+    rows: int
     plain: int
     slots: torch.Tensor
     ends: tuple[int, ...]
-    kept: dict[int, "_Gathered | None"] = field(default_factory=dict)
+    kept: dict["_Place", "_Gathered | None"] = field(default_factory=dict)
     dropout: Dropout | None = None
 
 
@@ -221,19 +227,20 @@ class SlotBank:
         def add(_module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
             if self._mix is None:
                 return None
-            return self._added(self._mix, at, args[0], output)
+            added = self._added(self._mix, at, args[0], self._by_row(self._mix, at, output))
+            return added if added.dim() == output.dim() else added.view(output.shape)
 
         return add
 
     def _added(self, mix: _Mix, at: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Add the adapters' part to a layer's output ``y`` ``[n, t, out]`` of ``x`` ``[n, t, in]``."""
-        place = self._places[at]
+        """Add the adapters' part to a layer's output ``y`` ``[n, t, out]`` of ``x``, ``[n, t, in]`` or flattened."""
+        place, rows = self._places[at], self._by_row(mix, at, x)
         if mix.dropout is not None and torch.is_grad_enabled():  # every layer drops its own
-            own = dropped(x[mix.plain :], mix.dropout, at)
-            factors = self._factors_of(mix, own, [place])
+            own = dropped(rows[mix.plain :], mix.dropout, at)
+            factors = self._factors_of(mix, own, [place], place)
             [b], [inner] = factors.b, self._inside(mix, own, factors)
         else:
-            shared = self._shared(mix, place, x)
+            shared = self._shared(mix, place, x, rows)
             b, inner = shared.b[place.first], shared.inner[place.first]
         if torch.is_grad_enabled() and b.requires_grad:
             own = self._outer(mix, inner, b).view(len(y) - mix.plain, *y.shape[1:])
@@ -245,12 +252,21 @@ class SlotBank:
             rest.view(len(b), -1, place.out).baddbmm_(inner, b)
         return y
 
-    def _shared(self, mix: _Mix, place: _Place, x: torch.Tensor) -> _Inner:
+    def _by_row(self, mix: _Mix, at: int, x: torch.Tensor) -> torch.Tensor:
+        """Return what a layer reads or gives as ``[n, t, d]``; a view."""
+        if x.dim() == 2 and len(x) % mix.rows == 0:
+            return x.view(mix.rows, len(x) // mix.rows, x.shape[1])
+        if x.dim() != 3 or len(x) != mix.rows:
+            found = f"{self._names[at]} reads {list(x.shape)} of a batch of {mix.rows} rows"
+            raise ConfigError(f"model.lora_targets: expected layers that keep a batch's rows apart: {found}")
+        return x
+
+    def _shared(self, mix: _Mix, place: _Place, x: torch.Tensor, rows: torch.Tensor) -> _Inner:
         """Return what the layers of a group that read ``x`` have in common, computed by the first of them."""
         found = self._inner
         if found is None or found.group != place.group or found.x is not x:
-            own = x[mix.plain :] if mix.plain else x
-            factors = self._factors_of(mix, own, self._groups[place.group])
+            own = rows[mix.plain :] if mix.plain else rows
+            factors = self._factors_of(mix, own, self._groups[place.group], place)
             found = self._inner = _Inner(place.group, x, factors.b, self._inside(mix, own, factors))
         return found
 
@@ -282,29 +298,29 @@ class SlotBank:
         lengths = {length for _, length in runs}
         if len(lengths) > 1 and adapted < _LOOP_ROWS * len(runs):
             runs, lengths = [(slot, 1) for slot in slots[plain:]], {1}
-        chosen = torch.tensor([slot for slot, _ in runs], device=self.weights[0].device)
+        chosen = sent([slot for slot, _ in runs], self.weights[0].device)
         ends = tuple(accumulate(length for _, length in runs)) if len(lengths) > 1 else ()
         if dropout is not None:
             dropout = replace(dropout, seeds=dropout.seeds[plain:])
-        return _Mix(plain, chosen, ends, dropout=dropout)
+        return _Mix(len(slots), plain, chosen, ends, dropout=dropout)
 
-    def _factors_of(self, mix: _Mix, own: torch.Tensor, places: Sequence[_Place]) -> _Gathered:
+    def _factors_of(self, mix: _Mix, own: torch.Tensor, places: Sequence[_Place], asking: _Place) -> _Gathered:
         """Return a batch's factors of neighbouring layers of a group, in the type to multiply the rows in.
 
-        The first forward of a batch gathers into memory that stays in the CPU's cache. With a second one it is known
-        to be decoding: then they are gathered for good, the scale with them, and the steps that follow only multiply.
+        The first forward of a batch gathers into memory that stays in the CPU's cache. When a layer asks again it is
+        known to be decoding: then they are gathered for good, the scale with them, and the steps that follow only
+        multiply.
         """
-        group = places[0].group
-        weights = self.weights[group]
+        weights = self.weights[asking.group]
         if torch.is_grad_enabled() and weights.requires_grad:
             return self._cut(weights.index_select(0, mix.slots).to(own.dtype), places)
-        found = mix.kept.get(group)
-        if found is None and group in mix.kept:
+        found = mix.kept.get(asking)
+        if found is None and asking in mix.kept:
             whole = weights.detach().index_select(0, mix.slots)
             whole[:, : places[0].b] *= self.scale
-            found = mix.kept[group] = replace(self._cut(whole, places), scale=1.0)
+            found = mix.kept[asking] = replace(self._cut(whole, places), scale=1.0)
         if found is None:
-            mix.kept[group] = None
+            mix.kept[asking] = None
             found = self._cut(self._gathered(weights.detach(), mix.slots), places)
         if own.shape[1] < _NARROW_TOKENS or own.dtype == found.a.dtype:
             return found
@@ -331,22 +347,29 @@ class SlotBank:
 
 
 def _placed(targets: Mapping[str, nn.Module], rank: int) -> list[_Place]:
-    """Group the layers of one parent with inputs of one size; return each one's place.
+    """Group the layers that read the same input; return each one's place.
 
-    Whether they do read the same input is seen at run time: this only lets them share memory.
+    They are told by their names, and what reads the input of no other is a group of its own, so that nothing is
+    gathered and multiplied that only other layers need. Where a name deceives, that is seen at run time.
     """
-    keys = [(name.rpartition(".")[0], *_shape(module)) for name, module in targets.items()]
-    groups = {key: at for at, key in enumerate(dict.fromkeys((parent, wide) for parent, wide, _ in keys))}
-    sizes = Counter(groups[parent, wide] for parent, wide, _ in keys)
+    keys = [(_reader(name), *_shape(module)) for name, module in targets.items()]
+    groups = {key: at for at, key in enumerate(dict.fromkeys((reader, wide) for reader, wide, _ in keys))}
+    sizes = Counter(groups[reader, wide] for reader, wide, _ in keys)
     members: Counter[int] = Counter()
-    ends = {groups[parent, wide]: rank * wide * sizes[groups[parent, wide]] for parent, wide, _ in keys}
+    ends = {groups[reader, wide]: rank * wide * sizes[groups[reader, wide]] for reader, wide, _ in keys}
     places = []
-    for parent, wide, out in keys:
-        group = groups[parent, wide]
+    for reader, wide, out in keys:
+        group = groups[reader, wide]
         places.append(_Place(group, members[group], members[group] * rank * wide, ends[group], wide, out))
         members[group] += 1
         ends[group] += rank * out
     return places
+
+
+def _reader(name: str) -> str:
+    """Name what reads a layer's input: the layer, or the first of those that read it together."""
+    parent, _, own = name.rpartition(".")
+    return f"{parent}.{next((names[0] for names in _TOGETHER if own in names), own)}"
 
 
 def _group(place: _Place) -> int:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from oppu.lm.transfer import sent
+
 _GAMMA, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _LAYER = 1 << 40
 """More features of a row than any layer's input has."""
@@ -33,6 +35,9 @@ def row_seed(user: int, step: int, example: int) -> int:
         user: The training's own seed, of user and version.
         step: Optimizer steps before this one.
         example: The row's place in its step.
+
+    Returns:
+        The seed.
     """
     return int.from_bytes(hashlib.blake2b(f"{user}:{step}:{example}".encode(), digest_size=8).digest(), "big") >> 1
 
@@ -61,7 +66,7 @@ def kept(seeds: Sequence[int], layer: int, like: torch.Tensor, rate: float) -> t
     The generator is the one of Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
     """
     places = torch.arange(like[0].numel(), device=like.device).view(1, *like.shape[1:])
-    begins = torch.tensor([_wrapped(seed + layer * _LAYER * _GAMMA) for seed in seeds], device=like.device)
+    begins = sent([_wrapped(seed + layer * _LAYER * _GAMMA) for seed in seeds], like.device)
     x = begins.view(-1, 1, 1) + places * _wrapped(_GAMMA)
     x = (x ^ _shifted(x, 30)) * _wrapped(_FIRST)
     x = (x ^ _shifted(x, 27)) * _wrapped(_SECOND)

@@ -18,6 +18,7 @@ from oppu.lm.base import LoadedBase
 from oppu.lm.encoding import Reading, Target
 from oppu.lm.last_block import LastBlock
 from oppu.lm.scoring import aim_log_probs
+from oppu.lm.transfer import sent
 
 _CPU_TOKENS, _GPU_TOKENS = 4_096, 32_768
 """Most padded tokens of one forward: on a CPU, a training step's activations stay within some hundred megabytes."""
@@ -41,7 +42,8 @@ class Runner:
         self._picked: tuple[torch.Tensor, torch.Tensor] | None = None
         self._last = LastBlock(base.model)
         self._takes_positions = "position_ids" in inspect.signature(base.model.forward).parameters
-        self._hook = base.model.base_model.register_forward_hook(self._pick)
+        # what the head reads: OPT calls its decoder past the model around it
+        self._hook = base.model.get_decoder().register_forward_hook(self._pick)
 
     def close(self) -> None:
         """Take the hooks off the base."""
@@ -58,14 +60,14 @@ class Runner:
             ``[t, vocabulary]`` float32 (or the base's wider type), positions in the order of the readings.
         """
         ids = self.padded([reading.ids for reading in readings])
-        with self._picking([reading.positions for reading in readings], ids.shape[1]), self._attention(ids.shape[1]):
+        with self._picking([reading.positions for reading in readings]), self._attention(ids.shape[1]):
             out = self.base.model(input_ids=ids, use_cache=False, **self.positions(ids))
         return self.widened(out.logits[0])
 
     def padded(self, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
         """Return ``[n, longest] int64`` on the base's device, padded with token 0 on the right."""
         longest = max(len(row) for row in rows)
-        return torch.tensor([[*row, *(0,) * (longest - len(row))] for row in rows], device=self.base.device)
+        return sent([[*row, *(0,) * (longest - len(row))] for row in rows], self.base.device)
 
     def positions(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the model's position argument for right-padded ids, where it takes one."""
@@ -89,16 +91,21 @@ class Runner:
         return plain_attention() if plain else nullcontext()
 
     @contextmanager
-    def _picking(self, positions: Sequence[tuple[int, ...]], length: int) -> Iterator[None]:
-        """Let the next forward give the hidden states of some positions of each row only."""
+    def _picking(self, positions: Sequence[tuple[int, ...]]) -> Iterator[None]:
+        """Let the next forward give the hidden states of some positions of each row only.
+
+        A known last block is always narrowed: which of its columns a row's dropout counts must not depend on how long
+        the rows beside it are.
+        """
         device = self.base.device
         rows = [row for row, own in enumerate(positions) for _ in own]
         columns = [column for own in positions for column in own]
         most = max(len(own) for own in positions)
-        if self._last.known and most < length:
-            self._last.read = torch.tensor([[*own, *own[-1:] * (most - len(own))] for own in positions], device=device)
+        if self._last.known and most:
+            read = [[*own, *(own[-1:] or (0,)) * (most - len(own))] for own in positions]
+            self._last.read = sent(read, device)
             columns = [place for own in positions for place in range(len(own))]
-        self._picked = torch.tensor(rows, device=device), torch.tensor(columns, device=device)
+        self._picked = sent(rows, device), sent(columns, device)
         try:
             yield
         finally:
@@ -127,9 +134,9 @@ def target_losses(runner: Runner, targets: Sequence[Target], slots: Sequence[int
     log_probs = aim_log_probs(logits, [aim for target in targets for aim in target.aims])
     owners = [row for row, target in enumerate(targets) for _ in target.aims]
     zero = torch.zeros(len(targets), dtype=logits.dtype, device=logits.device)
-    sums = zero.index_add(0, torch.tensor(owners, device=logits.device), log_probs)
-    scale = torch.tensor([target.scale for target in targets], dtype=logits.dtype, device=logits.device)
-    offset = torch.tensor([target.offset for target in targets], dtype=logits.dtype, device=logits.device)
+    sums = zero.index_add(0, sent(owners, logits.device), log_probs)
+    scale = sent([target.scale for target in targets], logits.device, logits.dtype)
+    offset = sent([target.offset for target in targets], logits.device, logits.dtype)
     return offset - scale * sums
 
 

@@ -4,7 +4,7 @@ Prompts are padded on the left and masked, with explicit positions, so that ever
 window's too) are those it has alone. A text that has a blend and an adapter takes two rows: the base's and its own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,6 +48,21 @@ class _Row:
     expert: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Cast:
+    """Who speaks for which text: the same at every token.
+
+    ``voices`` ``[2, texts]`` are the rows of each text's base and adapter (the base's again where there is none; a text
+    without a blend has one row), ``text`` ``[rows]`` is each row's text. ``blends`` are by text, ``blended`` ``[b]``
+    their texts.
+    """
+
+    voices: torch.Tensor
+    text: torch.Tensor
+    blends: Mapping[int, Blend]
+    blended: torch.Tensor
+
+
 def greedy(
     runner: Runner, bank: SlotBank, writings: Sequence[Writing], stops: frozenset[int]
 ) -> list[list[int] | None]:
@@ -68,6 +83,7 @@ def greedy(
         key=lambda row: row.slot,
     )
     ids, mask, positions = _padded([writings[row.text].prompt for row in rows], base.device)
+    cast = _cast(rows, writings, base.device)
     found: list[list[int] | None] = [[] for _ in writings]
     open_texts = {text for text, w in enumerate(writings) if w.limit > 0}
     cache = None
@@ -83,48 +99,86 @@ def greedy(
             )
             cache = out.past_key_values
             said = runner.widened(out.logits[:, -1]).softmax(-1)
-            chosen = next_tokens(said, rows, writings, found).argmax(-1)
+            chosen = next_tokens(said, cast, writings, found)
             for text, token in enumerate(chosen.tolist()):
                 own = found[text]
                 if text in open_texts and own is not None:
                     _append(own, token, open_texts, text, writings[text].limit, stops)
-            ids = chosen[torch.tensor([row.text for row in rows], device=base.device)][:, None]
+            ids = chosen[cast.text][:, None]
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
             positions = positions[:, -1:] + 1
     return found
 
 
 def next_tokens(
-    said: torch.Tensor, rows: Sequence[_Row], writings: Sequence[Writing], written: Sequence[Sequence[int] | None]
+    said: torch.Tensor, cast: _Cast, writings: Sequence[Writing], written: Sequence[Sequence[int] | None]
 ) -> torch.Tensor:
-    """Mix the rows' distributions with the caches'.
+    """Choose each text's next token.
 
     Args:
-        said: ``[rows, vocabulary]`` probabilities.
-        rows: Whose they are.
+        said: ``[rows, vocabulary]`` probabilities; a row may be none at all (NaN), and then says nothing.
+        cast: Whose they are.
         writings: The texts.
         written: Each text's tokens so far; ``None``: given up.
 
     Returns:
-        ``[texts, vocabulary]`` probabilities of the next token.
+        ``[texts] int64``, the most likely ones.
     """
-    weights = np.zeros((len(writings), len(rows)))
-    extra: list[tuple[int, np.ndarray, np.ndarray]] = []
-    for text, (writing, so_far) in enumerate(zip(writings, written, strict=True)):
-        cached = [one for cache in writing.caches for one in cache.after(tuple(so_far or ()))]
-        speaking = dict.fromkeys(writing.voices, 0) | {one.expert: one.matched for one in cached}
-        share = shares(writing.blend.weights, speaking) if writing.blend is not None else {"base": 1.0}
-        for at, row in enumerate(rows):
-            if row.text == text:
-                weights[text, at] = share.get(row.expert, 0.0)
-        extra += [(text, one.tokens, share[one.expert] * one.probabilities) for one in cached if one.expert in share]
-    mixed = torch.from_numpy(weights).to(said) @ torch.where(said.isnan().any(-1, keepdim=True), 0.0, said)
+    if len(cast.blends) == len(writings):
+        return mixture(said, cast, writings, written).argmax(-1)
+    chosen = said.argmax(-1)[cast.voices[0]]
+    if cast.blends:
+        chosen.index_copy_(0, cast.blended, mixture(said, cast, writings, written).argmax(-1))
+    return chosen
+
+
+def mixture(
+    said: torch.Tensor, cast: _Cast, writings: Sequence[Writing], written: Sequence[Sequence[int] | None]
+) -> torch.Tensor:
+    """Mix the rows' distributions with the caches', for the texts that have a blend.
+
+    Args:
+        said: As in ``next_tokens``.
+        cast: Whose they are.
+        writings: The texts.
+        written: Each text's tokens so far; ``None``: given up.
+
+    Returns:
+        ``[b, vocabulary]`` probabilities of the next token.
+    """
+    weights, extra = np.zeros((2, len(cast.blends), 1)), []
+    for at, (text, blend) in enumerate(cast.blends.items()):
+        cached = [one for cache in writings[text].caches for one in cache.after(tuple(written[text] or ()))]
+        speaking = dict.fromkeys(writings[text].voices, 0) | {one.expert: one.matched for one in cached}
+        share = shares(blend.weights, speaking)
+        weights[:, at, 0] = share.get("base", 0.0), share.get("adapter", 0.0)
+        extra += [(at, one.tokens, share[one.expert] * one.probabilities) for one in cached if one.expert in share]
+    base, adapter = (_heard(said, rows) for rows in cast.voices[:, cast.blended])
+    of_base, of_adapter = torch.from_numpy(weights).to(said)
+    mixed = base.mul_(of_base).addcmul_(adapter, of_adapter)
     if extra:
-        at_text = torch.from_numpy(np.concatenate([np.full(len(tokens), text) for text, tokens, _ in extra]))
+        at_text = torch.from_numpy(np.concatenate([np.full(len(tokens), at) for at, tokens, _ in extra]))
         at_token = torch.from_numpy(np.concatenate([tokens for _, tokens, _ in extra]))
         mass = torch.from_numpy(np.concatenate([mass for *_, mass in extra]))
         mixed.index_put_((at_text.to(said.device), at_token.to(said.device)), mass.to(said), accumulate=True)
     return mixed
+
+
+def _heard(said: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return some rows, zero where one is not a number: a softmax is so in all its places or in none."""
+    return said[rows].masked_fill_(said[rows, :1].isnan(), 0.0)
+
+
+def _cast(rows: Sequence[_Row], writings: Sequence[Writing], device: torch.device) -> _Cast:
+    spoken = {(row.text, row.expert): at for at, row in enumerate(rows)}
+    base = [spoken[text, "base"] for text in range(len(writings))]
+    adapter = [spoken.get((text, "adapter"), row) for text, row in enumerate(base)]
+    blends = {text: writing.blend for text, writing in enumerate(writings) if writing.blend is not None}
+    voices, text, blended = (
+        torch.tensor(part, dtype=torch.int64, device=device)
+        for part in ([base, adapter], [row.text for row in rows], list(blends))
+    )
+    return _Cast(voices, text, blends, blended)
 
 
 def _padded(prompts: Sequence[Ids], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

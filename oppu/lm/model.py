@@ -24,9 +24,10 @@ from oppu.lm.generation import Writing, greedy
 from oppu.lm.port import AdapterRef, Example, Row, Scored, Tensors, TrainConfig, Trained, TrainJob
 from oppu.lm.prompts import Ids
 from oppu.lm.residence import AdapterBank
-from oppu.lm.scoring import Trie, aim_log_probs, allowed_log_probs
+from oppu.lm.scoring import Trie, aim_log_probs, choice_logits
 from oppu.lm.targets import adapter_config, find_targets
 from oppu.lm.training import Calls, slots_for, train_slots
+from oppu.lm.transfer import sent
 from oppu.settings import ModelSettings
 from oppu.tasks import Tasks
 from oppu.values import BaseId
@@ -383,7 +384,7 @@ def _spread(
     for entry, (at, node) in enumerate(places):
         groups.setdefault(work[at][1].nodes[node].allowed, []).append(entry)
     for allowed, entries in groups.items():
-        rows = logits[torch.tensor(entries, device=logits.device)].double()
-        for entry, scores in zip(entries, allowed_log_probs(rows, allowed).cpu().numpy(), strict=True):
+        picked = choice_logits(logits, sent(entries, logits.device), allowed)
+        for entry, scores in zip(entries, picked.double().log_softmax(-1).cpu().numpy(), strict=True):
             at, node = places[entry]
             found[at][node] = scores

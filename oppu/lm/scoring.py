@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from oppu.lm.transfer import sent
+
 Ids = tuple[int, ...]
 _CACHED_SETS = 512
 LABEL_TOKENS = 64
@@ -137,18 +139,21 @@ def aim_log_probs(logits: torch.Tensor, aims: Sequence[Aim]) -> torch.Tensor:
     Returns:
         ``[t]``, differentiable.
     """
-    groups: dict[Ids | None, list[int]] = defaultdict(list)
+    groups: dict[Ids, list[int]] = defaultdict(list)
     for at, aim in enumerate(aims):
-        groups[aim.allowed].append(at)
-    if groups.pop(None, None):  # over all rows: cheaper than copying most of a [t, vocabulary] tensor
-        tokens = torch.tensor([aim.index if aim.allowed is None else 0 for aim in aims], device=logits.device)
+        if aim.allowed is not None:
+            groups[aim.allowed].append(at)
+    if sum(map(len, groups.values())) < len(
+        aims
+    ):  # over all rows: cheaper than copying most of a [t, vocabulary] tensor
+        tokens = sent([aim.index if aim.allowed is None else 0 for aim in aims], logits.device)
         found = -torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
     else:
         found = torch.zeros(len(aims), dtype=logits.dtype, device=logits.device)
     for allowed, members in groups.items():
-        rows = torch.tensor(members, device=logits.device)
-        wanted = torch.tensor([aims[at].index for at in members], device=logits.device)
-        picked = allowed_log_probs(logits[rows], allowed).gather(1, wanted[:, None])[:, 0]
+        rows = sent(members, logits.device)
+        wanted = sent([aims[at].index for at in members], logits.device)
+        picked = choice_logits(logits, rows, allowed).log_softmax(-1).gather(1, wanted[:, None])[:, 0]
         found = found.index_put((rows,), picked)
     return found
 
@@ -156,8 +161,13 @@ def aim_log_probs(logits: torch.Tensor, aims: Sequence[Aim]) -> torch.Tensor:
 def allowed_log_probs(logits: torch.Tensor, allowed: Ids | None) -> torch.Tensor:
     """Return ``[n, len(allowed)]`` log softmax over the allowed tokens of ``[n, vocabulary]`` logits."""
     if allowed is not None:
-        logits = logits[:, torch.tensor(allowed, device=logits.device)]
+        logits = logits[:, sent(allowed, logits.device)]
     return logits.log_softmax(-1)
+
+
+def choice_logits(logits: torch.Tensor, rows: torch.Tensor, allowed: Ids) -> torch.Tensor:
+    """Return ``[n, len(allowed)]``, the allowed columns of some rows of ``[t, vocabulary]``; copies no others."""
+    return logits[rows[:, None], sent(allowed, logits.device)]
 
 
 def _lines(paths: Sequence[Ids], number: dict[Ids, int]) -> tuple[Line, ...]:

@@ -4,10 +4,13 @@ There may be more users than slots: who is done leaves, and the next one takes t
 a sum over users of the mean over that user's rows, so a slot's gradient is that user's own. Clipping, step counts,
 warm-up, weight decay and moments are per slot; a slot without rows in a step stays bit-identical, and a user whose
 gradient is not finite leaves without touching the others. Order within a user is the caller's.
+
+A GPU is not waited for between steps: losses add up on it, and whether gradients were finite is read when somebody
+ends, or after some steps.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +20,7 @@ from oppu.lm.dropout import Dropout, row_seed
 from oppu.lm.encoding import Target
 from oppu.lm.forward import Runner, buckets, target_losses
 from oppu.lm.port import TrainConfig
+from oppu.lm.transfer import sent
 
 _WARM_UP_SHARE = 0.1
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
@@ -24,6 +28,8 @@ _CLIP_EPSILON = 1e-6
 """As in ``torch.nn.utils.clip_grad_norm_``, so that equality with it is exact."""
 _ROW_TOKENS = 16
 """A step over more rows than forwards of this length hold is no cheaper a row, and the stacks' gradients grow."""
+_LOOK_STEPS: Mapping[str, int] = {"cpu": 1, "cuda": 16}
+"""Steps between two looks for users whose gradient is not finite: a GPU's queue runs dry at each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,36 +90,44 @@ class SlotAdamW:
     def step(self, slots: Sequence[int], warm_up: Sequence[int], total: Sequence[int] | None = None) -> None:
         """Update some slots from the stacks' gradients, which are cleared.
 
+        A slot whose gradient is not finite is dropped: it stays as it is until ``clear``.
+
         Args:
             slots: The slots that had rows in this step.
             warm_up: Steps over which each slot's learning rate rises to its full value.
             total: Each slot's steps in all, towards whose end the rate falls to zero; ``None``: it stays.
         """
-        rows = torch.tensor(slots, device=self._count.device)
-        rises = torch.tensor(warm_up, dtype=torch.float64, device=rows.device)
-        ends = rises.new_full(rises.shape, torch.inf) if total is None else torch.tensor(total).to(rises)
+        rows = sent(slots, self._count.device)
+        rises = sent(warm_up, rows.device, torch.float64)
+        ends = rises.new_full(rises.shape, torch.inf) if total is None else sent(total, rows.device, torch.float64)
         grads = [_taken(stack.grad, stack, rows) for stack in self._stacks]
         norms = torch.stack([grad.flatten(1).norm(dim=1) for grad in grads]).norm(dim=0)
-        self.finite[rows] &= norms.isfinite()
-        keep = self.finite[rows]
-        rows, rises, ends, norms = rows[keep], rises[keep], ends[keep], norms[keep]
-        self._count[rows] += 1
-        count = self._count[rows]
+        keep = self.finite[rows] & norms.isfinite()
+        self.finite[rows] = keep
+        count = self._count[rows] + keep
+        self._count[rows] = count
         falls = torch.where(ends.isinf(), 1.0, (ends - count + 1) / (ends - rises).clamp(min=1.0))
         rate = self._learning_rate * (count / rises).clamp(max=1.0).minimum(falls)
         clip = (self._clip_norm / (norms + _CLIP_EPSILON)).clamp(max=1.0)
+        root, size, decay = (1 - _BETA2**count).sqrt(), rate / (1 - _BETA1**count), 1 - rate * self._weight_decay
         for at, grad in enumerate(grads):
-            self._update(at, rows, grad[keep] * _beside(clip, grad), count, rate)
+            self._update(at, rows, grad.mul_(_beside(clip, grad)), keep, (root, size, decay))
         for stack in self._stacks:
             stack.grad = None
 
-    def _update(self, at: int, rows: torch.Tensor, grad: torch.Tensor, count: torch.Tensor, rate: torch.Tensor) -> None:
-        first = self._first[at][rows].lerp(grad, 1 - _BETA1)
-        second = self._second[at][rows] * _BETA2 + (1 - _BETA2) * grad * grad
-        self._first[at][rows], self._second[at][rows] = first, second
-        weights = self._stacks[at][rows] * _beside(1 - rate * self._weight_decay, grad)
-        root, size = _beside((1 - _BETA2**count).sqrt(), grad), _beside(rate / (1 - _BETA1**count), grad)
-        self._stacks[at].index_copy_(0, rows, weights - size * first / (second.sqrt() / root + _EPSILON))
+    def _update(
+        self, at: int, rows: torch.Tensor, grad: torch.Tensor, keep: torch.Tensor, numbers: Sequence[torch.Tensor]
+    ) -> None:
+        root, size, decay = (_beside(number, grad) for number in numbers)
+        stacks = self._stacks[at], self._first[at], self._second[at]
+        old_weights, old_first, old_second = (stack.index_select(0, rows) for stack in stacks)
+        first = old_first.lerp(grad, 1 - _BETA1)
+        second = (old_second * _BETA2).addcmul_(grad, grad, value=1 - _BETA2)
+        change = (first * size).div_(second.sqrt().div_(root).add_(_EPSILON))
+        weights = (old_weights * decay).sub_(change)
+        kept = keep.view(-1, *(1,) * (grad.dim() - 1))
+        for stack, new, old in zip(stacks, (weights, first, second), (old_weights, old_first, old_second), strict=True):
+            stack.index_copy_(0, rows, torch.where(kept, new, old))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,17 +153,22 @@ class _Course:
 
 @dataclass(slots=True)
 class _Seat:
-    """A user in a slot: the steps it has taken and the sum of its rows' losses so far."""
+    """A user in a slot: the steps it has taken, and the losses so far of its rows that nothing is computed for."""
 
     slot: int
     course: _Course
     taken: int = 0
-    total: float = 0.0
+    certain: float = 0.0
 
     @property
     def batch(self) -> tuple[Target, ...]:
         """The rows of its next step."""
         return self.course.batch(self.taken)
+
+    @property
+    def through(self) -> bool:
+        """Whether it has taken all its steps."""
+        return self.taken >= self.course.steps
 
 
 def slots_for(runner: Runner, users: int, config: TrainConfig) -> int:
@@ -192,21 +211,24 @@ def train_slots(
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
     )
-    step = _Step(runner, bank, optimizer, config, calls.beat)
+    losses = torch.zeros(bank.slots + 1, dtype=torch.float64, device=runner.base.device)
+    step = _Step(runner, bank, optimizer, config, calls, losses)
     results: dict[int, SlotResult] = {}
-    seats = [_seated(slot, course, optimizer, calls) for slot, course in enumerate(first, start=1)]
+    seats = [step.seated(slot, course) for slot, course in enumerate(first, start=1)]
+    look = _LOOK_STEPS.get(runner.base.device.type, 1)
+    number = 0
     while seats:
-        active = [seat for seat in seats if seat.taken < seat.course.steps]
-        if active:
-            step.take(active)
+        number += 1
+        step.take([seat for seat in seats if not seat.through])
+        if number % look and not any(seat.through for seat in seats):
+            continue
         finite = optimizer.finite.tolist()
-        over = [seat for seat in seats if seat.taken >= seat.course.steps or not finite[seat.slot]]
+        over = [seat for seat in seats if seat.through or not finite[seat.slot]]
         seats = [seat for seat in seats if seat not in over]
         for seat in over:
-            calls.end(seat.course.user, seat.slot)
-            results[seat.course.user] = _result(seat, bank, finite=finite[seat.slot])
+            results[seat.course.user] = step.left(seat, finite=finite[seat.slot])
             if waiting:
-                seats.append(_seated(seat.slot, waiting.pop(0), optimizer, calls))
+                seats.append(step.seated(seat.slot, waiting.pop(0)))
     return [results[course.user] for course in courses]
 
 
@@ -215,24 +237,36 @@ def _course(user: int, rows: Sequence[Target], seed: int, config: TrainConfig) -
     return _Course(user, batches, config.passes * len(batches), seed)
 
 
-def _seated(slot: int, course: _Course, optimizer: SlotAdamW, calls: Calls) -> _Seat:
-    calls.begin(course.user, slot)
-    optimizer.clear(slot)
-    return _Seat(slot, course)
-
-
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """Takes one optimizer step of every seated user in common forwards."""
+    """Takes one optimizer step of every seated user in common forwards; ``losses`` sums them by slot."""
 
     runner: Runner
     bank: SlotBank
     optimizer: SlotAdamW
     config: TrainConfig
-    beat: Callable[[], None]
+    calls: Calls
+    losses: torch.Tensor
+
+    def seated(self, slot: int, course: _Course) -> _Seat:
+        """Give a user a slot."""
+        self.calls.begin(course.user, slot)
+        self.optimizer.clear(slot)
+        self.losses[slot] = 0.0
+        return _Seat(slot, course)
+
+    def left(self, seat: _Seat, *, finite: bool) -> SlotResult:
+        """Take a user's result from its slot."""
+        self.calls.end(seat.course.user, seat.slot)
+        weights = torch.stack([weights[seat.slot].isfinite().all() for weights in self.bank.weights])
+        finite, rows = finite and bool(weights.all()), seat.course.rows
+        mean = (seat.certain + float(self.losses[seat.slot])) / rows if rows else 0.0
+        return SlotResult(finite=finite, steps=seat.course.steps, mean_loss=mean if finite else math.nan)
 
     def take(self, active: Sequence[_Seat]) -> None:
         """Take every seat's next step."""
+        if not active:
+            return
         self._backward(active)
         totals = [seat.course.steps for seat in active] if self.config.schedule == "linear" else None
         self.optimizer.step([seat.slot for seat in active], [seat.course.warm_up for seat in active], totals)
@@ -240,24 +274,22 @@ class _Step:
             seat.taken += 1
 
     def _backward(self, active: Sequence[_Seat]) -> None:
-        """Put the next step's gradients on the stacks and its losses on the seats."""
+        """Put the next step's gradients on the stacks and add its losses."""
         rows = [(seat, place, target) for seat in active for place, target in enumerate(seat.batch)]
         for seat, _, target in rows:
             if not target.positions:
-                seat.total += target.offset
+                seat.certain += target.offset
         live = [row for row in rows if row[2].positions]
-        self.beat()
+        self.calls.beat()
         for group in buckets([len(target.ids) for *_, target in live], self.runner.tokens):
-            self.beat()
+            self.calls.beat()
             members = sorted((live[at] for at in group), key=lambda row: row[0].slot)  # a slot's rows side by side
             slots = [seat.slot for seat, *_ in members]
             with self.bank.use(slots, self._dropout(members)):
                 losses = target_losses(self.runner, [target for *_, target in members], slots)
-            shares = [1 / len(seat.batch) for seat, *_ in members]
-            weights = torch.tensor(shares, dtype=losses.dtype, device=losses.device)
+            weights = sent([1 / len(seat.batch) for seat, *_ in members], losses.device, losses.dtype)
             torch.autograd.backward((losses * weights).sum())
-            for (seat, *_), loss in zip(members, losses.tolist(), strict=True):
-                seat.total += loss
+            self.losses.index_add_(0, sent(slots, losses.device), losses.detach().double())
 
     def _dropout(self, members: Sequence[tuple[_Seat, int, Target]]) -> Dropout | None:
         """Seed each row by its user's training, step and place in it: whoever shares the batch."""
@@ -266,13 +298,6 @@ class _Step:
         return Dropout(
             self.config.dropout, tuple(row_seed(seat.course.seed, seat.taken, place) for seat, place, _ in members)
         )
-
-
-def _result(seat: _Seat, bank: SlotBank, *, finite: bool) -> SlotResult:
-    finite = finite and all(bool(weights[seat.slot].isfinite().all()) for weights in bank.weights)
-    rows = seat.course.rows
-    mean = seat.total / rows if rows else 0.0
-    return SlotResult(finite=finite, steps=seat.course.steps, mean_loss=mean if finite else math.nan)
 
 
 def _taken(grad: torch.Tensor | None, stack: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -3,12 +3,16 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
-from benchmarks.bank_train import accuracies, shown
-from benchmarks.residency import ROWS, Draw
-from benchmarks.timing import Timing, interleaved, rounded
+from benchmarks import bank_serve, residency
+from benchmarks.bank_train import accuracies, costs, shown
+from benchmarks.residency import ROWS, Draw, Run, compared
+from benchmarks.timing import Cell, Timing, interleaved, rounded
+from oppu.cli.bench import bench
 from oppu.errors import ConfigError
 
 
@@ -17,6 +21,14 @@ def test_every_case_runs_once_a_round_in_turning_order() -> None:
     times = interleaved({name: (lambda name=name: ran.append(name)) for name in "abc"}, repeats=3, warm_up=1)  # type: ignore[misc]
     assert "".join(ran) == "abcbcacababc"
     assert {name: len(time.seconds) for name, time in times.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_a_slow_case_runs_in_fewer_rounds_evenly_among_the_others() -> None:
+    ran: list[str] = []
+    cases = {name: (lambda name=name: ran.append(name)) for name in "ab"}
+    times = interleaved(cases, repeats=7, warm_up=1, fewer={"b": 3})
+    assert "".join(ran) == "ab" + "ba" + "a" + "ba" + "a" + "ba" + "a" + "a"
+    assert {name: len(time.seconds) for name, time in times.items()} == {"a": 7, "b": 3}
 
 
 def test_a_timing_is_its_median_and_the_relative_half_distance_of_its_quartiles() -> None:
@@ -35,6 +47,48 @@ def test_users_come_by_their_law() -> None:
     even = Counter(user for batch in Draw(0.0).batches(100, 50, seed=1) for user in batch)
     assert max(even.values()) < 3 * min(even.values())
     assert Draw(0.8).batches(10, 2, seed=1) == Draw(0.8).batches(10, 2, seed=1)
+
+
+def test_late_rows_are_not_served_and_the_slowest_batch_is_that_of_all_runs() -> None:
+    resident = [Run((1.0, 1.0), 128, 0) for _ in range(3)]
+    own = [Run((2.0, 2.0), 128, late, hits, 0.5) for late, hits in ((0, 0.1), (64, 0.2), (0, 0.3))]
+    row = compared([*own[:2], Run((2.0, 5.0), 128, 0, 0.3)], resident)
+    assert row["throughput_ratio_to_resident"] == rounded(2 / 7)  # of 4, 8 and 7 seconds for 128 rows
+    assert (row["late_share"], row["bank_hit_rate"], row["host_hit_rate_of_misses"]) == (rounded(64 / 384), 0.2, 0.5)
+    assert row["slowest_batch_to_mean"] == rounded(5 / 2.5)
+    assert (row["spread"], row["spread_resident"]) == (rounded((7.5 - 5.5) / 2 / 7), 0.0)
+
+
+def test_an_updates_cost_is_compared_in_one_type() -> None:
+    seconds = {"oppu": 12.0, "together float32": 6.0, "alone float32": 3.0}
+    seconds |= {"together bfloat16": 3.0, "alone bfloat16": 2.0}
+    assert costs({name: Timing((time,)) for name, time in seconds.items()}, users=2) == {
+        "update_cost_ratio_to_oppu": 4.0,
+        "update_cost_ratio_to_oppu_bfloat16": 8.0,
+        "update_cost_ratio_to_oppu_one_user": 4.0,
+        "update_cost_ratio_to_oppu_one_user_bfloat16": 6.0,
+    }
+
+
+def test_parts_of_a_benchmark_run_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    scopes: list[Any] = []
+
+    def kept(_base: object, scope: object, *_: object) -> list[dict[str, Cell]]:
+        scopes.append(scope)
+        return []
+
+    monkeypatch.setattr("benchmarks.subjects.base_named", lambda *_, **__: None)
+    monkeypatch.setattr(bank_serve, "bytes_moved", lambda *_: 0)
+    monkeypatch.setattr(residency, "growth", lambda *_: [])
+    for module, name in ((bank_serve, "against_others"), (bank_serve, "sweep_users"), (residency, "measure")):
+        monkeypatch.setattr(module, name, kept)
+    for command in (["bank-serve", "--tokens", "8", "--tokens", "32"], ["bank-serve"], ["residency", "--tokens", "1"]):
+        done = CliRunner().invoke(bench, [*command, "--json", str(tmp_path / "out.json")], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    some, _, whole, _, one = scopes
+    assert (some.tokens, some.wide_tokens) == ((8, 32), [32])
+    assert (whole.tokens, whole.wide_tokens) == (bank_serve.TOKENS, bank_serve.WIDE_TOKENS)
+    assert one.tokens == (1,) and one.repeats >= 5
 
 
 def test_accuracies_come_from_a_result_of_the_experiment(tmp_path: Path) -> None:

@@ -52,6 +52,11 @@ def tiny_model(family: str) -> Any:
     grouped = {"num_key_value_heads": 2, "max_position_embeddings": 256}
     if family == "gpt2":
         config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, **common)
+    elif family == "opt":
+        config = transformers.OPTConfig(
+            hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=256, **common,
+        )  # fmt: skip
     elif family == "bert":
         config = transformers.BertConfig(max_position_embeddings=256, is_decoder=True, **wide, **common)
     else:

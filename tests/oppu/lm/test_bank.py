@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -127,6 +128,73 @@ def test_layers_of_one_parent_may_read_different_inputs(training: bool) -> None:
                 plain = x @ layer.weight.T + layer.bias
                 expected = plain + x @ a.T @ b.T * torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)[:, None, None]
                 assert torch.allclose(layer(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def any_adapter(bank: SlotBank, seed: int) -> dict[str, Any]:
+    chance = np.random.default_rng(seed)
+    return {name: chance.normal(0, 0.3, x.shape).astype(np.float32) for name, x in bank.read(0).items()}
+
+
+FLATTENED = ("q_proj", "fc1", "fc2")
+
+
+@pytest.mark.parametrize("slots", [[0, 2, 1, 2], [0, *[1] * 9, *[2] * 4]], ids=["a row each", "runs"])
+@pytest.mark.parametrize("training", [False, True])
+def test_layers_that_read_flattened_rows_equal_peft(
+    slots: list[int], training: bool, make_base: Make, as_peft: Make
+) -> None:
+    base = make_base("opt", torch.float64)
+    targets = find_targets(base.model, FLATTENED)
+    config = adapter_config(targets, FLATTENED, base=base.name, rank=4, alpha=8.0)
+    rows, bank = ids(len(slots)), SlotBank(targets, slots=2, rank=4, alpha=8.0, trainable=training)
+    adapters = {slot: any_adapter(bank, slot) for slot in (1, 2)}
+    for slot, tensors in adapters.items():
+        bank.load(slot, tensors)
+    with bank.use(slots), torch.set_grad_enabled(training):
+        mixed = base.model(input_ids=rows, use_cache=False).logits
+    bank.close()
+    peft = {0: base.model} | {slot: as_peft(base, tensors, config) for slot, tensors in adapters.items()}
+    for row, slot in enumerate(slots):
+        with torch.no_grad():
+            alone = peft[slot](input_ids=rows[row : row + 1]).logits[0]
+        assert torch.allclose(mixed[row], alone, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(7, 6), (2, 5, 6), (6,)], ids=["flattened", "rows", "one vector"])
+def test_a_layer_that_does_not_keep_the_rows_apart_is_refused(shape: tuple[int, ...]) -> None:
+    pair = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(6, 4), "v_proj": torch.nn.Linear(6, 4)})
+    bank = SlotBank(find_targets(pair, None), slots=1, rank=2, alpha=2.0)
+    layer: Any = pair["v_proj"]
+    with bank.use([1, 0, 1]), torch.no_grad(), pytest.raises(ConfigError, match="model.lora_targets: .* v_proj"):
+        layer(torch.ones(shape))
+
+
+def test_what_reads_another_input_shares_nothing_and_a_forward_is_counted_once(make_base: Make) -> None:
+    base = make_base("llama", torch.float64)
+    bank = SlotBank(find_targets(base.model, ("q_proj", "v_proj", "o_proj")), slots=2, rank=4, alpha=8.0)
+    for slot in (1, 2):
+        bank.load(slot, any_adapter(bank, slot))
+    gathered, outside = [], mock.Mock(wraps=bank._cut)
+    with bank.use([1, 2]), mock.patch.object(bank, "_cut", outside):
+        steps = []
+        for _ in range(4):
+            steps.append(run(base, ids(2)))
+            gathered.append(outside.call_count)
+        assert bank._mix is not None
+        products = [kept.a.shape[-1] for kept in bank._mix.kept.values() if kept is not None]
+    assert gathered == [4, 8, 8, 8]  # two groups a block: once to read, once for good
+    assert sorted(products) == [4, 4, 8, 8]  # o alone, q and v together
+    assert all(torch.allclose(step, steps[0], rtol=1e-12) for step in steps)
+
+
+def test_names_that_deceive_do_not_make_one_forward_two() -> None:
+    pair = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(6, 4), "v_proj": torch.nn.Linear(6, 4)})
+    bank = SlotBank(find_targets(pair, None), slots=1, rank=2, alpha=2.0)
+    layers: list[Any] = [pair["q_proj"], pair["v_proj"]]
+    with bank.use([1, 0, 1]), torch.no_grad():
+        for layer in layers:
+            layer(torch.ones(3, 5, 6))
+        assert bank._mix is not None and list(bank._mix.kept.values()) == [None, None]
 
 
 def test_a_bfloat16_base_on_a_cpu_keeps_its_adapters_in_float32(make_base: Make, make_adapter: Make) -> None:

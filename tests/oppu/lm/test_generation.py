@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from oppu.lm import generation
-from oppu.lm.blend import CACHE_EXPERTS, EXPERTS, Blend, foreseen, mixed
+from oppu.lm.blend import CACHE_EXPERTS, EXPERTS, Blend, Cache, foreseen, mixed, shares
 from oppu.lm.encoding import _target
+from oppu.lm.generation import Writing, _cast, _Row
 from oppu.lm.model import TorchModel
 from oppu.lm.port import AdapterRef, Example, Row
 from oppu.lm.scoring import Aim
@@ -48,13 +49,13 @@ def test_the_served_distribution_is_the_evaluated_one(
     tensors = make_adapter(model._base.model, 1)
     model.install(ANNA, tensors)
     steps: list[torch.Tensor] = []
-    mix = generation.next_tokens
+    mix = generation.mixture
 
     def recorded(*args: Any) -> torch.Tensor:
         steps.append(mix(*args))
         return steps[-1]
 
-    monkeypatch.setattr(generation, "next_tokens", recorded)
+    monkeypatch.setattr(generation, "mixture", recorded)
     model.answer([asked(adapter=adapter)])
     written = tuple(int(step[0].argmax()) for step in steps)
     assert len(set(written)) > 1
@@ -92,6 +93,45 @@ def test_a_blend_of_the_adapter_alone_is_the_adapter(model: TorchModel, make_ada
         TASK, "words of it", adapter=ANNA, blend=Blend({"base": (-99, 0), "adapter": (0, 0)}, {}), max_new_tokens=7
     )
     assert model.answer([only])[0].text == model.answer([asked(adapter=True, blend=False)])[0].text
+
+
+def dense(said: torch.Tensor, rows: Any, writings: Any, written: Any) -> torch.Tensor:
+    """Every text's mixture as one product of weights ``[texts, rows]`` and all rows."""
+    weights, extra = torch.zeros(len(writings), len(rows), dtype=said.dtype), []
+    for text, writing in enumerate(writings):
+        cached = [one for cache in writing.caches for one in cache.after(tuple(written[text] or ()))]
+        speaking = dict.fromkeys(writing.voices, 0) | {one.expert: one.matched for one in cached}
+        share = shares(writing.blend.weights, speaking) if writing.blend is not None else {"base": 1.0}
+        for at, row in enumerate(rows):
+            if row.text == text:
+                weights[text, at] = share.get(row.expert, 0.0)
+        extra += [(text, one.tokens, share[one.expert] * one.probabilities) for one in cached]
+    mixed = weights @ torch.where(said.isnan().any(-1, keepdim=True), 0.0, said)
+    for text, tokens, mass in extra:
+        mixed[text, torch.from_numpy(tokens)] += torch.from_numpy(mass).to(said)
+    return mixed
+
+
+@pytest.mark.parametrize("kinds", ["plain", "blended", "both"])
+@pytest.mark.parametrize("silent", [(), (0,), (0, 1, 2, 3, 4, 5)])
+def test_the_next_tokens_are_those_of_the_dense_product(kinds: str, silent: tuple[int, ...]) -> None:
+    blend, cache = Blend(WEIGHTS, {}), Cache("knn", [((3, 4, 9), 1.0)])
+    plain = [Writing((1,), slot, 5) for slot in (0, 2)]
+    blended = [Writing((1,), slot, 5, blend, own) for slot, own in ((2, (cache,)), (0, ()), (3, ()))]
+    writings = {"plain": plain, "blended": blended, "both": [plain[0], blended[0], plain[1], *blended[1:]]}[kinds]
+    rows = sorted(
+        (_Row(slot, text, expert) for text, w in enumerate(writings) for expert, slot in w.voices.items()),
+        key=lambda row: row.slot,
+    )
+    said = torch.randn(len(rows), 300, generator=torch.Generator().manual_seed(2)).mul(4).softmax(-1)
+    said[[row for row in silent if row < len(rows)]] = torch.nan
+    written: list[list[int] | None] = [[3], None, [], [4], []]
+    cast = _cast(rows, writings, said.device)
+    expected = dense(said, rows, writings, written)
+    assert torch.equal(generation.next_tokens(said.clone(), cast, writings, written), expected.argmax(-1))
+    if cast.blends:
+        mixed = generation.mixture(said.clone(), cast, writings, written)
+        assert torch.allclose(mixed, expected[list(cast.blends)], rtol=1e-6, atol=0)
 
 
 def test_a_late_text_is_given_up_while_it_is_written_and_no_other(

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oppu.lm.scoring import Aim, Tries, aim_log_probs, allowed_log_probs, build_trie
+from oppu.lm.scoring import Aim, Tries, aim_log_probs, allowed_log_probs, build_trie, choice_logits
 
 END = 9
 Labels = list[tuple[int, ...]]
@@ -95,6 +95,16 @@ def test_tries_are_kept_by_choices_and_long_choices_are_cut() -> None:
     assert tries.of(("12", "2")) is tries.of(("12", "2"))
     assert len(calls) == 1
     assert tries.of(("1231", "1232")).shared == pytest.approx([math.log(2)] * 2)
+
+
+def test_only_the_allowed_columns_are_copied_and_say_the_same() -> None:
+    logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    rows, allowed = torch.tensor([5, 0, 3]), (2, 9, 40)
+    picked = choice_logits(logits, rows, allowed)
+    assert torch.equal(picked.double().log_softmax(-1), allowed_log_probs(logits[rows].double(), allowed))
+    [grad] = torch.autograd.grad(picked.square().sum(), logits)
+    [whole] = torch.autograd.grad(logits[rows][:, list(allowed)].square().sum(), logits)
+    assert torch.equal(grad, whole)
 
 
 def test_aims_pick_among_what_is_allowed() -> None:

@@ -253,6 +253,38 @@ def test_batch_mates_and_their_order_do_not_matter(make_base: Make, make_adapter
         assert torch.allclose(first, second, rtol=1e-10) and torch.allclose(first, third, rtol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("family", "endings"),
+    [("llama", ("down_proj",)), ("bert", ("dense",)), ("gpt2", ("c_proj",)), ("opt", ("out_proj", "fc2"))],
+)
+def test_what_is_dropped_behind_the_last_attention_does_not_depend_on_batch_mates(
+    family: str, endings: tuple[str, ...], make_base: Make, tasks: Tasks
+) -> None:
+    """A choice reads few positions, a bare text all of its own: whichever of them is longer in the batch."""
+    base, config = make_base(family, torch.float64), replace(CONFIG, passes=2, batch=2, dropout=0.3)
+    choice = [Example("news_categorize", "abc" * n, "alpha", CHOICES) for n in (2, 1, 3)]
+    texts = [[Example("tweet_paraphrase", "word " * n, "") for n in lengths] for lengths in ((12, 11, 9), (1, 2, 1))]
+    users = [targets_of(base, tasks, rows) for rows in (choice, *texts)]
+
+    def trained(order: Sequence[int]) -> dict[int, list[torch.Tensor]]:
+        layers = find_targets(base.model, endings)
+        layers.pop("cls.predictions.transform.dense", None)
+        bank = SlotBank(layers, slots=len(order), rank=4, alpha=8.0, trainable=True)
+        for slot in range(1, len(order) + 1):
+            bank.fresh(slot, 5)
+        runner = Runner(base)
+        train_slots(runner, bank, [users[at] for at in order], config, Calls(lambda: None), seeds=order)
+        runner.close()
+        bank.close()
+        return {user: weights(bank, slot) for slot, user in enumerate(order, start=1)}
+
+    together, turned = trained([0, 1, 2]), trained([2, 0, 1])
+    for user in range(3):
+        for other in (turned[user], trained([user])[user]):
+            for mine, theirs in zip(together[user], other, strict=True):
+                assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
 def test_a_row_that_is_not_finite_stays_its_users_problem(make_base: Make, make_adapter: Make, tasks: Tasks) -> None:
     base = make_base("llama", torch.float64)
     adapters = [make_adapter(base.model, seed) for seed in range(3)]
@@ -313,10 +345,11 @@ def job_lists(draw: st.DrawFn) -> tuple[int, list[int], int]:
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(job_lists())
+@given(job_lists(), st.sampled_from([1, 5, 100]))
 def test_who_takes_a_slot_after_another_equals_training_alone(
-    make_base: Make, make_adapter: Make, tasks: Tasks, jobs: tuple[int, list[int], int]
+    make_base: Make, make_adapter: Make, tasks: Tasks, jobs: tuple[int, list[int], int], look: int
 ) -> None:
+    """However late it is seen that a user's gradient is not finite."""
     slots, counts, spoilt = jobs
     base, config = make_base("llama", torch.float64), TrainConfig(1e-2, 0.1, passes=2, batch=3)
     adapters = [make_adapter(base.model, seed) for seed in range(len(counts))]
@@ -333,7 +366,8 @@ def test_who_takes_a_slot_after_another_equals_training_alone(
         begin=lambda user, slot: bank.load(slot, adapters[user]),
         end=lambda user, slot: found.update({user: weights(bank, slot)}),
     )
-    results = train_slots(runner, bank, users, config, calls)
+    with mock.patch.object(training, "_LOOK_STEPS", {"cpu": look}):
+        results = train_slots(runner, bank, users, config, calls)
     runner.close()
     bank.close()
     for at, (result, own) in alone.items():
@@ -476,3 +510,57 @@ class TestSlotAdamW:
         optimizer.step([0, 1], [1, 1])
         assert optimizer.finite.tolist() == [True, False, True]
         assert torch.equal(stacks[0][1], before)
+
+    def test_who_is_not_in_a_step_or_dropped_in_it_keeps_every_bit(self) -> None:
+        stacks = [*self.stacks(), torch.randn(3, 4, dtype=torch.float64).mul(-0.0).requires_grad_()]
+        optimizer = SlotAdamW(stacks, learning_rate=0.1, weight_decay=0.2)
+        everything = [*stacks, *optimizer._first, *optimizer._second, optimizer._count]
+
+        def step(slots: list[int], spoilt: float) -> None:
+            for stack in stacks:
+                stack.grad = torch.randn_like(stack)
+            grad = stacks[1].grad
+            assert grad is not None
+            grad[1] = spoilt
+            optimizer.step(slots, [2] * len(slots), [9] * len(slots))
+
+        def bits(slot: int) -> list[torch.Tensor]:
+            return [part.detach()[slot].clone().view(torch.int64) for part in everything]
+
+        step([0, 1, 2], 1.0)
+        for slots, spoilt in (([0, 1], math.nan), ([0, 1], 1.0), ([0], 1.0), ([1], math.inf)):
+            before = [bits(slot) for slot in range(3)]
+            step(slots, spoilt)
+            for slot in (1, 2):
+                assert all(map(torch.equal, bits(slot), before[slot]))
+            assert (0 in slots) != all(map(torch.equal, bits(0), before[0]))
+
+    @pytest.mark.parametrize("first", [math.nan, math.inf])
+    def test_a_slot_whose_first_gradient_is_not_finite_keeps_its_weights(self, first: float) -> None:
+        stacks = self.stacks()
+        optimizer, before = SlotAdamW(stacks, learning_rate=0.1, weight_decay=0.2), stacks[0].detach().clone()
+        for stack in stacks:
+            stack.grad = torch.full_like(stack, first)
+        optimizer.step([1], [1])
+        assert torch.equal(stacks[0], before) and optimizer.finite.tolist() == [True, False, True]
+        assert all(moment.isfinite().all() for moment in (*optimizer._first, *optimizer._second))
+
+
+def test_a_gpu_is_asked_for_what_is_not_finite_only_now_and_then(
+    make_base: Make, make_adapter: Make, tasks: Tasks
+) -> None:
+    base, config = make_base("llama"), TrainConfig(1e-3, 0.0, passes=1, batch=1)
+    users = [targets_of(base, tasks, examples(1, count)) for count in (9, 3)]
+    bank, runner = new_bank(base, [make_adapter(base.model, seed) for seed in range(2)]), Runner(base)
+    with torch.no_grad():
+        bank.b[0][2, 0, 0] = math.nan
+    steps = mock.Mock(wraps=SlotAdamW.step)
+    with (
+        mock.patch.object(training, "_LOOK_STEPS", {"cpu": 2}),
+        mock.patch.object(SlotAdamW, "step", lambda self, *args: steps(self, *args)),
+    ):
+        results = train_slots(runner, bank, users, config, Calls(lambda: None))
+    runner.close()
+    bank.close()
+    assert [len(call.args[1]) for call in steps.call_args_list] == [2, 2, *[1] * 7]  # it left after the second
+    assert [result.finite for result in results] == [True, False] and math.isnan(results[1].mean_loss)
