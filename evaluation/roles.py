@@ -33,14 +33,15 @@ class Bounds:
 
 
 def reachable(people: Mapping[str, Sequence[Item]], bounds: Bounds) -> Bounds:
-    """Return bounds that somebody reaches: the given ones where they may not be lowered, or need not be.
-
-    The lowered one leaves about a dozen users, or half of fewer, the longest histories; nobody is a target with fewer
-    than ``LEAST_ITEMS``.
+    """Lower the bounds where nobody reaches them.
 
     Args:
         people: Each user's items.
         bounds: As asked for.
+
+    Returns:
+        The given bounds where they may not be lowered, or need not be; else about a dozen users, or half of fewer,
+        become targets, none of them with fewer than ``LEAST_ITEMS``.
     """
     counts = _counts(people, bounds)
     if bounds.strict or not counts or counts[0] >= bounds.target:
