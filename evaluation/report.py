@@ -126,8 +126,8 @@ def _measured(
 def write(result: Mapping[str, Any], outcomes: Sequence[Outcome], kind: Kind, folder: Path) -> tuple[Path, Path]:
     """Write ``TASK.json`` and ``TASK.md`` and return their paths.
 
-    What says less than a result that is there, a shortened run's or a development part's, stands beside it as
-    ``TASK-quick`` or ``TASK-dev``.
+    Where the result of a whole run is there, what says less, a shortened run's or a development part's, stands beside
+    it as ``TASK-quick`` or ``TASK-dev``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     name = _name(result, folder)
@@ -144,7 +144,7 @@ def _name(result: Mapping[str, Any], folder: Path) -> str:
         there = json.loads((folder / f"{task}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return task
-    if (there.get("evidence"), there.get("final")) <= (result["evidence"], result["final"]):
+    if not there.get("evidence") or (True, there.get("final")) <= (result["evidence"], result["final"]):
         return task
     return f"{task}-{'dev' if result['evidence'] else 'quick'}"
 
