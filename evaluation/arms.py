@@ -7,6 +7,7 @@ output's tokens, each with its own log probability, NaN after the last (``evalua
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from oppu.fusion import DEFAULT, FLOOR, Fusion, earn, log_softmax, pick
 from oppu.tasks import Kind
 
 Array = NDArray[np.float64]
+T = TypeVar("T")
 
 EVIDENCE = ("base", "knn", "prior")
 FIT_PARTS = 5
@@ -68,11 +70,23 @@ def held_back(tables: Sequence[Table]) -> frozenset[int]:
     return frozenset(group for t in tables for group in t.person.groups[t.person.cut :])
 
 
-def parts(people: Sequence[Person]) -> list[int]:
-    """Part users into ``FIT_PARTS`` for fits that leave each one out; who share a test item lie in one part."""
+def without_each(people: Sequence[Person], fit: Callable[[frozenset[str]], T]) -> list[T]:
+    """Fit for each user without that user, by ``FIT_PARTS`` parts; who share a test item lie in one part.
+
+    Args:
+        people: Whose answers the fits are for.
+        fit: Fits without the users of the given ids.
+
+    Returns:
+        One fit a user, in order; users of one part share theirs.
+    """
     number = clusters(people)
     order = {name: k % FIT_PARTS for k, name in enumerate(dict.fromkeys(number))}
-    return [order[name] for name in number]
+    users: dict[int, set[str]] = {}
+    for person, name in zip(people, number, strict=True):
+        users.setdefault(order[name], set()).add(person.user_id)
+    fits = {part: fit(frozenset(left_out)) for part, left_out in sorted(users.items())}
+    return [fits[order[name]] for name in number]
 
 
 def fit_each(targets: Sequence[Table], others: Sequence[Table], kind: Kind = "choice") -> list[Fusion]:
@@ -86,13 +100,12 @@ def fit_each(targets: Sequence[Table], others: Sequence[Table], kind: Kind = "ch
     Returns:
         One fit a target, in order; users of one part share theirs.
     """
-    every, part = [*targets, *others], parts([t.person for t in targets])
-    closed, fits = held_back(every), {}
-    for left_out in sorted(set(part)):
-        users = {t.person.user_id for t, own in zip(targets, part, strict=True) if own == left_out}
-        # who is left out may calibrate in another fold
-        fits[left_out] = fit_fusion([t for t in every if t.person.user_id not in users], kind, closed)
-    return [fits[own] for own in part]
+    every = [*targets, *others]  # who is left out may calibrate in another fold
+    closed = held_back(every)
+    return without_each(
+        [t.person for t in targets],
+        lambda users: fit_fusion([t for t in every if t.person.user_id not in users], kind, closed),
+    )
 
 
 def fit_fusion(tables: Sequence[Table], kind: Kind = "choice", closed: frozenset[int] | None = None) -> Fusion:

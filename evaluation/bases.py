@@ -12,6 +12,7 @@ import numpy as np
 
 from evaluation.corpus import Item, by_user
 from evaluation.history import Past
+from evaluation.inputs import write_whole
 from evaluation.prompting import Variant, drawn
 from evaluation.splits import Fold
 from evaluation.training import Bench, Recipe, Say, score
@@ -102,7 +103,7 @@ def adapted(study: Study, variant: Variant) -> Path:
         study.say(f"base {variant}: {epochs} epochs, calibrate users' loss {losses[-1]:.4f}")
         if losses[-1] > min(losses):
             break
-    _write(folder / CURVE, json.dumps({"calibrate_loss_by_epochs": losses}) + "\n")
+    write_whole(folder / CURVE, json.dumps({"calibrate_loss_by_epochs": losses}) + "\n")
     return folder / str(first + losses.index(min(losses)))
 
 
@@ -165,13 +166,6 @@ def adapt_once(
 
     base = load_base(study.settings.model, adapting=True)
     adapt(base, study.tasks, examples, out, config=config, settings=study.settings.model, progress=progress)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write beside and rename: what is there is whole."""
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def _learnt(study: Study, variant: Variant) -> list[Example]:

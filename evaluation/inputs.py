@@ -47,9 +47,14 @@ def keep(
         if other:
             raise ConfigError(f"--out: {folder} holds results of other {', '.join(other)}: name another folder")
     else:
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
+        write_whole(path, json.dumps(now, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write beside and rename: what is there is whole."""
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def _digest(value: object) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evaluation.arms import Arms, Table, parts
+from evaluation.arms import Arms, Table, without_each
 from evaluation.history import Past
 from evaluation.prompting import example
 from evaluation.splits import Person
@@ -139,12 +139,11 @@ def fit_each(targets: Sequence[Foreseen], others: Sequence[Foreseen]) -> list[Te
     Returns:
         One fit a target, in order.
     """
-    part = parts([own.table.person for own in targets])
-    fits = {
-        left_out: text_fusion([*(t for t, own in zip(targets, part, strict=True) if own != left_out), *others])
-        for left_out in sorted(set(part))
-    }
-    return [fits[own] for own in part]
+    every = [*targets, *others]
+    return without_each(
+        [own.table.person for own in targets],
+        lambda users: text_fusion([own for own in every if own.table.person.user_id not in users]),
+    )
 
 
 def text_arms(tables: Sequence[Foreseen], fusions: Sequence[TextFusion]) -> Arms:

@@ -143,9 +143,8 @@ def aim_log_probs(logits: torch.Tensor, aims: Sequence[Aim]) -> torch.Tensor:
     for at, aim in enumerate(aims):
         if aim.allowed is not None:
             groups[aim.allowed].append(at)
-    if sum(map(len, groups.values())) < len(
-        aims
-    ):  # over all rows: cheaper than copying most of a [t, vocabulary] tensor
+    if any(aim.allowed is None for aim in aims):
+        # over all rows: cheaper than copying most of a [t, vocabulary] tensor
         tokens = sent([aim.index if aim.allowed is None else 0 for aim in aims], logits.device)
         found = -torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
     else:
