@@ -13,6 +13,7 @@ import torch
 from oppu.lm.bank import SlotBank
 from oppu.lm.blend import Blend, Cache, shares
 from oppu.lm.forward import Runner
+from oppu.lm.kv_cache import roomy_cache
 from oppu.lm.prompts import Ids
 
 
@@ -86,7 +87,7 @@ def greedy(
     cast = _cast(rows, writings, base.device)
     found: list[list[int] | None] = [[] for _ in writings]
     open_texts = {text for text, w in enumerate(writings) if w.limit > 0}
-    cache = None
+    cache = roomy_cache(base.model.config, max((w.limit for w in writings), default=0))
     with bank.use([row.slot for row in rows]), torch.no_grad():
         while open_texts := _timely(open_texts, writings, found):
             out = base.model(
@@ -97,7 +98,6 @@ def greedy(
                 logits_to_keep=1,
                 **runner.given_positions(positions),
             )
-            cache = out.past_key_values
             said = runner.widened(out.logits[:, -1]).softmax(-1)
             chosen = next_tokens(said, cast, writings, found)
             for text, token in enumerate(chosen.tolist()):
