@@ -30,6 +30,7 @@ from oppu.lm.forward import Runner, buckets, target_losses
 from oppu.lm.port import Example, TrainConfig
 from oppu.lm.scoring import Trie, allowed_log_probs
 from oppu.lm.targets import find_targets
+from oppu.lm.trunk import Memory
 from oppu.settings import ModelSettings
 
 METHODS = ("lora", "ia3", "prompt-tuning")
@@ -214,7 +215,7 @@ class _Prefixed(Runner):
         super().__init__(base)
         self.base = replace(base, model=model)
 
-    def logits(self, readings: Sequence[Reading]) -> torch.Tensor:
+    def logits(self, readings: Sequence[Reading], _memory: Memory | None = None) -> torch.Tensor:
         """Run sequences as ``Runner.logits`` does, their positions counted without the virtual tokens."""
         return super().logits(
             [replace(r, positions=tuple(at + VIRTUAL_TOKENS for at in r.positions)) for r in readings]
@@ -270,6 +271,6 @@ def _config(name: str, base: LoadedBase, settings: ModelSettings) -> PeftConfig:
         task_type="CAUSAL_LM",
         r=settings.lora_rank,
         lora_alpha=int(settings.lora_alpha),
-        target_modules=list(find_targets(base.model, settings.lora_targets)),
+        target_modules=list(find_targets(base.model, settings.lora_targets, settings.lora_upper)),
         fan_in_fan_out=turned,
     )

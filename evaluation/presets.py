@@ -54,7 +54,7 @@ PRESETS: Mapping[str, Preset] = {
             dropout=0.05,
             chunk_learning_rate=1e-4,
         ),
-        model={"lora_rank": 8, "lora_alpha": 8.0, "lora_targets": None, "max_tokens": 2048},
+        model={"lora_rank": 8, "lora_alpha": 8.0, "lora_targets": None, "lora_upper": 1.0, "max_tokens": 2048},
         retriever={"mode": "bm25", "k": 4},
     )
 }

@@ -130,6 +130,9 @@ class ModelSettings(_Section):
     lora_rank: int = Field(8, ge=1, le=256, description="Rank of new adapters.")
     lora_alpha: float = Field(16.0, gt=0, description="Their scale is alpha / rank.")
     lora_targets: tuple[str, ...] | None = Field(None, description="Module name endings; none = query and value.")
+    lora_upper: float = Field(
+        1.0, gt=0, le=1, description="Share of the base's blocks that adapters attach to, from the last one down."
+    )
     prompt_evidence: Literal["none", "text", "all"] = Field(
         "none", description="Tasks whose prompts hold retrieved items and profile: none, text, all (bases adapted so)."
     )

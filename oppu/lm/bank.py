@@ -158,7 +158,7 @@ class SlotBank:
         """Return an adapter's rank.
 
         Args:
-            tensors: In PEFT's naming.
+            tensors: In PEFT's naming; those of some layers may be missing, as of an adapter on fewer blocks.
 
         Returns:
             Its rank.
@@ -166,24 +166,24 @@ class SlotBank:
         Raises:
             AdapterUnreadable: Names, shapes or values do not fit.
         """
-        expected = {_key(name, kind) for name in self._names for kind in "AB"}
-        if set(tensors) != expected:
-            odd = sorted(set(tensors) ^ expected)
+        pairs = [(_key(name, "A"), _key(name, "B")) for name in self._names]
+        own = [(place, pair) for place, pair in zip(self._places, pairs, strict=True) if set(pair) & set(tensors)]
+        expected = {key for _, pair in own for key in pair}
+        if set(tensors) != expected or not own:
+            odd = sorted(set(tensors) ^ (expected or {pairs[0][0]}))
             raise AdapterUnreadable(f"adapter and base differ in {len(odd)} tensors, the first is {odd[0]}")
         for key, tensor in tensors.items():
             if tensor.ndim != 2 or tensor.dtype != np.float32:
                 raise AdapterUnreadable(f"{key}: {tensor.ndim} dimensions of {tensor.dtype}, expected 2 of float32")
-        rank = int(tensors[_key(self._names[0], "A")].shape[0])
+        rank = int(tensors[own[0][1][0]].shape[0])
         if not 1 <= rank <= self.rank:
             raise AdapterUnreadable(f"adapter of rank {rank}, expected 1 to {self.rank}")
-        for name, place in zip(self._names, self._places, strict=True):
-            shapes = {"A": (rank, place.wide), "B": (place.out, rank)}
-            for kind, shape in shapes.items():
-                tensor = tensors[_key(name, kind)]
-                if tensor.shape != shape:
-                    raise AdapterUnreadable(f"{_key(name, kind)}: shape {tensor.shape}, expected {shape}")
-                if not np.isfinite(tensor).all():
-                    raise AdapterUnreadable(f"{_key(name, kind)}: values that are not finite")
+        for place, pair in own:
+            for key, shape in zip(pair, ((rank, place.wide), (place.out, rank)), strict=True):
+                if tensors[key].shape != shape:
+                    raise AdapterUnreadable(f"{key}: shape {tensors[key].shape}, expected {shape}")
+                if not np.isfinite(tensors[key]).all():
+                    raise AdapterUnreadable(f"{key}: values that are not finite")
         return rank
 
     def load(self, slot: int, tensors: Tensors) -> None:
@@ -201,6 +201,8 @@ class SlotBank:
             for weights in self.weights:
                 weights[slot].zero_()
             for name, a, b in zip(self._names, *self._of(slot), strict=True):
+                if _key(name, "A") not in tensors:
+                    continue
                 a[:rank] = torch.from_numpy(np.array(tensors[_key(name, "A")]))
                 b[:, :rank] = torch.from_numpy(np.array(tensors[_key(name, "B")]))
                 if rank != self.rank:

@@ -108,6 +108,10 @@ class FakeModel:
         finally:
             self._in_use = frozenset()
 
+    def check(self, tensors: Tensors) -> None:
+        """Raise ``AdapterUnreadable`` where it is no array of counts."""
+        _counts(tensors)
+
     def losses(self, examples: Sequence[Example], tensors: Tensors | None) -> NDArray[np.float64]:
         """Return −log p(output) over the choices; for text, over the output's bucket against one other."""
         counts = None if tensors is None else _counts(tensors)

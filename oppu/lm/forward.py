@@ -6,19 +6,22 @@ second half, see the read positions only.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from oppu.lm.attention import plain_attention
 from oppu.lm.base import LoadedBase
 from oppu.lm.encoding import Reading, Target
 from oppu.lm.last_block import LastBlock
+from oppu.lm.prompts import Ids
 from oppu.lm.scoring import aim_log_probs
 from oppu.lm.transfer import sent
+from oppu.lm.trunk import Memory, Trunk
 
 _CPU_TOKENS, _GPU_TOKENS = 4_096, 32_768
 """Most padded tokens of one forward: on a CPU, a training step's activations stay within some hundred megabytes."""
@@ -31,15 +34,18 @@ _FORWARD_SHARE = 8
 class Runner:
     """Runs one base. Not thread-safe: its owner holds the lock."""
 
-    def __init__(self, base: LoadedBase) -> None:
+    def __init__(self, base: LoadedBase, targets: Mapping[str, nn.Module] | None = None) -> None:
         """Attach to a base.
 
         Args:
             base: Its backbone gets a hook that picks the read positions.
+            targets: The layers that adapters attach to, by module name: what lies below them is shared by rows of
+                equal tokens. ``None``: any layer may be.
         """
         self.base = base
         self.tokens = _GPU_TOKENS if base.device.type == "cuda" else _CPU_TOKENS
         self._picked: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._trunk = Trunk(base.model, targets)  # its hooks come first: the last block may be the lowest adapted one
         self._last = LastBlock(base.model)
         self._takes_positions = "position_ids" in inspect.signature(base.model.forward).parameters
         # what the head reads: OPT calls its decoder past the model around it
@@ -49,20 +55,37 @@ class Runner:
         """Take the hooks off the base."""
         self._hook.remove()
         self._last.close()
+        self._trunk.close()
 
-    def logits(self, readings: Sequence[Reading]) -> torch.Tensor:
+    def logits(self, readings: Sequence[Reading], memory: Memory | None = None) -> torch.Tensor:
         """Run sequences of similar length.
 
         Args:
             readings: At least one, each with at least one position.
+            memory: Keeps what no adapter reaches, for the next time that the same sequences are read.
 
         Returns:
             ``[t, vocabulary]`` float32 (or the base's wider type), positions in the order of the readings.
         """
-        ids = self.padded([reading.ids for reading in readings])
-        with self._picking([reading.positions for reading in readings]), self._attention(ids.shape[1]):
+        rows, below = self._below([reading.ids for reading in readings], memory)
+        ids = self.padded(rows)
+        with self._picking([reading.positions for reading in readings]), self._attention(ids.shape[1]), below:
             out = self.base.model(input_ids=ids, use_cache=False, **self.positions(ids))
         return self.widened(out.logits[0])
+
+    def _below(self, rows: list[Ids], memory: Memory | None) -> tuple[list[Ids], AbstractContextManager[object]]:
+        """Return the sequences to run below the lowest adapted block, and the context to run them in."""
+        if not self._trunk.known:
+            return rows, nullcontext()
+        if memory is not None and memory.holds(rows):
+            return rows, self._trunk.given(memory.padded(rows))
+        number = {ids: at for at, ids in enumerate(dict.fromkeys(rows))}
+        below = ExitStack()
+        if len(number) < len(rows):
+            below.enter_context(self._trunk.shared([number[ids] for ids in rows]))
+        if memory is not None:
+            below.enter_context(self._trunk.remembering(memory, list(number)))
+        return list(number), below
 
     def padded(self, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
         """Return ``[n, longest] int64`` on the base's device, padded with token 0 on the right."""
@@ -118,19 +141,22 @@ class Runner:
         return output
 
 
-def target_losses(runner: Runner, targets: Sequence[Target], slots: Sequence[int]) -> torch.Tensor:
+def target_losses(
+    runner: Runner, targets: Sequence[Target], slots: Sequence[int], memory: Memory | None = None
+) -> torch.Tensor:
     """Return the losses of targets of similar length, ``[n]``, differentiable.
 
     Args:
         runner: The base.
         targets: Each with at least one position.
         slots: Bank slot of each.
+        memory: As for ``Runner.logits``.
 
     Returns:
         One loss a target.
     """
     pairs = zip(targets, slots, strict=True)
-    logits = runner.logits([Reading(target.ids, target.positions, slot) for target, slot in pairs])
+    logits = runner.logits([Reading(target.ids, target.positions, slot) for target, slot in pairs], memory)
     log_probs = aim_log_probs(logits, [aim for target in targets for aim in target.aims])
     owners = [row for row, target in enumerate(targets) for _ in target.aims]
     zero = torch.zeros(len(targets), dtype=logits.dtype, device=logits.device)

@@ -64,8 +64,8 @@ class TorchModel:
         """
         self._base, self._settings = base, settings
         self._encoder = Encoder(base.prompts(), tasks, max_tokens=settings.max_tokens, max_positions=base.max_positions)
-        self._targets = find_targets(base.model, settings.lora_targets)
-        self._runner = Runner(base)
+        self._targets = find_targets(base.model, settings.lora_targets, settings.lora_upper)
+        self._runner = Runner(base, self._targets)
         self._bank = self._new_bank(slots, trainable=False)
         self._adapters = AdapterBank(self._bank, on_event)
         self._scratch = self._new_bank(1, trainable=False)
@@ -141,6 +141,17 @@ class TorchModel:
                 results = work([rows[at] for at in part], [slots[at] for at in part])
                 found.update(zip(part, results, strict=True))
         return [found[at] for at in range(len(rows))]
+
+    def check(self, tensors: Tensors) -> None:
+        """Check that an adapter fits this base, ``lora_rank``, ``lora_targets`` and ``lora_upper``.
+
+        Args:
+            tensors: The adapter's weights.
+
+        Raises:
+            AdapterUnreadable: Names, shapes or values do not fit.
+        """
+        self._bank.check(tensors)
 
     def losses(self, examples: Sequence[Example], tensors: Tensors | None) -> _Scores:
         """Return each example's loss under one user's weights, ``[n] float64`` nats.

@@ -167,6 +167,10 @@ class LanguageModel(Protocol):
         """
         ...
 
+    def check(self, tensors: Tensors) -> None:
+        """Raise ``AdapterUnreadable`` where an adapter does not fit this base and its settings."""
+        ...
+
     def losses(self, examples: Sequence[Example], tensors: Tensors | None) -> NDArray[np.float64]:
         """Return each example's loss under one user's weights, ``[n] float64`` nats.
 

@@ -1,5 +1,6 @@
 """Which layers adapters attach to, and how PEFT is told so."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,17 +8,19 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from oppu.errors import ConfigError
+from oppu.lm.trunk import block_of
 
 _AUTOMATIC = (("q_proj", "v_proj"), ("query", "value"), ("c_attn",), ("query_key_value",), ("qkv_proj",))
 """Query and value, by the names that model families give them; the first that is found is taken."""
 
 
-def find_targets(model: nn.Module, endings: Sequence[str] | None) -> dict[str, nn.Module]:
+def find_targets(model: nn.Module, endings: Sequence[str] | None, upper: float = 1.0) -> dict[str, nn.Module]:
     """Return the layers that adapters attach to, by module name, in the model's order.
 
     Args:
         model: The base.
         endings: Module name endings as in PEFT's ``target_modules``; ``None`` = query and value.
+        upper: The share of the blocks that have such layers, from the last one down, rounded up to whole blocks.
 
     Returns:
         At least one linear layer.
@@ -31,7 +34,7 @@ def find_targets(model: nn.Module, endings: Sequence[str] | None) -> dict[str, n
         if wrong:
             raise ConfigError(f"model.lora_targets: not linear layers: {', '.join(wrong[:3])}")
         if found:
-            return found
+            return _uppermost(found, upper)
     raise ConfigError(f"model.lora_targets: no layer of this base ends in {endings or 'query and value names'}")
 
 
@@ -41,6 +44,9 @@ def adapter_config(
     """Return the content of PEFT's ``adapter_config.json`` for adapters on some target layers."""
     from peft import LoraConfig
 
+    places = {place[1] for name in targets if (place := block_of(name)) is not None}
+    blocks = sorted(places) if places and min(places) > 0 else None  # else in all of them
+
     config = LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
@@ -49,9 +55,18 @@ def adapter_config(
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
         lora_dropout=0.0,
         target_modules=sorted(endings or {name.rpartition(".")[2] for name in targets}),
+        layers_to_transform=blocks,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in targets.values()),
     )
     return {name: _plain(value) for name, value in sorted(config.to_dict().items())}
+
+
+def _uppermost(found: dict[str, nn.Module], upper: float) -> dict[str, nn.Module]:
+    """Leave out the layers of lower blocks; those that lie in no block stay."""
+    places = {name: block_of(name) for name in found}
+    blocks = sorted({place[1] for place in places.values() if place is not None})
+    kept = set(blocks[len(blocks) - max(1, math.ceil(upper * len(blocks))) :])
+    return {name: found[name] for name, place in places.items() if place is None or place[1] in kept}
 
 
 def _ends(name: str, endings: Sequence[str]) -> bool:

@@ -21,6 +21,7 @@ from oppu.lm.encoding import Target
 from oppu.lm.forward import Runner, buckets, target_losses
 from oppu.lm.port import TrainConfig
 from oppu.lm.transfer import sent
+from oppu.lm.trunk import Memory
 
 _WARM_UP_SHARE = 0.1
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
@@ -212,7 +213,8 @@ def train_slots(
         clip_norm=config.clip_norm,
     )
     losses = torch.zeros(bank.slots + 1, dtype=torch.float64, device=runner.base.device)
-    step = _Step(runner, bank, optimizer, config, calls, losses)
+    again = any(course.steps > len(course.batches) for course in courses)
+    step = _Step(runner, bank, optimizer, config, calls, losses, Memory() if again else None)
     results: dict[int, SlotResult] = {}
     seats = [step.seated(slot, course) for slot, course in enumerate(first, start=1)]
     look = _LOOK_STEPS.get(runner.base.device.type, 1)
@@ -239,7 +241,8 @@ def _course(user: int, rows: Sequence[Target], seed: int, config: TrainConfig) -
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """Takes one optimizer step of every seated user in common forwards; ``losses`` sums them by slot."""
+    """Takes one optimizer step of every seated user in common forwards; ``losses`` sums them by slot, ``memory`` holds
+    what no adapter reaches of examples that come again."""
 
     runner: Runner
     bank: SlotBank
@@ -247,6 +250,7 @@ class _Step:
     config: TrainConfig
     calls: Calls
     losses: torch.Tensor
+    memory: Memory | None
 
     def seated(self, slot: int, course: _Course) -> _Seat:
         """Give a user a slot."""
@@ -286,7 +290,7 @@ class _Step:
             members = sorted((live[at] for at in group), key=lambda row: row[0].slot)  # a slot's rows side by side
             slots = [seat.slot for seat, *_ in members]
             with self.bank.use(slots, self._dropout(members)):
-                losses = target_losses(self.runner, [target for *_, target in members], slots)
+                losses = target_losses(self.runner, [target for *_, target in members], slots, self.memory)
             weights = sent([1 / len(seat.batch) for seat, *_ in members], losses.device, losses.dtype)
             torch.autograd.backward((losses * weights).sum())
             self.losses.index_add_(0, sent(slots, losses.device), losses.detach().double())

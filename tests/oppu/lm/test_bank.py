@@ -287,6 +287,26 @@ def test_unfit_weights_are_refused_and_change_nothing(spoil: Any, make_base: Mak
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
+def test_an_adapter_on_fewer_blocks_leaves_the_others_as_they_are(
+    make_base: Make, make_adapter: Make, as_peft: Make
+) -> None:
+    base = make_base("llama", torch.float64)
+    upper = find_targets(base.model, None, 0.5)
+    tensors = {n: x for n, x in make_adapter(base.model, 2).items() if any(layer in n for layer in upper)}
+    peft = as_peft(base, tensors, adapter_config(upper, None, base="x", rank=4, alpha=8.0))
+    expected = run(peft, ids(1))
+    bank = new_bank(base)
+    bank.load(1, make_adapter(base.model, 1))
+    bank.load(1, tensors)
+    with bank.use([1]):
+        assert torch.allclose(run(base, ids(1)), expected, rtol=1e-9, atol=1e-9)
+    few = SlotBank(upper, slots=1, rank=4, alpha=8.0)
+    with pytest.raises(AdapterUnreadable, match="differ in 4 tensors"):
+        few.load(1, make_adapter(base.model, 1))
+    with pytest.raises(AdapterUnreadable):
+        few.load(1, {})
+
+
 def test_targets(make_base: Make) -> None:
     model = make_base("llama").model
     assert set(find_targets(model, ("o_proj",))) == {f"model.layers.{n}.self_attn.o_proj" for n in (0, 1)}

@@ -207,7 +207,7 @@ def test_what_would_mix_users_is_noticed(
     if bug == "token mean":
         right = target_losses
 
-        def by_tokens(runner: Runner, targets: Sequence[Target], slots: Sequence[int]) -> torch.Tensor:
+        def by_tokens(runner: Runner, targets: Sequence[Target], slots: Sequence[int], _: object) -> torch.Tensor:
             return right(runner, targets, slots) * torch.tensor([float(len(t.positions)) for t in targets])
 
         monkeypatch.setattr(training, "target_losses", by_tokens)
