@@ -4,7 +4,7 @@ Reads only. An event's evidence is older than the event, in training as it was i
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,13 +36,18 @@ class EvidenceSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Gatherer:
-    """Reads the material of updates. ``evidence`` ``None`` means plain prompts; else ``k`` items and a profile."""
+    """Reads the material of updates.
+
+    ``check`` raises ``AdapterUnreadable`` where a parent does not fit the model that trains. ``evidence`` ``None``
+    means plain prompts; else ``k`` items and a profile.
+    """
 
     store: HistoryStore
     registry: AdapterSource
     tasks: Tasks
     settings: UpdaterSettings
     metrics: Metrics
+    check: Callable[[Tensors], None]
     evidence: EvidenceSource | None = None
     k: int = 4
 
@@ -79,10 +84,12 @@ class Gatherer:
         if ref is None:
             return None, ""
         try:
-            return self.registry.load(ref), ""
+            tensors = self.registry.load(ref)
+            self.check(tensors)
+            return tensors, ""
         except AdapterUnreadable as error:
             self.metrics.adapter_faults.inc()
-            logger.warning("user %s: training afresh, since the parent cannot be read: %s", job.user, error)
+            logger.warning("user %s: training afresh, since the parent cannot be used: %s", job.user, error)
             return None, f"parent unreadable: {error}"
 
     def _beside(self, job: Job, events: dict[int, Event]) -> dict[int, Beside]:

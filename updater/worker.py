@@ -163,6 +163,7 @@ class Updater:
             self.tasks,
             self.settings,
             self.metrics,
+            self.model.check,
             self.evidence,
             self.evidence_k,
         )

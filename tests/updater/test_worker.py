@@ -183,6 +183,21 @@ def test_an_unreadable_parent_is_trained_over_afresh(world: World) -> None:
     assert world.store.lift(world.model.base).events == 0
 
 
+def test_a_parent_of_another_shape_is_trained_over_afresh(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where ``lora_rank`` or ``lora_upper`` was made smaller: the update goes on, and no failure is counted."""
+    published(world)
+    world.act("ada", GLAD)
+
+    def unfit(_: object) -> None:
+        raise AdapterUnreadable("rank 8, expected 1 to 4")
+
+    monkeypatch.setattr(world.model, "check", unfit)
+    assert world.tick().ended == {Ended.PUBLISHED: 1}
+    (job,) = world.model.jobs[-1]
+    assert job.parent is None
+    assert world.store.versions(world.model.base, UserId("ada"))[-1].metrics["parent_unreadable"] == 1
+
+
 def test_a_registry_that_is_away_ends_the_tick_and_gives_the_claims_back(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
