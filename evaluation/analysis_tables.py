@@ -35,7 +35,7 @@ def analysis_rows(outcomes: Sequence[Outcome], kind: Kind) -> dict[str, Rows]:
     found = {LENGTH: _by_length(outcomes, kind), BETWEEN: _between(outcomes, kind)}
     if not outcomes[0].analysed:
         return found
-    merits = _over_seeds([_one_seed(o) for o in outcomes])
+    merits = _over_seeds([_one_seed(o) for o in outcomes if o.analysed])
     for name in dict.fromkeys(key[0] for key in merits):
         own = {(row, arm): users for (analysis, row, arm), users in merits.items() if analysis == name}
         found[name] = _rows(_same_users(own) if name == WITHIN else own)

@@ -34,6 +34,8 @@ class Study:
     """One fold and seed: whose items, what came before each, and where results are kept.
 
     ``pasts`` has every user's, adapt users included, one past an item; ``done`` is told each phase that is over.
+    ``searched`` is the folder of the seed that has chosen the bases' numbers of epochs, and ``arms`` the prompt-only
+    and the OPPU arm that its calibrate users have chosen for P1; ``None``: this one chooses.
     """
 
     fold: Fold
@@ -45,6 +47,13 @@ class Study:
     seed: int
     say: Say
     done: Callable[[str], None] = lambda _: None
+    searched: Path | None = None
+    arms: tuple[str, str] | None = None
+
+    @property
+    def searches(self) -> bool:
+        """Whether this seed searches for the numbers of epochs: the first one of a run, where they are searched for."""
+        return self.recipe.base_search and self.searched is None
 
 
 @contextmanager
@@ -73,7 +82,8 @@ def adapted(study: Study, variant: Variant) -> Path:
 
     Each number of epochs is a run of its own, whose rate decays to zero; the curve is kept in ``base.json``. The
     loss is taken at its best temperature, since fusion scales a base's scores anyhow, and in the variant's prompts.
-    Without ``base_search`` of the recipe the last number of epochs is the only one.
+    Without ``base_search`` of the recipe the last number of epochs is the only one; a run's further seeds take the
+    number that its first one found.
 
     Args:
         study: Whose adapt items are learnt; the loss of its calibrate items decides.
@@ -85,14 +95,14 @@ def adapted(study: Study, variant: Variant) -> Path:
     if not study.fold.adapt:
         study.say(f"base {variant}: nobody's items to adapt it on, it is used as it is")
         return Path(study.settings.model.base)
-    folder, first = study.folder / f"base-{variant}", 1 if study.recipe.base_search else study.recipe.base_epochs
+    folder, first, last = study.folder / f"base-{variant}", *_tried(study, variant)
     if (folder / CURVE).exists():
         losses = _kept(folder)
         return folder / str(first + losses.index(min(losses)))
     folder.mkdir(exist_ok=True)
     judged = _judged(study, variant)
     losses = []
-    for epochs in range(first, study.recipe.base_epochs + 1):
+    for epochs in range(first, last + 1):
         out = folder / str(epochs)
         if not (out / RECIPE).exists():
             adapt_once(study, _learnt(study, variant), out, epochs, f"base {variant}")
@@ -107,9 +117,20 @@ def adapted(study: Study, variant: Variant) -> Path:
     return folder / str(first + losses.index(min(losses)))
 
 
+def _tried(study: Study, variant: Variant) -> tuple[int, int]:
+    """Return the least and the largest number of epochs to try."""
+    if study.searches:
+        return 1, study.recipe.base_epochs
+    if study.searched is None or not study.recipe.base_search:
+        return study.recipe.base_epochs, study.recipe.base_epochs
+    losses = _kept(study.searched / f"base-{variant}")
+    best = 1 + losses.index(min(losses))
+    return best, best
+
+
 def curve(study: Study, variant: Variant) -> list[float]:
     """Return the calibrate users' loss after 1, 2, … epochs; empty where no number was searched for."""
-    if not study.fold.adapt or not study.recipe.base_search:
+    if not study.fold.adapt or not study.searches:
         return []
     return _kept(study.folder / f"base-{variant}")
 

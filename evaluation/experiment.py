@@ -28,7 +28,7 @@ from evaluation.roles import Bounds
 from evaluation.splits import Fold, Person, make_folds, sharing
 from evaluation.text import text_run
 from evaluation.training import Bench, Recipe, Say, base_scores, chunks_of, follow, score, stage, train_once, widened
-from evaluation.variants import PROMPTED, Chosen, compared, judges, weights_of
+from evaluation.variants import PROMPTED, Chosen, compared, judges, only_chosen, weights_of
 from evaluation.writing import Writer, lengths, write
 from oppu.embedder import Embedder
 from oppu.lm.port import Tensors
@@ -88,6 +88,9 @@ class Outcome:
 def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, embedder: Embedder) -> list[Outcome]:
     """Run every seed.
 
+    The first one searches for the bases' numbers of epochs, lets the calibrate users choose the arms of P1, and runs
+    the controls and whatever else is asked for; the others repeat what P1 and P3 stand on, with what it chose.
+
     Args:
         plan: What to run.
         items: Of the task, oldest first.
@@ -121,18 +124,39 @@ def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, emb
     _announce(plan, folds, items, settings, tasks)
     pasts_of = [_pasts(fold, vectors, embedder, settings, plan.profiles) for fold in folds]
     others = settled(plan.sisters, tasks, plan.bounds, final=plan.final) if plan.analyses else []
-    outcomes = []
-    for seed in plan.seeds:
-        parts = []
-        for fold, past in zip(folds, pasts_of, strict=True):
-            folder = plan.folder / f"{fold.name}-seed-{seed}"
-            folder.mkdir(exist_ok=True)
-            study = Study(
-                fold, past, settings, tasks, folder, plan.recipe, seed, plan.say, _done(plan, fold.name, seed)
-            )
-            parts.append(_fold(plan, study, Extra(vectors, embedder, others)))
-        outcomes.append(_outcome(plan, seed, parts, tasks))
+    world = _World(folds, pasts_of, settings, tasks, Extra(vectors, embedder, others))
+    outcomes = [_outcome(plan, plan.seeds[0], world.seed(plan, plan.seeds[0], None), tasks)]
+    further = replace(plan, all_arms=False, methods=False, analyses=False)
+    for seed in plan.seeds[1:]:
+        outcomes.append(_outcome(plan, seed, world.seed(further, seed, outcomes[0].chosen), tasks))
     return outcomes
+
+
+@dataclass(frozen=True, slots=True)
+class _World:
+    """What all seeds have in common."""
+
+    folds: Sequence[Fold]
+    pasts: Sequence[Mapping[str, Sequence[Past]]]
+    settings: Settings
+    tasks: Tasks
+    extra: Extra
+
+    def seed(self, plan: Plan, seed: int, chosen: Sequence[Chosen] | None) -> list["_Part"]:
+        """Run one seed; ``chosen`` is each fold's choice for P1 by the first one, which this one then follows."""
+        first = plan.seeds[0]
+        recipe = plan.recipe if chosen is None else only_chosen(plan.recipe, chosen)
+        parts = []
+        for at, (fold, past) in enumerate(zip(self.folds, self.pasts, strict=True)):
+            folder = plan.folder / f"{fold.name}-seed-{seed}{'' if chosen is None else f'-after-{first}'}"
+            folder.mkdir(exist_ok=True)
+            done = _done(plan, fold.name, seed)
+            study = Study(fold, past, self.settings, self.tasks, folder, recipe, seed, plan.say, done)
+            if chosen is not None:
+                arms = chosen[at].prompt, chosen[at].oppu
+                study = replace(study, arms=arms, searched=plan.folder / f"{fold.name}-seed-{first}")
+            parts.append(_fold(plan, study, self.extra))
+        return parts
 
 
 def _more(plan: Plan, task: Task) -> dict[str, object]:
@@ -146,13 +170,15 @@ def _announce(plan: Plan, folds: Sequence[Fold], items: Sequence[Item], settings
     if plan.progress is None:
         return
     rates = measured(items, settings, tasks, plan.recipe.base_method)
-    chosen = options(settings, plan.recipe, all_arms=plan.all_arms, methods=plan.methods, analyses=plan.analyses)
-    plan.progress.begin({
-        f"{fold.name}, seed {seed}, {phase}": seconds
-        for fold in folds
-        for seed in plan.seeds
-        for phase, seconds in phases(fold, rates, chosen).items()
-    })  # fmt: skip
+    found: dict[str, float] = {}
+    for seed in plan.seeds:
+        first = seed == plan.seeds[0]
+        recipe = plan.recipe if first else replace(plan.recipe, base_search=False)
+        more = {name: first and getattr(plan, name) for name in ("all_arms", "methods", "analyses")}
+        chosen = options(settings, recipe, **more, controls=first)
+        for fold in folds:
+            found |= {f"{fold.name}, seed {seed}, {p}": s for p, s in phases(fold, rates, chosen).items()}
+    plan.progress.begin(found)
 
 
 def _done(plan: Plan, fold: str, seed: int) -> Callable[[str], None]:
@@ -199,8 +225,9 @@ def _fold(plan: Plan, study: Study, extra: Extra) -> _Part:
         study.done("follow")
         variants = compared(study, bench, every=plan.all_arms or plan.analyses)
         held = variants.held
-        _add_controls(study, bench, held)
-        study.done("controls")
+        if study.arms is None:
+            _add_controls(study, bench, held)
+            study.done("controls")
     for p in fold.target:
         held[p.user_id]["frozen"] = followed[f"{p.user_id}/frozen"]
     methods = run_methods(study) if plan.methods else {}
@@ -242,7 +269,7 @@ def _text_arms(study: Study, tables: Mapping[str, Table], followed: Mapping[str,
     targets = [tables[p.user_id] for p in study.fold.target]
     with opened(study, "plain") as bench:
         arms = text_run(bench, tables, _adapters(study, bench, followed))
-    if not chosen.prompt:
+    if not chosen.prompt or study.arms is not None:  # written once, with the first seed
         return arms
     name = max(PROMPTED, key=lambda arm: chosen.merits.get(arm, -np.inf))
     calibrate = [tables[p.user_id] for p in study.fold.calibrate]

@@ -51,7 +51,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
 
     Args:
         plan: What was run.
-        outcomes: One a seed; merits are averaged over seeds before they are tested.
+        outcomes: One a seed; merits are averaged over seeds before they are tested. The first one has all arms.
         kind: Of the task.
         base: The base that was begun with.
         command: What reproduces this.
@@ -61,8 +61,8 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
     """
     people = outcomes[0].people
     of = clusters(people)
-    merits = {name: _over_seeds(outcomes, name, kind) for name in outcomes[0].arms.held}
-    arms = {name: _measured(outcomes, name, values, of, kind) for name, values in merits.items()}
+    merits = [{name: _merits(o, name, kind) for name in o.arms.held} for o in outcomes]
+    arms = {name: _measured([o for o in outcomes if name in o.arms.held], name, of, kind) for name in merits[0]}
     differences = _differences(merits) | _prequential(outcomes, kind)
     tests = {name: _tested(parts, of) for name, parts in differences.items()}
     runs = [o.arms.texts for o in outcomes]
@@ -105,10 +105,9 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
     }
 
 
-def _measured(
-    outcomes: Sequence[Outcome], name: str, values: Sequence[Array], of: Sequence[int], kind: Kind
-) -> dict[str, Any]:
-    """Return an arm's metrics; ``values`` are its merits by user, ``of`` the users' clusters."""
+def _measured(outcomes: Sequence[Outcome], name: str, of: Sequence[int], kind: Kind) -> dict[str, Any]:
+    """Return an arm's metrics over the seeds that ran it; ``of`` are the users' clusters."""
+    values = _mean([_merits(o, name, kind) for o in outcomes])
     found: dict[str, Any] = {
         "query_mean": float(np.concatenate(values).mean()),
         "user_mean": float(np.mean([v.mean() for v in values])),
@@ -236,8 +235,10 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None or not np.isfinite(value) else f"{value:{form}}"
 
 
-def _differences(merits: Mapping[str, Sequence[Array]]) -> dict[str, list[Array]]:
-    """Return each contrast's per-query differences by user."""
+def _differences(seeds: Sequence[Mapping[str, Sequence[Array]]]) -> dict[str, list[Array]]:
+    """Return each contrast's per-query differences by user, over the seeds that ran both arms; ``seeds`` are each
+    one's merits by arm and user."""
+    merits = seeds[0]
     pairs: dict[str, tuple[str, str]] = {}
     if "oppu" in merits:
         if CHOSEN_PROMPT in merits:
@@ -253,7 +254,7 @@ def _differences(merits: Mapping[str, Sequence[Array]]) -> dict[str, list[Array]
         }
     if "fused" in merits:
         pairs |= {f"fused - {c}": ("fused", c) for c in merits if c != "fused"}
-    return {name: _less(merits[a], merits[b]) for name, (a, b) in pairs.items()}
+    return {name: _mean([_less(m[a], m[b]) for m in seeds if a in m and b in m]) for name, (a, b) in pairs.items()}
 
 
 def _prequential(outcomes: Sequence[Outcome], kind: Kind) -> dict[str, list[Array]]:
@@ -310,8 +311,9 @@ def _rmse(outcomes: Sequence[Outcome], name: str) -> float:
     return float(np.sqrt(np.concatenate(errors).mean()))
 
 
-def _over_seeds(outcomes: Sequence[Outcome], name: str, kind: Kind) -> list[Array]:
-    return [np.mean(same, axis=0) for same in zip(*(_merits(o, name, kind) for o in outcomes), strict=True)]
+def _mean(seeds: Sequence[Sequence[Array]]) -> list[Array]:
+    """Return the mean over seeds, by user."""
+    return [np.mean(same, axis=0) for same in zip(*seeds, strict=True)]
 
 
 def _merits(outcome: Outcome, name: str, kind: Kind) -> list[Array]:

@@ -28,7 +28,7 @@ def _adaption(result: Mapping[str, Any]) -> str:
     lines = []
     if result.get("chosen"):
         rows = [
-            [c["fold"], c["seed"], c["oppu"], c["prompt"], "calibrate users" if c["merits"] else "nobody: the first"]
+            [c["fold"], c["seed"], c["oppu"], c["prompt"], _chooser(c, result["chosen"][0]["seed"])]
             for c in result["chosen"]
         ]
         lines.append(_table("Arms of P1", ["fold", "seed", "OPPU", "prompt-only", "chosen by"], rows))
@@ -41,6 +41,12 @@ def _adaption(result: Mapping[str, Any]) -> str:
             f"\nOf the recent history, {share:.1%} of the items did not fit the prompt; no query was cut for it.\n"
         )
     return "".join(lines)
+
+
+def _chooser(choice: Mapping[str, Any], first_seed: int) -> str:
+    if choice["merits"]:
+        return "calibrate users"
+    return "nobody: the first" if choice["seed"] == first_seed else f"as with seed {first_seed}"
 
 
 def _methods(methods: Mapping[str, Any]) -> str:

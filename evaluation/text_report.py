@@ -26,7 +26,7 @@ def written(tables: Sequence[Table], runs: Sequence[Texts]) -> dict[str, dict[st
 
     Args:
         tables: Of the target users.
-        runs: A seed's texts each.
+        runs: A seed's texts each; the first one has all arms, another what it wrote.
 
     Returns:
         By arm: ``rouge_1``, ``rouge_l`` over queries and as the mean over users (``..._user_mean``), and the shares of
@@ -39,18 +39,19 @@ def written(tables: Sequence[Table], runs: Sequence[Texts]) -> dict[str, dict[st
             values = rouges(tables, runs, name, measure)
             own[measure] = float(np.concatenate(values).mean())
             own[f"{measure}_user_mean"] = float(np.mean([v.mean() for v in values]))
-        found[name] = own | _shares(tables, runs, name)
+        found[name] = own | _shares(tables, [run for run in runs if name in run], name)
     return found
 
 
 def rouges(tables: Sequence[Table], runs: Sequence[Texts], name: str, measure: str) -> list[Array]:
-    """Return each user's ROUGE by query, averaged over seeds."""
+    """Return each user's ROUGE by query, averaged over the seeds that wrote."""
     by_seed = [
         [
             np.array([MEASURES[measure](text, item.output) for text, item in zip(own, t.person.test, strict=False)])
             for own, t in zip(run[name], tables, strict=True)
         ]
         for run in runs
+        if name in run
     ]
     return [np.mean(same, axis=0) for same in zip(*by_seed, strict=True)]
 

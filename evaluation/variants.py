@@ -15,7 +15,7 @@ from evaluation.arms import Array, right
 from evaluation.bases import BaseName, Study, opened
 from evaluation.prompting import PLAIN, Asked, answer_tokens, examples, recent_history
 from evaluation.splits import Person
-from evaluation.training import Bench, score, stage, train_once
+from evaluation.training import Bench, Recipe, score, stage, train_once
 from oppu.lm.base import load_base
 from oppu.lm.port import Tensors
 from oppu.tasks import Kind
@@ -59,7 +59,8 @@ Held = dict[str, dict[str, Array]]
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A fold's and seed's choice for P1, and the calibrate users' mean merit by arm (empty: nobody judged).
+    """A fold's and seed's choice for P1, and the calibrate users' mean merit by arm (empty: nobody judged, or the
+    first seed's have).
 
     ``prompt`` is empty where the recipe has no base with anything in its prompts.
     """
@@ -79,6 +80,13 @@ class Compared:
     held: Held = field(repr=False)
     chosen: Chosen
     cut_share: float | None
+
+
+def only_chosen(recipe: Recipe, chosen: Sequence[Chosen]) -> Recipe:
+    """Return a recipe for a run's further seeds: with the bases that the first one's choices for P1 stand on."""
+    ways = {**PROMPTED, **TRAINED, **FURTHER, RECENT: Way("retrieval")}
+    bases = {ways[arm].base for one in chosen for arm in (one.prompt, one.oppu) if arm}
+    return replace(recipe, variants=tuple(v for v in recipe.variants if v == "plain" or v in bases))
 
 
 def judges(study: Study) -> list[Person]:
@@ -206,6 +214,8 @@ def _recent(study: Study, bench: Bench, people: Sequence[Person], held: Held) ->
 
 def _choose(study: Study, people: Sequence[Person], held: Held) -> Chosen:
     """Choose by the mean merit over all the judges' queries; the first of equals; without judges the first of all."""
+    if study.arms is not None:
+        return Chosen(study.fold.name, study.seed, *study.arms)
     ran = next(iter(held.values()))
     prompts, adapters = ([n for n in names if n in ran] for names in ((*PROMPTED, RECENT), (*TRAINED, *FURTHER)))
     if not people:

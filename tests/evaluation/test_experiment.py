@@ -67,15 +67,24 @@ def test_all_arms_and_the_report(settings: Settings, tmp_path: Path) -> None:
               "recent-history", "chosen-oppu", "chosen-prompt", "volume", "permuted", "union",
               "stranger-0", "stranger-nearest", "follow", "frozen", "fused", "majority", "recent"}  # fmt: skip
     assert wanted <= set(result["arms"])
-    assert all(0 <= arm["query_mean"] <= 1 and len(arm["seeds"]) == 2 for arm in result["arms"].values())
+    assert all(0 <= arm["query_mean"] <= 1 for arm in result["arms"].values())
+    chosen = {result["chosen"][0][part] for part in ("oppu", "prompt")}
+    both = {name for name, arm in result["arms"].items() if len(arm["seeds"]) == 2}
+    controls = {"volume", "permuted", "union", "stranger-0", "stranger-nearest"}
+    assert wanted - {*PROMPTED, RECENT, *TRAINED} - controls | chosen | {"oppu"} <= both
+    assert not controls & both
+    assert {len(arm["seeds"]) for arm in result["arms"].values()} <= {1, 2}
     assert {name[:2] for name in result["tests"] if name.startswith("P")} == {"P1", "P2", "P3"}
     assert not {"oppu-2", "oppu-unadapted"} & set(result["arms"])
     assert {c["seed"] for c in result["chosen"]} == {0, 1}
-    assert all(set(c["merits"]) == {*PROMPTED, RECENT, *TRAINED} for c in result["chosen"])
+    first, second = result["chosen"]
+    assert set(first["merits"]) == {*PROMPTED, RECENT, *TRAINED} and not second["merits"]
+    assert (first["oppu"], first["prompt"]) == (second["oppu"], second["prompt"])
     for o in outcomes:
         _equal(o, CHOSEN_OPPU, o.chosen[0].oppu)
         _equal(o, CHOSEN_PROMPT, o.chosen[0].prompt)
-    assert {len(losses) for losses in result["adaption"].values()} <= {1, 2} and len(result["adaption"]) == 6
+    assert {len(losses) for losses in result["adaption"].values()} <= {1, 2} and len(result["adaption"]) == 3
+    _same_epochs(tmp_path, result["adaption"])
     assert 0 < result["recent_history_cut_share"] < 1  # 200 tokens hold two more items
     prompts = {"none", "retrieval-1", "profile", "profile-retrieval-1", "recent-history"}
     scores = {name: outcomes[0].arms.held[name][0].tobytes() for name in prompts}
@@ -265,6 +274,15 @@ def test_items_of_one_day_leave_nothing_to_weigh_an_adapter_by(settings: Setting
     single = [replace(i, day=date(2020, 1, 1)) for i in everybody() if i.user_id[0] != "s"]
     with pytest.raises(ConfigError, match="EVENTS: expected some user with more days"):
         calibrate(single, own, TASKS, EMBEDDER, lambda _: None)
+
+
+def _same_epochs(folder: Path, curves: dict[str, list[float]]) -> None:
+    """The first seed's curve chooses each base's number of epochs, for those that the others need too."""
+    made = {path.name: path for path in (folder / "all-seed-1-after-0").glob("base-*") if path.is_dir()}
+    best = {f"base-{name.rpartition('/')[2]}": str(1 + losses.index(min(losses))) for name, losses in curves.items()}
+    assert "base-plain" in made and set(made) <= set(best)
+    for name, path in made.items():
+        assert [tried.name for tried in path.iterdir() if tried.is_dir()] == [best[name]]
 
 
 def _equal(outcome: Outcome, one: str, other: str) -> None:
