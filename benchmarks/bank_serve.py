@@ -22,9 +22,12 @@ CACHED = 32
 """Tokens before the one that is decoded where ``tokens`` is 1; every other length is a prompt read at once."""
 DECODED = 16
 """Steps of one batch, a short answer, the same for all: what is done once a batch, the bank's gather and PEFT's
-``set_adapter`` of each user, is spread over the same steps."""
-FEWER = {"set": 3}
+``set_adapter`` of each user, is spread over the same steps. That loop finishes one user's answer before the next one's;
+to serve all of them token by token, as a server with continuous batching does, it switches at every token."""
+FEWER = {"set": 3, "set each": 2}
 """Repeats of what decodes one user after another and takes as many times as long."""
+SWITCHED = 2
+"""Steps of the loop that switches for every token."""
 TOKENS, RANKS = (1, 8, 32, 96), (8, 16)
 ROWS, WIDE_ROWS = 64, 1024
 USERS, WIDE_TOKENS = (1, 4, 16, 64, 256, 1024), (1, 32)
@@ -110,7 +113,8 @@ def _compared(base: LoadedBase, subject: Banked, peft: Peft, tokens: int, repeat
         _agree(own(), cases[name](), name)
     decodes = tokens == 1
     taken = interleaved({"bank": own, **cases}, repeats=repeats, fewer=FEWER if decodes else None)
-    times = {name: time.each(DECODED if decodes else 1) for name, time in taken.items()}
+    steps = {"set each": SWITCHED} if decodes else {}
+    times = {name: time.each(steps.get(name, DECODED if decodes else 1)) for name, time in taken.items()}
     return {
         "rows": ROWS,
         "tokens": tokens,
@@ -119,6 +123,7 @@ def _compared(base: LoadedBase, subject: Banked, peft: Peft, tokens: int, repeat
         "ratio_to_base": _ratio(times["base"], times["bank"]),
         "ratio_to_well_run_base": _ratio(times["well run"], times["bank"]),
         "ratio_to_peft_set_adapter": _ratio(times["set"], times["bank"]),
+        "ratio_to_peft_set_adapter_each_token": _ratio(times["set each"], times["bank"]) if decodes else None,
         "ratio_to_peft_adapter_names": _ratio(times["names"], times["bank"]),
         "milliseconds": rounded(1000 * times["bank"].median),
         "spread": rounded(times["bank"].spread),
@@ -150,6 +155,7 @@ def _decoding(base: LoadedBase, subject: Banked, peft: Peft) -> tuple[_Case, dic
         "well run": lambda: well_run.run(DECODED),
         "names": peft.decode_by_adapter_names(tensor, DECODED),
         "set": peft.decode_by_set_adapter(tensor, DECODED),
+        "set each": peft.decode_by_set_adapter(tensor, SWITCHED, each_token=True),
     }
 
 

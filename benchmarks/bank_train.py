@@ -1,11 +1,11 @@
 """Training: many users' adapters through the bank, against a loop over PEFT adapters, one rung of a ladder at a time.
 
-Every rung takes the same optimizer steps on the same rows, apart from the last, where an update learns the new events
-and some older ones instead of the whole history. OPPU's way is a fresh PEFT adapter a user, logits over the vocabulary
-at every position, and batches padded to their longest row, in float32. The well-run PEFT loop shares the bank's
-``Runner`` and takes AdamW's fused kernel: it too computes logits, and the last block, at targets only, and takes length
-buckets where they are faster. Ratios are of one type, float32, unless their name ends in another. None of them saves
-what it trained.
+Every rung takes the same optimizer steps on the same rows, apart from the update, which learns the new events and some
+older ones instead of the whole history. OPPU's way is a fresh PEFT adapter a user, on all blocks, logits over the
+vocabulary at every position, and batches padded to their longest row, in float32. The well-run PEFT loop shares the
+bank's ``Runner`` and takes AdamW's fused kernel: it too computes logits, and the last block, at targets only, and takes
+length buckets where they are faster. Ratios are of one type, float32, unless their name ends in another. None of them
+saves what it trained.
 """
 
 import functools
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
-from benchmarks.subjects import base_named
+from benchmarks.subjects import adapted_layers, base_named
 from benchmarks.timing import REPEATS, Cell, Timing, interleaved, rounded
 from oppu.cli.demo import read_sample
 from oppu.errors import ConfigError, FatalError
@@ -42,6 +42,9 @@ CASES: Mapping[str, tuple[int, int]] = {"one user": (1, HISTORY), "many users": 
 MIXED = (64, 128, 4)
 """Users of unequal histories: how many, the events of the first, the fewest; the k-th has 1/k of the first's."""
 GROUP = 16
+UPPER = 0.5
+"""Share of the blocks that the last rung adapts, as ``model.lora_upper``: cheaper, and what it costs in accuracy is in
+docs/results.md."""
 _WARM_UP_SHARE, _CLIP_NORM, _IGNORED = 0.1, 1.0, -100
 AGREEMENT = 0.02
 """Relative difference of mean losses between bank and PEFT, float32: over many steps Adam magnifies rounding."""
@@ -51,10 +54,11 @@ Job = tuple[Example, ...]
 
 @dataclass(frozen=True, slots=True)
 class Subjects:
-    """The base in both types, each with PEFT's and the bank's way to train."""
+    """The base in both types, each with PEFT's and the bank's way to train; ``uppers`` adapt the upper half only."""
 
     loops: Mapping[str, "PeftLoop"]
     banks: Mapping[str, TorchModel]
+    uppers: Mapping[str, TorchModel]
 
 
 def ladder(
@@ -133,7 +137,7 @@ class PeftLoop:
         """
         self._base, self._config = base, config
         self._encoder = _encoder(base, tasks)
-        lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(find_targets(base.model, None)))
+        lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(adapted_layers(base)))
         inject_adapter_in_model(lora, base.model)
         self._runner = Runner(base)
         self._weights = [p for p in base.model.parameters() if p.requires_grad]
@@ -234,13 +238,14 @@ def accuracies(results: Path | None) -> dict[str, Cell]:
 
 def _subjects(tasks: Tasks) -> Subjects:
     config = _config()
-    bases = {dtype: [base_named("offline", device="cpu", dtype=dtype) for _ in range(2)] for dtype in _TYPES}
-    loops = {dtype: PeftLoop(own[0], tasks, config) for dtype, own in bases.items()}
-    banks = {
-        dtype: TorchModel(own[1], tasks, settings=ModelSettings(lora_rank=RANK, lora_alpha=ALPHA), slots=1)
-        for dtype, own in bases.items()
-    }
-    return Subjects(loops, banks)
+    settings = ModelSettings(lora_rank=RANK, lora_alpha=ALPHA)
+    upper = settings.model_copy(update={"lora_upper": UPPER})
+    bases = {dtype: [base_named("offline", device="cpu", dtype=dtype) for _ in range(3)] for dtype in _TYPES}
+    return Subjects(
+        loops={dtype: PeftLoop(own[0], tasks, config) for dtype, own in bases.items()},
+        banks={dtype: TorchModel(own[1], tasks, settings=settings, slots=1) for dtype, own in bases.items()},
+        uppers={dtype: TorchModel(own[2], tasks, settings=upper, slots=1) for dtype, own in bases.items()},
+    )
 
 
 _TYPES = ("float32", "bfloat16")
@@ -250,15 +255,16 @@ def _rungs(subjects: Subjects, jobs: Sequence[Job], tasks: Tasks) -> dict[str, C
     config, plain = _config(), base_named("offline", device="cpu", dtype="float32")
     encoder = _encoder(plain, tasks)
     _agree(subjects, jobs)
-    return {
-        "oppu": lambda: train_as_oppu(plain, encoder, jobs, config),
-        "targets only float32": lambda: subjects.loops["float32"].train(jobs, bucketed=False),
-        "length buckets float32": lambda: subjects.loops["float32"].train(jobs, bucketed=True),
-        "bank float32": lambda: _banked(subjects.banks["float32"], jobs, config),
-        "targets only bfloat16": lambda: subjects.loops["bfloat16"].train(jobs, bucketed=False),
-        "length buckets bfloat16": lambda: subjects.loops["bfloat16"].train(jobs, bucketed=True),
-        "bank bfloat16": lambda: _banked(subjects.banks["bfloat16"], jobs, config),
-    }
+    rungs: dict[str, Callable[[], object]] = {"oppu": lambda: train_as_oppu(plain, encoder, jobs, config)}
+    for dtype in _TYPES:
+        loop, bank, upper = subjects.loops[dtype], subjects.banks[dtype], subjects.uppers[dtype]
+        rungs |= {
+            f"targets only {dtype}": functools.partial(loop.train, jobs, bucketed=False),
+            f"length buckets {dtype}": functools.partial(loop.train, jobs, bucketed=True),
+            f"bank {dtype}": functools.partial(_banked, bank, jobs, config),
+            f"bank, upper half of the blocks {dtype}": functools.partial(_banked, upper, jobs, config),
+        }
+    return rungs
 
 
 def _turnover(model: TorchModel, tasks: Tasks, mixed: tuple[int, int, int]) -> dict[str, Callable[[], object]]:

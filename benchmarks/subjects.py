@@ -21,6 +21,7 @@ from oppu.lm.bank import SlotBank
 from oppu.lm.base import LoadedBase, load_base, ready
 from oppu.lm.encoding import Reading
 from oppu.lm.forward import Runner
+from oppu.lm.kv_cache import roomy_cache
 from oppu.lm.port import Tensors
 from oppu.lm.targets import find_targets
 from oppu.settings import ModelSettings
@@ -60,6 +61,11 @@ def base_named(name: str, *, device: str, dtype: str) -> LoadedBase:
     return ready(name, model, loaded.tokenizer, "0" * 32, device=loaded.device, dtype=loaded.dtype)
 
 
+def adapted_layers(base: LoadedBase) -> dict[str, nn.Module]:
+    """Return the layers that the service adapts by default, for all subjects alike."""
+    return find_targets(base.model, None, ModelSettings().lora_upper)
+
+
 def random_adapter(bank: SlotBank, seed: int) -> Tensors:
     """Return weights that fit a bank, in PEFT's naming, none of them zero."""
     generator = np.random.default_rng(seed)
@@ -94,7 +100,7 @@ class Banked:
             with self.bank.use(slots):
                 yield
 
-        return Decoder(self.base.model, torch.tensor(ids, device=self.base.device), use)
+        return Decoder(self.base.model, torch.tensor(ids, device=self.base.device), use, roomy=True)
 
     def close(self) -> None:
         """Take both off the base."""
@@ -104,7 +110,7 @@ class Banked:
 
 def banked(base: LoadedBase, *, slots: int, rank: int, alpha: float, distinct: int | None = None) -> Banked:
     """Fill a bank; slots beyond ``distinct`` hold copies, for their values do not matter."""
-    targets = find_targets(base.model, None)
+    targets = adapted_layers(base)
     bank = SlotBank(targets, slots=slots, rank=rank, alpha=alpha)
     made = min(slots, distinct or slots)
     adapters = [random_adapter(bank, seed) for seed in range(made)]
@@ -116,18 +122,23 @@ def banked(base: LoadedBase, *, slots: int, rank: int, alpha: float, distinct: i
 class Decoder:
     """Decodes one token a row after a cached prompt, again and again the same."""
 
-    def __init__(self, model: Any, ids: torch.Tensor, use: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(
+        self, model: Any, ids: torch.Tensor, use: Callable[[], AbstractContextManager[None]], *, roomy: bool = False
+    ) -> None:
         """Read the prompt.
 
         Args:
             model: The language model, adapters attached.
             ids: ``[n, t] int64``; the last column is the token that each step decodes.
             use: Opens the context that gives the rows their adapters.
+            roomy: Whether keys and values lie in the service's cache instead of the library's own.
         """
         self._model, self._use = model, use
         self._last = ids[:, -1:]
+        cache = roomy_cache(model.config, 1) if roomy else None
         with torch.no_grad(), use():
-            self._cache = model(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+            out = model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self._cache = out.past_key_values
 
     def run(self, steps: int) -> torch.Tensor:
         """Decode so many times as one batch; return the last ``[n, vocabulary]``."""
@@ -159,7 +170,7 @@ class Peft:
             alpha: Theirs.
         """
         self.names = [f"user{number:04d}" for number in range(len(adapters))]
-        targets = list(find_targets(base.model, None))
+        targets = list(adapted_layers(base))
         config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=targets)
         self.model: Any = get_peft_model(copy.deepcopy(base.model), config, adapter_name=self.names[0])
         for name in self.names[1:]:
@@ -187,8 +198,16 @@ class Peft:
         logits: torch.Tensor = out.logits[:, -1]
         return logits
 
-    def decode_by_set_adapter(self, ids: torch.Tensor, steps: int) -> Callable[[], torch.Tensor]:
-        """Return what decodes for each user in turn, every user with a cache of its own."""
+    def decode_by_set_adapter(
+        self, ids: torch.Tensor, steps: int, *, each_token: bool = False
+    ) -> Callable[[], torch.Tensor]:
+        """Return what decodes for each user in turn, every user with a cache of its own.
+
+        Args:
+            ids: As for ``Decoder``.
+            steps: Tokens a user.
+            each_token: Whether users take turns at every token, or each has all of his at once.
+        """
 
         def using(name: str) -> Callable[[], AbstractContextManager[None]]:
             @contextmanager
@@ -199,7 +218,8 @@ class Peft:
             return use
 
         rows = [Decoder(self.model, ids[user : user + 1], using(name)) for user, name in enumerate(self.names)]
-        return lambda: torch.cat([row.run(steps) for row in rows])
+        turns, length = (steps, 1) if each_token else (1, steps)
+        return lambda: [torch.cat([row.run(length) for row in rows]) for _ in range(turns)][-1]
 
     def decode_by_adapter_names(self, ids: torch.Tensor, steps: int) -> Callable[[], torch.Tensor]:
         """Return what decodes for all users in one call a step."""
