@@ -43,8 +43,8 @@ MIXED = (64, 128, 4)
 """Users of unequal histories: how many, the events of the first, the fewest; the k-th has 1/k of the first's."""
 GROUP = 16
 UPPER = 0.5
-"""Share of the blocks that the last rung adapts, as ``model.lora_upper``: cheaper, and what it costs in accuracy is in
-docs/results.md."""
+"""Share of the blocks that the last rung adapts, as ``model.lora_upper``: cheaper, and less accurate (docs/results.md).
+"""
 _WARM_UP_SHARE, _CLIP_NORM, _IGNORED = 0.1, 1.0, -100
 AGREEMENT = 0.02
 """Relative difference of mean losses between bank and PEFT, float32: over many steps Adam magnifies rounding."""
