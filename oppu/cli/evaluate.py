@@ -76,7 +76,7 @@ def evaluate(
     plan = Plan(
         task=task,
         folder=out / f"{task}-{'final' if final else 'dev'}-{recipe.digest()}{variant}",
-        seeds=options["seeds"],
+        seeds=tuple(dict.fromkeys(options["seeds"])),
         recipe=recipe,
         bounds=material.bounds,
         final=final,

@@ -143,14 +143,7 @@ class TorchModel:
         return [found[at] for at in range(len(rows))]
 
     def check(self, tensors: Tensors) -> None:
-        """Check that an adapter fits this base, ``lora_rank``, ``lora_targets`` and ``lora_upper``.
-
-        Args:
-            tensors: The adapter's weights.
-
-        Raises:
-            AdapterUnreadable: Names, shapes or values do not fit.
-        """
+        """Raise ``AdapterUnreadable`` where an adapter does not fit this base and the LoRA settings."""
         self._bank.check(tensors)
 
     def losses(self, examples: Sequence[Example], tensors: Tensors | None) -> _Scores:
