@@ -44,6 +44,22 @@ MAX_HEARTBEAT_MILLISECONDS = 1_000
 T = TypeVar("T")
 
 
+class NetClient(KafkaNetClient):  # type: ignore[misc]  # kafka-python has no types
+    """The library's network side, which leaves no socket open.
+
+    The library's own close waits for unsent bytes to be written, by a loop that it stops at once.
+    """
+
+    def close(self, node_id: str | int | None = None) -> None:
+        """Close one node's connection, or, without a node, everything."""
+        connections = list(self._manager._conns.values()) if node_id is None else []  # noqa: SLF001 - not public
+        transports = [connection.transport for connection in connections if connection.transport is not None]
+        super().close(node_id)
+        for transport in transports:
+            if (unsent := transport._sock) is not None:  # noqa: SLF001
+                unsent.close()
+
+
 class KafkaBroker:
     """Opens clients against one real cluster (the port's ``Broker``)."""
 
@@ -229,11 +245,11 @@ def connection(settings: KafkaSettings, client_id: str) -> dict[str, Any]:
 
 def _opened(make: Callable[..., T], settings: dict[str, Any]) -> T:
     """Construct a client; where that fails, close the network side that it had begun."""
-    begun: list[KafkaNetClient] = []
+    begun: list[NetClient] = []
     _knock(settings["bootstrap_servers"], settings["bootstrap_timeout_ms"] / 1000)
 
-    def remember(**configs: Any) -> KafkaNetClient:
-        begun.append(KafkaNetClient(**configs))
+    def remember(**configs: Any) -> NetClient:
+        begun.append(NetClient(**configs))
         return begun[-1]
 
     try:

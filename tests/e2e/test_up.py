@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,19 @@ def up(folder: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
             process.wait(60)
 
 
+def await_inference(folder: Path, seconds: float = 90) -> None:
+    """Wait until the inference worker of the stack says that it is ready."""
+    deadline, reached = time.monotonic() + seconds, ""
+    while True:
+        try:
+            reached = (folder / "state" / "inference-0.url").read_text().strip()
+            with urllib.request.urlopen(f"{reached}/readyz", timeout=2):
+                return
+        except OSError as error:
+            assert time.monotonic() < deadline, f"{reached}: {error}"
+        time.sleep(0.2)
+
+
 def _await_events(folder: Path, count: int) -> None:
     deadline = time.monotonic() + 90
     while True:
@@ -74,6 +88,7 @@ def test_killed_and_started_again(tmp_path: Path, kafka_classpath: list[Path]) -
         time.sleep(0.2)
     assert not _alive("oppu --config", folder), "workers outlived their parent"
     with up(folder, tmp_path / "second.log"):
+        await_inference(folder)
         answer = oppu(folder, "ask", "--user", user, "--task", events[0].task, "--json", "The Senate voted.")
         assert answer.returncode == 0, answer.stderr
         prediction = json.loads(answer.stdout)

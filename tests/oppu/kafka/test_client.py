@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 from kafka import KafkaProducer, TopicPartition, codec
 from kafka import errors as k
+from kafka.net.connection import KafkaConnection
+from kafka.net.transport import KafkaTCPTransport
 from kafka.record import default_records
 from pydantic import SecretStr
 
 from oppu.errors import FatalError, InvalidRecord, OffsetOutOfRange, OppuError, ProducerFenced, TransientError
 from oppu.kafka import client_consumer
-from oppu.kafka.client import KafkaBroker, connection, connection_check
+from oppu.kafka.client import KafkaBroker, NetClient, connection, connection_check
 from oppu.kafka.client_errors import FATAL, FENCED, TOO_LARGE, UNACCEPTABLE, translate, translated
 from oppu.kafka.port import TopicSpec
 from oppu.kafka.topics import topic_specs
@@ -145,6 +147,20 @@ def test_a_server_that_says_nothing_runs_into_the_time_limit() -> None:
         with pytest.raises(TransientError):
             connection_check(settings, 0.5)
     assert threading.active_count() == threads
+
+
+def test_a_client_that_is_closed_with_bytes_unsent_leaves_no_socket_open() -> None:
+    client = NetClient(bootstrap_servers=["127.0.0.1:1"])
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        ours = socket.create_connection(mute.getsockname())
+        ours.setblocking(False)
+        connection = KafkaConnection(client._net, node_id=1, **client._manager.config)
+        client._manager._conns[1] = connection
+        connection.connection_made(KafkaTCPTransport(client._net, ours))
+        connection._init_future.success(True)
+        connection.transport.write(b"x" * 2**24)  # more than the system takes without a reader
+        client.close()
+    assert ours.fileno() == -1
 
 
 @pytest.mark.kafka
