@@ -1,7 +1,7 @@
 """From outcomes to numbers: arms, contrasts, and the rows that got better and worse; as JSON and as Markdown."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
     arms = {name: _measured([o for o in outcomes if name in o.arms.held], name, of, kind) for name in merits[0]}
     differences = _differences(merits) | _prequential(outcomes, kind)
     tests = {name: _tested(parts, of) for name, parts in differences.items()}
+    ran = {name: sum({a, b} <= set(m) for m in merits) for name, (a, b) in _pairs(merits[0]).items()}
     runs = [o.arms.texts for o in outcomes]
     if kind == "text":
         for name, own in text_report.written(outcomes[0].tables, runs).items():
@@ -86,7 +87,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
         "tests": {
             name: asdict(c)
             | {"without_single_label": _of_many_labels(differences.get(name, []), people)}
-            | {"holm_p": adjusted.get(name)}
+            | {"holm_p": adjusted.get(name), "seeds": ran.get(name, len(outcomes))}
             | (_case(differences.get(name, []), people) if few else {})
             for name, c in tests.items()
         },
@@ -190,12 +191,15 @@ def _test_rows(tests: Mapping[str, Any]) -> list[str]:
         f"| detectable | without the top {TOP_USERS} |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    seeds = max((t["seeds"] for t in tests.values()), default=0)
     for name, t in tests.items():
+        few = f" ({t['seeds']} of {seeds} seeds)" if t["seeds"] < seeds else ""
         star = _p(t["p"]) + (f" ({_p(t['holm_p'])})" if t["holm_p"] is not None else "")
         lines.append(
-            f"| {name} | {t['difference']:+.4f} | {between(t['ci'], '+.4f')} | {star} | {t['user_difference']:+.4f} "
-            f"| {between(t['user_ci'], '+.4f')} | {_p(t['user_p'])} | {t['wins']}/{t['ties']}/{t['losses']} "
-            f"| {_number(t['detectable'], '.4f')} | {_number(t['without_top'], '+.4f')} |"
+            f"| {name}{few} | {t['difference']:+.4f} | {between(t['ci'], '+.4f')} | {star} "
+            f"| {t['user_difference']:+.4f} | {between(t['user_ci'], '+.4f')} | {_p(t['user_p'])} "
+            f"| {t['wins']}/{t['ties']}/{t['losses']} | {_number(t['detectable'], '.4f')} "
+            f"| {_number(t['without_top'], '+.4f')} |"
         )
     return lines
 
@@ -238,7 +242,12 @@ def _number(value: float | None, form: str) -> str:
 def _differences(seeds: Sequence[Mapping[str, Sequence[Array]]]) -> dict[str, list[Array]]:
     """Return each contrast's per-query differences by user, over the seeds that ran both arms; ``seeds`` are each
     one's merits by arm and user."""
-    merits = seeds[0]
+    pairs = _pairs(seeds[0])
+    return {name: _mean([_less(m[a], m[b]) for m in seeds if a in m and b in m]) for name, (a, b) in pairs.items()}
+
+
+def _pairs(merits: Collection[str]) -> dict[str, tuple[str, str]]:
+    """Return each contrast's two arms, of those that ran."""
     pairs: dict[str, tuple[str, str]] = {}
     if "oppu" in merits:
         if CHOSEN_PROMPT in merits:
@@ -254,7 +263,7 @@ def _differences(seeds: Sequence[Mapping[str, Sequence[Array]]]) -> dict[str, li
         }
     if "fused" in merits:
         pairs |= {f"fused - {c}": ("fused", c) for c in merits if c != "fused"}
-    return {name: _mean([_less(m[a], m[b]) for m in seeds if a in m and b in m]) for name, (a, b) in pairs.items()}
+    return pairs
 
 
 def _prequential(outcomes: Sequence[Outcome], kind: Kind) -> dict[str, list[Array]]:

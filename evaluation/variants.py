@@ -118,7 +118,7 @@ def compared(study: Study, plain: Bench, *, every: bool) -> Compared:
     people = [*study.fold.target, *judges(study)]
     held: Held = {p.user_id: {} for p in people}
     variants = study.recipe.variants
-    trained = {**TRAINED, **(FURTHER if every else {})}
+    trained = {**TRAINED, **{n: way for n, way in FURTHER.items() if every or n in (study.arms or ())}}
     arms = _Arms(study, people, held)
     arms.on_base(plain, {}, _on("plain", trained))
     share = None
@@ -127,7 +127,7 @@ def compared(study: Study, plain: Bench, *, every: bool) -> Compared:
             arms.on_base(bench, _on(base, PROMPTED), _on(base, trained))
             if base == "retrieval":
                 share = _recent(study, bench, people, held)
-    if every:
+    if _on("unadapted", trained):
         with opened(study, "unadapted") as bench:
             arms.on_base(bench, {UNADAPTED: Way("unadapted")}, _on("unadapted", trained))
     chosen = _choose(study, people[len(study.fold.target) :], held)

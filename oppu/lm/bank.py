@@ -186,19 +186,20 @@ class SlotBank:
                     raise AdapterUnreadable(f"{key}: values that are not finite")
         return rank
 
-    def load(self, slot: int, tensors: Tensors) -> None:
+    def load(self, slot: int, tensors: Tensors, *, over: bool = False) -> None:
         """Write an adapter into a slot.
 
         Args:
             slot: From 1.
             tensors: In PEFT's naming; a smaller rank r' is padded, its alpha / r' kept by scaling B.
+            over: Whether what the adapter lacks, layers or rank, stays as it lies in the slot instead of zero.
 
         Raises:
             AdapterUnreadable: Names, shapes or values do not fit; the slot is unchanged.
         """
         rank = self.check(tensors)
         with torch.no_grad():
-            for weights in self.weights:
+            for weights in [] if over else self.weights:
                 weights[slot].zero_()
             for name, a, b in zip(self._names, *self._of(slot), strict=True):
                 if _key(name, "A") not in tensors:

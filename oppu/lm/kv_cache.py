@@ -33,7 +33,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # the library has no type
             self.lazy_initialization(key_states, value_states)
         begin = int(self.get_seq_length())
         end = begin + key_states.shape[-2]
-        if self._buffers is None or self._buffers[0].shape[-2] < end:
+        if self._buffers is None or self._buffers[0].shape[-2] < end or self._moved():
             self._buffers = self._larger(key_states, begin, end), self._larger(value_states, begin, end)
             for buffer, old in zip(self._buffers, (self.keys, self.values), strict=True):
                 if begin and old is not None:
@@ -43,6 +43,11 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # the library has no type
         found = tuple(buffer[..., :end, :] for buffer in self._buffers)
         self.keys, self.values = found
         return found
+
+    def _moved(self) -> bool:
+        """Say whether what is kept no longer lies in the buffers: the library has reordered rows, or taken some."""
+        kept = self.keys
+        return self._buffers is not None and kept is not None and kept.data_ptr() != self._buffers[0].data_ptr()
 
     def _larger(self, states: torch.Tensor, begin: int, end: int) -> torch.Tensor:
         rows, heads, _, width = states.shape

@@ -370,11 +370,10 @@ def _fits(bank: SlotBank, job: TrainJob) -> bool:
 
 
 def _start(bank: SlotBank, slot: int, job: TrainJob) -> None:
-    """Put a job's parent, or fresh weights, into a slot."""
-    if job.parent is None:
-        bank.fresh(slot, job.seed)
-    else:
-        bank.load(slot, job.parent)
+    """Put fresh weights into a slot, and over them a job's parent: what that lacks of layers or rank can be learnt."""
+    bank.fresh(slot, job.seed)
+    if job.parent is not None:
+        bank.load(slot, job.parent, over=True)
 
 
 def _spread(

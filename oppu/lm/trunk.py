@@ -14,6 +14,11 @@ from torch import nn
 from oppu.lm.prompts import Ids
 from oppu.lm.transfer import sent
 
+_SHARING = {
+    "BertLayer", "GPT2Block", "OPTDecoderLayer", "LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer",
+    "Qwen3DecoderLayer", "GemmaDecoderLayer", "Gemma2DecoderLayer", "Gemma3DecoderLayer",
+}  # fmt: skip
+"""Blocks that give a tensor and read nothing by row but tensors whose first dimension it is; others share nothing."""
 MEMORY_BYTES = 256 * 2**20
 """Of one training call: past it, what is read again is computed again."""
 
@@ -58,6 +63,7 @@ class Trunk:
             targets: The adapted layers by module name; ``None``: nobody shares anything.
         """
         self._rows: torch.Tensor | None = None
+        self._sequences = 0
         self._given: torch.Tensor | None = None
         self._seen: torch.Tensor | None = None
         self._watching = False
@@ -81,7 +87,8 @@ class Trunk:
         for hook in self._hooks:
             hook.remove()
         for block in self._lower:
-            del block.forward
+            vars(block).pop("forward", None)
+        self._hooks, self._lower = [], []
 
     @contextmanager
     def shared(self, rows: Sequence[int]) -> Iterator[None]:
@@ -91,7 +98,7 @@ class Trunk:
             rows: Of each row above, its sequence's number.
         """
         device = next(self._lower[0].parameters()).device
-        self._rows = sent(rows, device)
+        self._rows, self._sequences = sent(rows, device), max(rows) + 1
         try:
             yield
         finally:
@@ -135,28 +142,27 @@ class Trunk:
         """Give every row its sequence's share of what a block reads: masks and positions too."""
         if self._rows is None:
             return None
-        sequences = int(self._rows.max()) + 1
-        grown = tuple(self._grown(value, sequences) for value in args)
-        return grown, {name: self._grown(value, sequences) for name, value in kwargs.items()}
+        return tuple(map(self._grown, args)), {name: self._grown(value) for name, value in kwargs.items()}
 
-    def _grown(self, value: Any, sequences: int) -> Any:
+    def _grown(self, value: Any) -> Any:
         if isinstance(value, tuple):
-            return tuple(self._grown(part, sequences) for part in value)
-        by_sequence = isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[0] == sequences
+            return tuple(map(self._grown, value))
+        by_sequence = isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[0] == self._sequences
         return value.index_select(0, self._rows) if by_sequence else value
 
 
 def _blocks(model: Any, names: Sequence[str]) -> tuple[list[Any], int]:
     """Return a base's blocks and which of them is the lowest that holds one of the named layers.
 
-    Layers that lie in no list of blocks, or in several lists, leave nothing that could be shared.
+    Layers that lie in no list of blocks, or in several, leave nothing that could be shared; nor do unknown blocks.
     """
     places = [block_of(name) for name in names]
     lists = {place[0] for place in places if place is not None}
     if len(lists) != 1 or None in places:
         return [], 0
-    blocks = model.get_submodule(lists.pop())
-    return list(blocks), min(place[1] for place in places if place is not None)
+    blocks = list(model.get_submodule(lists.pop()))
+    known = all(type(block).__name__ in _SHARING for block in blocks)
+    return (blocks, min(place[1] for place in places if place is not None)) if known else ([], 0)
 
 
 def block_of(name: str) -> tuple[str, int] | None:

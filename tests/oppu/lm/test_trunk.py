@@ -165,6 +165,28 @@ def test_peft_is_told_the_blocks(upper: float, blocks: list[int] | None, make_ba
     assert {block_of(name) for name in targets} == {("model.layers", n) for n in blocks or (0, 1)}
 
 
+def test_what_a_parent_lacks_is_learnt_too(make_base: Make, tasks: Tasks) -> None:
+    """As after ``lora_upper`` or ``lora_rank`` was raised."""
+    settings = ModelSettings(max_tokens=96, lora_rank=4, lora_alpha=8.0, threads=1)
+    bank = SlotBank(find_targets(make_base().model, None, 0.5), slots=1, rank=2, alpha=4.0)
+    bank.fresh(1, 3)
+    model = TorchModel(make_base(), tasks, settings=settings, slots=1)
+    examples = tuple(Example("movie_tagging", f"film {n}", "red", ("red", "green")) for n in range(4))
+    job = TrainJob(UserId("u"), bank.read(1), examples)
+    [trained] = model.train([job], TrainConfig(1e-2, 0.0, passes=2, batch=4), heartbeat=lambda: None)
+    assert trained.tensors is not None
+    assert {block_of(n)[1] for n in find_targets(make_base().model, None)} == {0, 1}  # type: ignore[index]
+    assert all(np.abs(x).sum(axis=0).all() for n, x in trained.tensors.items() if "lora_B" in n)
+
+
+def test_a_trunk_may_be_closed_twice(make_base: Make) -> None:
+    base = make_base("llama")
+    runner = Runner(base, find_targets(base.model, None, 0.5))
+    runner.close()
+    runner._trunk.close()
+    assert not runner._trunk.known
+
+
 def test_what_lies_in_no_block_shares_nothing(make_base: Make) -> None:
     base = make_base("llama")
     assert block_of("lm_head") is None
