@@ -21,10 +21,10 @@ _Case = Callable[[], torch.Tensor]
 CACHED = 32
 """Tokens before the one that is decoded where ``tokens`` is 1; every other length is a prompt read at once."""
 DECODED = 16
-"""Steps of one batch, a short answer, the same for all: what is done once a batch, the bank's gather and PEFT's
-``set_adapter`` of each user, is spread over the same steps. That loop finishes one user's answer before the next one's;
-to serve all of them token by token, as a server with continuous batching does, it switches at every token."""
-FEWER = {"set": 3, "set each": 2}
+"""Steps of one batch, a short answer: what is done once a batch, the bank's gather, is spread over them. To give all
+users their next token, as one step of the bank does, PEFT's loop switches at every one; beside it stands the loop that
+finishes a user's whole answer before it begins the next one's, which lets the last user wait for all others."""
+FEWER = {"set": 3, "set each": 3}
 """Repeats of what decodes one user after another and takes as many times as long."""
 SWITCHED = 2
 """Steps of the loop that switches for every token."""
@@ -122,8 +122,8 @@ def _compared(base: LoadedBase, subject: Banked, peft: Peft, tokens: int, repeat
         "rank": subject.bank.rank,
         "ratio_to_base": _ratio(times["base"], times["bank"]),
         "ratio_to_well_run_base": _ratio(times["well run"], times["bank"]),
-        "ratio_to_peft_set_adapter": _ratio(times["set"], times["bank"]),
-        "ratio_to_peft_set_adapter_each_token": _ratio(times["set each"], times["bank"]) if decodes else None,
+        "ratio_to_peft_set_adapter": _ratio(times["set each" if decodes else "set"], times["bank"]),
+        "ratio_to_peft_set_adapter_each_answer": _ratio(times["set"], times["bank"]) if decodes else None,
         "ratio_to_peft_adapter_names": _ratio(times["names"], times["bank"]),
         "milliseconds": rounded(1000 * times["bank"].median),
         "spread": rounded(times["bank"].spread),

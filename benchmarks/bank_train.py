@@ -2,10 +2,11 @@
 
 Every rung takes the same optimizer steps on the same rows, apart from the update, which learns the new events and some
 older ones instead of the whole history. OPPU's way is a fresh PEFT adapter a user, on all blocks, logits over the
-vocabulary at every position, and batches padded to their longest row, in float32. The well-run PEFT loop shares the
-bank's ``Runner`` and takes AdamW's fused kernel: it too computes logits, and the last block, at targets only, and takes
-length buckets where they are faster. Ratios are of one type, float32, unless their name ends in another. None of them
-saves what it trained.
+vocabulary at every position, and batches padded to their longest row, in float32. The well-run PEFT loop is what a user
+of PEFT can have: logits at targets only, length buckets where they are faster, AdamW's fused kernel; its blocks are the
+library's. The next rung is the same loop through the bank's ``Runner``, which computes the last block at targets only
+too, and short bfloat16 attention in plain products; the bank adds nothing but that users share the forwards. Ratios are
+of one type, float32, unless their name ends in another. None of them saves what it trained.
 """
 
 import functools
@@ -54,9 +55,11 @@ Job = tuple[Example, ...]
 
 @dataclass(frozen=True, slots=True)
 class Subjects:
-    """The base in both types, each with PEFT's and the bank's way to train; ``uppers`` adapt the upper half only."""
+    """The base in both types, each with PEFT's and the bank's way to train; ``narrowed`` loops compute the last block
+    at targets only, ``uppers`` adapt the upper half only."""
 
     loops: Mapping[str, "PeftLoop"]
+    narrowed: Mapping[str, "PeftLoop"]
     banks: Mapping[str, TorchModel]
     uppers: Mapping[str, TorchModel]
 
@@ -127,19 +130,20 @@ def costs(times: Mapping[str, Timing], users: int) -> dict[str, float]:
 class PeftLoop:
     """Trains users one after another with PEFT and a fused ``torch.optim.AdamW``."""
 
-    def __init__(self, base: LoadedBase, tasks: Tasks, config: TrainConfig) -> None:
+    def __init__(self, base: LoadedBase, tasks: Tasks, config: TrainConfig, *, library: bool) -> None:
         """Attach one adapter, whose weights every user starts afresh.
 
         Args:
             base: Changed in place.
             tasks: The known tasks.
             config: As for the bank.
+            library: Whether the blocks are computed as transformers does.
         """
         self._base, self._config = base, config
         self._encoder = _encoder(base, tasks)
         lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(adapted_layers(base)))
         inject_adapter_in_model(lora, base.model)
-        self._runner = Runner(base)
+        self._runner = Runner(base, library=library)
         self._weights = [p for p in base.model.parameters() if p.requires_grad]
         for weight in self._weights:
             weight.data = weight.data.float()
@@ -240,9 +244,10 @@ def _subjects(tasks: Tasks) -> Subjects:
     config = _config()
     settings = ModelSettings(lora_rank=RANK, lora_alpha=ALPHA)
     upper = settings.model_copy(update={"lora_upper": UPPER})
-    bases = {dtype: [base_named("offline", device="cpu", dtype=dtype) for _ in range(3)] for dtype in _TYPES}
+    bases = {dtype: [base_named("offline", device="cpu", dtype=dtype) for _ in range(4)] for dtype in _TYPES}
     return Subjects(
-        loops={dtype: PeftLoop(own[0], tasks, config) for dtype, own in bases.items()},
+        loops={dtype: PeftLoop(own[0], tasks, config, library=True) for dtype, own in bases.items()},
+        narrowed={dtype: PeftLoop(own[3], tasks, config, library=False) for dtype, own in bases.items()},
         banks={dtype: TorchModel(own[1], tasks, settings=settings, slots=1) for dtype, own in bases.items()},
         uppers={dtype: TorchModel(own[2], tasks, settings=upper, slots=1) for dtype, own in bases.items()},
     )
@@ -258,9 +263,11 @@ def _rungs(subjects: Subjects, jobs: Sequence[Job], tasks: Tasks) -> dict[str, C
     rungs: dict[str, Callable[[], object]] = {"oppu": lambda: train_as_oppu(plain, encoder, jobs, config)}
     for dtype in _TYPES:
         loop, bank, upper = subjects.loops[dtype], subjects.banks[dtype], subjects.uppers[dtype]
+        narrowed = subjects.narrowed[dtype]
         rungs |= {
             f"targets only {dtype}": functools.partial(loop.train, jobs, bucketed=False),
             f"length buckets {dtype}": functools.partial(loop.train, jobs, bucketed=True),
+            f"last block at targets {dtype}": functools.partial(narrowed.train, jobs, bucketed=True),
             f"bank {dtype}": functools.partial(_banked, bank, jobs, config),
             f"bank, upper half of the blocks {dtype}": functools.partial(_banked, upper, jobs, config),
         }

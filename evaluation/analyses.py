@@ -22,8 +22,7 @@ from evaluation.prompting import Asked, example, examples
 from evaluation.splits import Person
 from evaluation.training import Bench, full_config, score, stage, train_once
 from oppu.embedder import Embedder
-from oppu.lm.encoding import is_bare
-from oppu.lm.port import Example, TrainJob
+from oppu.lm.port import Example, TrainJob, is_bare
 from oppu.values import UserId, Vector
 
 LEVELS = (10, 25, 50, 100, 200)

@@ -220,25 +220,45 @@ def macro_f1(items: Sequence[Item], scores: Sequence[Array] | Array) -> float:
     return sum(2 * both[x] / (truth[x] + given[x]) for x in labels) / len(labels)
 
 
-def _stream(table: Table, fusion: Fusion) -> tuple[dict[str, Array], float]:
-    """Answer all of a user's items in order, as the service would; what the adapter has earned moves at the end of
-    each day, by that day's outcomes."""
-    earned, waiting = 0.0, list[float]()
-    found = {name: np.full_like(table.base, -np.inf) for name in ("evidence", "fused", "unweighed")}
-    items = table.person.items
+def earned_before(items: Sequence[Item], gains: Mapping[int, float]) -> list[float]:
+    """Return what a user's adapter has earned before each item; it moves at the end of each day, by the day's outcomes.
+
+    Args:
+        items: All of the user's, in order.
+        gains: By place, how many nats better than without it the adapter foresaw an item.
+
+    Returns:
+        Log odds, one an item.
+    """
+    earned, waiting, found = 0.0, list[float](), list[float]()
     for at, item in enumerate(items):
         if at and item.day != items[at - 1].day:
             for gain in waiting:
                 earned = earn(earned, gain)
             waiting.clear()
-        sources, count = table.sources(at), table.pasts[at].count
-        own = slice(len(item.choices))
+        found.append(earned)
+        if at in gains:
+            waiting.append(gains[at])
+    return found
+
+
+def _stream(table: Table, fusion: Fusion) -> tuple[dict[str, Array], float]:
+    """Answer all of a user's items in order, as the service would; return the adapter's last share too."""
+    items = table.person.items
+    said = [(table.sources(at), table.pasts[at].count) for at in range(len(items))]
+    gains = {
+        at: fusion.gain(sources, count, items[at].choices.index(items[at].output))
+        for at, (sources, count) in enumerate(said)
+        if sources["adapter"] is not None and items[at].answered
+    }
+    earned = earned_before(items, gains)
+    found = {name: np.full_like(table.base, -np.inf) for name in ("evidence", "fused", "unweighed")}
+    for at, (sources, count) in enumerate(said):
+        own = slice(len(items[at].choices))
         found["evidence"][at, own] = fusion.alone.scores({**sources, "adapter": None}, count)
-        found["fused"][at, own] = fusion.scores(sources, count, earned)
+        found["fused"][at, own] = fusion.scores(sources, count, earned[at])
         found["unweighed"][at, own] = fusion.scores(sources, count)
-        if sources["adapter"] is not None and item.answered:
-            waiting.append(fusion.gain(sources, count, item.choices.index(item.output)))
-    return found, float(fusion.weights(len(items), earned)[1])
+    return found, float(fusion.weights(len(items), earned[-1])[1])
 
 
 def _logs(table: Table, cut: int, source: str) -> Array:

@@ -99,15 +99,12 @@ class Options:
     all_arms: bool
     methods: bool
     analyses: bool
-    controls: bool = True
 
 
-def options(
-    settings: Settings, recipe: Recipe, *, all_arms: bool, methods: bool, analyses: bool, controls: bool = True
-) -> Options:
+def options(settings: Settings, recipe: Recipe, *, all_arms: bool, methods: bool, analyses: bool) -> Options:
     """Return a run's options under some settings."""
     limit, offline = settings.model.max_tokens, settings.model.base == OFFLINE
-    return Options(recipe, limit, offline, all_arms or analyses, methods, analyses, controls)
+    return Options(recipe, limit, offline, all_arms or analyses, methods, analyses)
 
 
 def phases(fold: Fold, rates: Rates, chosen: Options) -> dict[str, float]:
@@ -131,8 +128,7 @@ def phases(fold: Fold, rates: Rates, chosen: Options) -> dict[str, float]:
     found |= {name: work.prompted(way.asked) for name, way in PROMPTED.items() if way.base in bases}
     found |= {RECENT: work.prompted(Asked(8))} if "retrieval" in bases else {}
     found |= {name: work.trained(way.asked) for name, way in trained.items() if way.base in bases}
-    if chosen.controls:
-        found["controls"] = 3 * work.trained(PLAIN) + (1 + recipe.strangers) * work.prompted(PLAIN)
+    found["controls"] = 3 * work.trained(PLAIN) + (1 + recipe.strangers) * work.prompted(PLAIN)
     if chosen.all_arms:
         found[UNADAPTED] = work.prompted(PLAIN)
         runs = recipe.base_epochs if recipe.base_search else 1

@@ -89,7 +89,7 @@ def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, emb
     """Run every seed.
 
     The first one searches for the bases' numbers of epochs, lets the calibrate users choose the arms of P1, and runs
-    the controls and whatever else is asked for; the others repeat what P1 and P3 stand on, with what it chose.
+    whatever else is asked for; the others repeat what P1, P2 and P3 stand on, with what it chose.
 
     Args:
         plan: What to run.
@@ -175,7 +175,7 @@ def _announce(plan: Plan, folds: Sequence[Fold], items: Sequence[Item], settings
         first = seed == plan.seeds[0]
         recipe = plan.recipe if first else replace(plan.recipe, base_search=False)
         more = {name: first and getattr(plan, name) for name in ("all_arms", "methods", "analyses")}
-        chosen = options(settings, recipe, **more, controls=first)
+        chosen = options(settings, recipe, **more)
         for fold in folds:
             found |= {f"{fold.name}, seed {seed}, {p}": s for p, s in phases(fold, rates, chosen).items()}
     plan.progress.begin(found)
@@ -225,9 +225,8 @@ def _fold(plan: Plan, study: Study, extra: Extra) -> _Part:
         study.done("follow")
         variants = compared(study, bench, every=plan.all_arms or plan.analyses)
         held = variants.held
-        if study.arms is None:
-            _add_controls(study, bench, held)
-            study.done("controls")
+        _add_controls(study, bench, held)
+        study.done("controls")
     for p in fold.target:
         held[p.user_id]["frozen"] = followed[f"{p.user_id}/frozen"]
     methods = run_methods(study) if plan.methods else {}

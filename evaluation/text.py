@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evaluation.arms import Arms, Table, without_each
+from evaluation.arms import Arms, Table, earned_before, without_each
 from evaluation.history import Past
 from evaluation.prompting import example
 from evaluation.splits import Person
@@ -47,8 +47,23 @@ class Foreseen:
         """Where there is a token, ``[n, t]``."""
         return ~np.isnan(self.table.base)
 
-    def log_p(self, fusion: TextFusion, *, adapter: bool) -> Array:
-        """Return ``[n, t]`` log probabilities under the mixture that would be served."""
+    def earned(self) -> list[float]:
+        """Return what the adapter has earned before each item: on its tokens against the base's, as in the service."""
+        items, table = self.table.person.items, self.table
+        asked = [at for at in range(table.adapted, len(items)) if not items[at].bare and self.real[at].any()]
+        return earned_before(items, {at: float(np.nansum(table.follow[at] - table.base[at])) for at in asked})
+
+    def log_p(self, fusion: TextFusion, *, adapter: bool, earned: Sequence[float] = ()) -> Array:
+        """Return ``[n, t]`` log probabilities under the mixture that would be served.
+
+        Args:
+            fusion: The weights.
+            adapter: Whether the adapter has a say.
+            earned: By it, before each item; none: nothing.
+
+        Returns:
+            NaN where there is no token.
+        """
         found = np.full(self.real.shape, np.nan)
         for at, past in enumerate(self.table.pasts):
             learnt = adapter and at >= self.table.adapted
@@ -57,7 +72,7 @@ class Foreseen:
                 said[:, EXPERTS.index("adapter")] = np.nan
             real = self.real[at]
             if real.any():
-                weights = fusion.weights(past.count, adapter=learnt)
+                weights = fusion.weights(past.count, adapter=learnt, earned=earned[at] if earned else 0.0)
                 found[at, real] = np.log(mixed(said[real], self.matched[at][real], weights))
         return found
 
@@ -154,19 +169,25 @@ def text_arms(tables: Sequence[Foreseen], fusions: Sequence[TextFusion]) -> Arms
         fusions: Fitted beforehand, one a user.
 
     Returns:
-        All arms; ``stream`` has evidence and fused on all items.
+        All arms; ``stream`` has evidence, fused and unweighed (what adapters have earned left out) on all items.
     """
     held: dict[str, list[Array]] = {}
-    stream: dict[str, list[Array]] = {"evidence": [], "fused": []}
+    stream: dict[str, list[Array]] = {"evidence": [], "fused": [], "unweighed": []}
+    trust = []
     for own, fusion in zip(tables, fusions, strict=True):
-        table, cut = own.table, own.table.person.cut
-        streamed = {"evidence": own.log_p(fusion, adapter=False), "fused": own.log_p(fusion, adapter=True)}
+        table, cut, earned = own.table, own.table.person.cut, own.earned()
+        streamed = {
+            "evidence": own.log_p(fusion, adapter=False),
+            "fused": own.log_p(fusion, adapter=True, earned=earned),
+            "unweighed": own.log_p(fusion, adapter=True),
+        }
         for name, scores in streamed.items():
             stream[name].append(scores)
         arms = {"none": table.base[cut:], "follow": table.follow[cut:], **table.held}
         for name, scores in (arms | {name: scores[cut:] for name, scores in streamed.items()}).items():
             held.setdefault(name, []).append(scores)
-    return Arms(held, stream, [])
+        trust.append(fusion.adapter_share(table.pasts[-1].count, earned[-1]))
+    return Arms(held, stream, trust)
 
 
 def text_run(bench: Bench, tables: Mapping[str, Table], adapters: Mapping[str, Adapters]) -> Arms:
@@ -192,11 +213,15 @@ def text_run(bench: Bench, tables: Mapping[str, Table], adapters: Mapping[str, A
         Writer("none"),
         Writer("oppu", adapters["oppu"]),
         Writer("evidence", fusion=fusion),
-        Writer("fused", adapters["fused"], fusion=fusion),
+        Writer("fused", adapters["fused"], fusion=fusion, earned={o.table.person.user_id: _at_cut(o) for o in experts}),
     ]
     texts = {w.name: write(bench, targets, w, limits.most) for w in writers}
     arms = text_arms(experts[: len(targets)], fit_each(experts[: len(targets)], experts[len(targets) :]))
     return replace(arms, texts=texts | plain(targets, limits.lead, bench.recipe.written))
+
+
+def _at_cut(own: Foreseen) -> float:
+    return own.earned()[min(own.table.person.cut, len(own.table.person.items) - 1)]
 
 
 def _fit(tables: Sequence[Foreseen], begin: Coefficients, *, adapter: bool) -> Coefficients:

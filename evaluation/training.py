@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from evaluation.corpus import Item
 from evaluation.prompting import VARIANTS, Variant, example
 from evaluation.splits import Fold, Person
-from oppu.lm.encoding import is_bare
 from oppu.lm.model import TorchModel
-from oppu.lm.port import Example, Tensors, TrainConfig, TrainJob
+from oppu.lm.port import Example, Tensors, TrainConfig, TrainJob, is_bare
 from oppu.values import UserId
 
 Scores = list[NDArray[np.float64]]

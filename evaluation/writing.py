@@ -34,13 +34,14 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Writer:
-    """Who writes in an arm: an adapter a user (``None``: the base), what is in the prompt, and whether caches and
-    base mix in."""
+    """Who writes in an arm: an adapter a user (``None``: the base), what is in the prompt, whether caches and base mix
+    in, and what each user's adapter has earned then."""
 
     name: str
     adapters: Mapping[str, Tensors] | None = field(default=None, repr=False)
     asked: Asked = PLAIN
     fusion: TextFusion | None = field(default=None, repr=False)
+    earned: Mapping[str, float] = field(default_factory=dict, repr=False)
 
 
 def lengths(tables: Sequence[Table]) -> Lengths:
@@ -101,7 +102,8 @@ def write(bench: Bench, tables: Sequence[Table], writer: Writer, most: int) -> l
             ref = AdapterRef(UserId(f"{writer.name}|{user}"), 0, 0) if tensors else None
             if ref is not None and tensors:
                 bench.model.install(ref, tensors)
-            rows = [_row(item, past, writer, ref, most) for item, past in _asked(table, bench.recipe.written)]
+            earned = writer.earned.get(user, 0.0)
+            rows = [_row(item, past, writer, ref, most, earned) for item, past in _asked(table, bench.recipe.written)]
             found[user] = np.array([scored.text or "" for scored in bench.model.answer(rows)], dtype=np.str_)
         return found
 
@@ -114,8 +116,8 @@ def _asked(table: Table, most: int) -> list[tuple[Item, Past]]:
     return list(zip(table.person.items[cut : cut + most], table.pasts[cut : cut + most], strict=True))
 
 
-def _row(item: Item, past: Past, writer: Writer, ref: AdapterRef | None, most: int) -> Row:
-    asked, fusion = writer.asked, writer.fusion
+def _row(item: Item, past: Past, writer: Writer, ref: AdapterRef | None, most: int, earned: float) -> Row:
+    asked, fusion, learnt = writer.asked, writer.fusion, ref is not None
     return Row(
         task=item.task,
         input=item.input,
@@ -123,7 +125,7 @@ def _row(item: Item, past: Past, writer: Writer, ref: AdapterRef | None, most: i
         profile=past.line if asked.profile else "",
         adapter=ref,
         max_new_tokens=most,
-        blend=fusion.blend(past.caches, past.count, adapter=ref is not None) if fusion is not None else None,
+        blend=fusion.blend(past.caches, past.count, adapter=learnt, earned=earned) if fusion is not None else None,
     )
 
 

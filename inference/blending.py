@@ -3,13 +3,15 @@
 What ``oppu.fusion`` is for choices: two sets of weights, one of the evidence without an adapter, one with it,
 fitted on users the base has not seen (``oppu calibrate``). A weight is that of an expert of a mixture of next-token
 distributions (``oppu.lm.blend``); its log goes up or down with the length of the user's history, and with how many
-tokens a cache matches.
+tokens a cache matches. An adapter that foresaw its own user's texts worse than the base gives its weight to the base.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from oppu.errors import ConfigError
 from oppu.fusion import are_finite, length, read_fitted
@@ -33,28 +35,46 @@ class TextFusion:
     alone: Coefficients
     beside: Coefficients
 
-    def weights(self, events: int, *, adapter: bool) -> dict[str, tuple[float, float]]:
-        """Return each expert's log weight and what a matched token adds to it, after so many events."""
+    def weights(self, events: int, *, adapter: bool, earned: float = 0.0) -> dict[str, tuple[float, float]]:
+        """Return each expert's log weight and what a matched token adds to it, after so many events.
+
+        Args:
+            events: The user's events before.
+            adapter: Whether an adapter has a say.
+            earned: By the adapter, as of ``oppu.fusion.earn``: log odds that move weight from it to the base. What
+                is above zero moves nothing: the fit knows what an adapter that helps is worth.
+
+        Returns:
+            By expert.
+        """
         at = length(events)
         chosen = self.beside if adapter else self.alone
-        return {name: (level + slope * at, match) for name, (level, slope, match) in chosen.items()}
+        found = {name: (level + slope * at, match) for name, (level, slope, match) in chosen.items()}
+        if "adapter" in found and earned < 0:
+            (base, of_base), (own, of_own) = found["base"], found["adapter"]
+            both, odds = np.logaddexp(base, own), own - base + earned
+            found["adapter"] = float(both - np.logaddexp(0, -odds)), of_own
+            found["base"] = float(both - np.logaddexp(0, odds)), of_base
+        return found
 
-    def blend(self, texts: Mapping[str, Texts], events: int, *, adapter: bool) -> Blend:
+    def blend(self, texts: Mapping[str, Texts], events: int, *, adapter: bool, earned: float = 0.0) -> Blend:
         """Say how a text is written.
 
         Args:
             texts: Of the caches there are.
             events: The user's events before.
             adapter: Whether an adapter has a say.
+            earned: By the adapter.
 
         Returns:
             The blend.
         """
-        return Blend(self.weights(events, adapter=adapter), texts)
+        return Blend(self.weights(events, adapter=adapter, earned=earned), texts)
 
-    def adapter_share(self, events: int) -> float:
+    def adapter_share(self, events: int, earned: float = 0.0) -> float:
         """Return the adapter's weight after so many events where every expert speaks and one token matches."""
-        return shares(self.weights(events, adapter=True), dict.fromkeys(self.beside, 1)).get("adapter", 0.0)
+        weights = self.weights(events, adapter=True, earned=earned)
+        return shares(weights, dict.fromkeys(self.beside, 1)).get("adapter", 0.0)
 
     def save(self, path: Path) -> None:
         """Write the JSON file."""

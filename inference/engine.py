@@ -154,7 +154,8 @@ class Engine:
 
     def _blend(self, prepared: Prepared, placed: Placed) -> Blend:
         texts = prepared.personal.caches(prepared.ask.request.input)
-        return self._text_fusion.blend(texts, prepared.personal.sequence, adapter=placed.ref is not None)
+        personal, adapter = prepared.personal, placed.ref is not None
+        return self._text_fusion.blend(texts, personal.sequence, adapter=adapter, earned=personal.earned)
 
     def _run(self, rows: Sequence[Row]) -> list[Scored | None]:
         """Run the model; where a chunk fails, row by row, so that one bad row costs only its own answer."""

@@ -12,6 +12,7 @@ source changes nothing.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,11 +227,13 @@ def earn(earned: float, gain: float) -> float:
 
     Args:
         earned: Log odds earned so far; 0 of a new adapter.
-        gain: The evidence's log loss of the event less that of ``beside``, nats; cut at ``MOST_GAIN``.
+        gain: The evidence's log loss of the event less that of ``beside``, nats; cut at ``MOST_GAIN``. What is not a
+            number counts as the largest loss.
 
     Returns:
         Log odds.
     """
+    gain = -MOST_GAIN if math.isnan(gain) else gain
     return KEPT * earned + PACE * min(max(gain, -MOST_GAIN), MOST_GAIN)
 
 

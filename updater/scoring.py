@@ -18,8 +18,8 @@ CHUNK = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Assessment:
-    """``losses`` ``[n] float64`` nats; ``correct`` ``[n] bool``, false for free text; ``scores``: each choice
-    example's log probabilities ``[c] float64``, of length 0 for free text."""
+    """``losses`` ``[n] float64`` nats; ``correct`` ``[n] bool``, false for free text; ``scores``: each example's log
+    probabilities, of its choices ``[c] float64`` or of its text's tokens ``[t] float64``."""
 
     losses: NDArray[np.float64]
     correct: NDArray[np.bool_]
@@ -57,25 +57,22 @@ def assess(
         beat: Called between chunks.
 
     Returns:
-        Losses, hits and scores, in order; one forward gives a choice example's: its loss is its output's negative log
-        probability.
+        Losses, hits and scores, in order; one forward gives them all: a choice example's loss is its output's negative
+        log probability, a text's the mean over its tokens.
     """
     losses = np.zeros(len(examples), dtype=np.float64)
     correct = np.zeros(len(examples), dtype=np.bool_)
     scores: list[NDArray[np.float64]] = [np.zeros(0)] * len(examples)
-    for choice in (True, False):
-        rows = [i for i, e in enumerate(examples) if bool(e.choices) is choice]
-        for start in range(0, len(rows), CHUNK):
-            part = rows[start : start + CHUNK]
-            chunk = [examples[i] for i in part]
-            if choice:
-                for at, example, said in zip(part, chunk, model.scores(chunk, tensors), strict=True):
-                    right = example.choices.index(example.output)
-                    scores[at] = np.asarray(said, dtype=np.float64)
-                    losses[at], correct[at] = -scores[at][right], int(np.argmax(said)) == right
-            else:
-                losses[part] = model.losses(chunk, tensors)
-            beat()
+    for start in range(0, len(examples), CHUNK):
+        chunk = examples[start : start + CHUNK]
+        for at, (example, said) in enumerate(zip(chunk, model.scores(chunk, tensors), strict=True), start):
+            scores[at] = np.asarray(said, dtype=np.float64)
+            if example.choices:
+                right = example.choices.index(example.output)
+                losses[at], correct[at] = -scores[at][right], int(np.argmax(said)) == right
+            elif len(said):
+                losses[at] = -scores[at].mean()
+        beat()
     return Assessment(losses, correct, tuple(scores))
 
 

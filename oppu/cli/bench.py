@@ -71,10 +71,13 @@ def bank_serve(
 
 @bench.command("bank-train")
 @quick
+@click.option("--repeats", type=click.IntRange(min=1), help="Rounds; 7, or with --quick 3.")
 @click.option("--results", type=click.Path(path_type=Path), help="oppu evaluate's news_categorize.json, for accuracy.")
 @json_file
 @click.pass_obj
-def bank_train(session: Session, /, *, quick: bool, results: Path | None, out: Path | None) -> None:
+def bank_train(
+    session: Session, /, *, quick: bool, repeats: int | None, results: Path | None, out: Path | None
+) -> None:
     """Updates of many users: the bank against PEFT, one rung of a ladder at a time."""
     from benchmarks import bank_train as work
     from benchmarks.timing import REPEATS, machine, show, write
@@ -82,13 +85,14 @@ def bank_train(session: Session, /, *, quick: bool, results: Path | None, out: P
     found = work.accuracies(results)
     cases = {"one user": (1, 32), "many users": (4, 16)} if quick else work.CASES
     mixed = (20, 32, 2) if quick else work.MIXED
-    done = work.ladder(compose.tasks(session.settings), repeats=3 if quick else REPEATS, cases=cases, mixed=mixed)
+    repeats = repeats or (3 if quick else REPEATS)
+    done = work.ladder(compose.tasks(session.settings), repeats=repeats, cases=cases, mixed=mixed)
     show("the same steps on the same rows", done["rows"])
     for name in [name for name in done if name != "rows"]:
         click.echo(f"{name:36} {done[name]}")
     for name, value in found.items():
         click.echo(f"{name:36} {'not measured' if value is None else value}")
-    write(out, {"machine": machine(), **done, **found})
+    write(out, {"machine": machine(), "repeats": repeats, **done, **found})
 
 
 @bench.command("residency")

@@ -113,7 +113,7 @@ def _recipe(options: Mapping[str, Any]) -> "Recipe":
 
 
 def _command(events: Path) -> str:
-    """Return the command as given, the events' folder left out: it is this machine's."""
+    """Return the command as given, folders of the events and of whole paths left out: they are this machine's."""
     given = sys.argv[sys.argv.index("evaluate") + 1 :] if "evaluate" in sys.argv else []
-    named = [events.name if a == str(events) else a for a in given]
+    named = [Path(a).name if a == str(events) or Path(a).is_absolute() else a for a in given]
     return " ".join(["oppu evaluate", *(f"'{a}'" if " " in a else a for a in named)])

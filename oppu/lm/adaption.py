@@ -20,10 +20,10 @@ import torch
 
 from oppu.errors import ConfigError
 from oppu.lm.base import LoadedBase, fingerprint_of, quiet_and_local
-from oppu.lm.encoding import Encoder, Reading, Target, is_bare
+from oppu.lm.encoding import Encoder, Reading, Target
 from oppu.lm.forward import Runner
 from oppu.lm.hardware import fast_bfloat16
-from oppu.lm.port import Example
+from oppu.lm.port import Example, is_bare
 from oppu.lm.scoring import Aim, aim_log_probs
 from oppu.lm.targets import find_targets
 from oppu.settings import ModelSettings

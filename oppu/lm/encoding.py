@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from oppu.lm.blend import Cache, Texts
-from oppu.lm.port import Example
+from oppu.lm.port import Example, is_bare
 from oppu.lm.prompts import Ids, Prompted, Prompts
 from oppu.lm.scoring import LABEL_TOKENS, Aim, Tries
 from oppu.tasks import Task, Tasks
@@ -133,11 +133,6 @@ class Encoder:
         kept = ids[: task.max_new_tokens]
         wanted = kept if len(kept) < len(ids) else (*kept, self._prompts.end)
         return wanted[:-1], {at: Aim(None, token) for at, token in enumerate(wanted)}, 1 / len(wanted), 0.0
-
-
-def is_bare(example: Example) -> bool:
-    """Say whether an example is a text of the user's own, without an output."""
-    return not example.output.strip() and example.output not in example.choices
 
 
 def _target(prompt: Ids, path: Ids, aims: dict[int, Aim], scale: float, offset: float) -> Target:

@@ -118,9 +118,12 @@ class FakeModel:
         return np.array([_loss(example, counts) for example in examples], dtype=np.float64)
 
     def scores(self, examples: Sequence[Example], tensors: Tensors | None) -> list[NDArray[np.float64]]:
-        """Return each choice example's log probabilities (empty for text)."""
+        """Return each choice example's log probabilities; of a text one number, minus its loss."""
         counts = None if tensors is None else _counts(tensors)
-        return [_scores(example, example.choices, counts) for example in examples]
+        return [
+            _scores(e, e.choices, counts) if e.choices else np.array([-_loss(e, counts)], dtype=np.float64)
+            for e in examples
+        ]
 
     def train(self, jobs: Sequence[TrainJob], config: TrainConfig, *, heartbeat: Callable[[], None]) -> list[Trained]:
         """Add each example to its job's counts, ``passes`` times; no tensors where the parent is unfit."""

@@ -34,19 +34,22 @@ _FORWARD_SHARE = 8
 class Runner:
     """Runs one base. Not thread-safe: its owner holds the lock."""
 
-    def __init__(self, base: LoadedBase, targets: Mapping[str, nn.Module] | None = None) -> None:
+    def __init__(
+        self, base: LoadedBase, targets: Mapping[str, nn.Module] | None = None, *, library: bool = False
+    ) -> None:
         """Attach to a base.
 
         Args:
             base: Its backbone gets a hook that picks the read positions.
             targets: The layers that adapters attach to, by module name: what lies below them is shared by rows of
                 equal tokens. ``None``: any layer may be.
+            library: Whether all blocks are computed as transformers does, to compare with; the head alone is narrowed.
         """
-        self.base = base
+        self.base, self._library = base, library
         self.tokens = _GPU_TOKENS if base.device.type == "cuda" else _CPU_TOKENS
         self._picked: tuple[torch.Tensor, torch.Tensor] | None = None
         self._trunk = Trunk(base.model, targets)  # its hooks come first: the last block may be the lowest adapted one
-        self._last = LastBlock(base.model)
+        self._last = LastBlock(base.model, known=not library)
         self._takes_positions = "position_ids" in inspect.signature(base.model.forward).parameters
         # what the head reads: OPT calls its decoder past the model around it
         self._hook = base.model.get_decoder().register_forward_hook(self._pick)
@@ -110,7 +113,7 @@ class Runner:
         """Choose the plain products for training short bfloat16 sequences on a CPU."""
         half = torch.is_autocast_enabled("cpu") or self.base.dtype == torch.bfloat16
         short = length <= _PLAIN_ATTENTION_TOKENS
-        plain = half and short and self.base.device.type == "cpu" and torch.is_grad_enabled()
+        plain = half and short and self.base.device.type == "cpu" and torch.is_grad_enabled() and not self._library
         return plain_attention() if plain else nullcontext()
 
     @contextmanager

@@ -21,18 +21,19 @@ _ATTENTION = {
 class LastBlock:
     """Hooks on the last block, idle unless ``read`` is set. Other architectures than those known get none."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, known: bool = True) -> None:
         """Attach to a base.
 
         Args:
             model: A Hugging Face causal language model.
+            known: Whether to look for a block of a known kind; if not, all of them are computed whole.
         """
         self.read: torch.Tensor | None = None
         """``[n, p] int64``, the positions of each row that are read."""
         self._whole: torch.Tensor | None = None
         self._hooks: list[Any] = []
         blocks = [module for module in model.base_model.modules() if type(module).__name__ in _ATTENTION]
-        if blocks:
+        if blocks and known:
             self._attach(blocks[-1])
 
     @property

@@ -173,7 +173,8 @@ class TorchModel:
         return found
 
     def token_scores(self, examples: Sequence[Example], tensors: Tensors | None) -> list[_Scores]:
-        """Return the log probability of each text example's output tokens, the end included, teacher-forced.
+        """Return the log probability of each text example's output tokens, the end included, teacher-forced; none
+        where nothing is aimed at.
 
         Args:
             examples: One user's text examples.
@@ -187,15 +188,16 @@ class TorchModel:
         """
         targets = self._encoder.targets(examples)
         found: list[_Scores] = [_NONE] * len(examples)
+        live = [at for at, target in enumerate(targets) if target.positions]
         with self._one_user(tensors) as slot, torch.no_grad():
-            for group in buckets([len(target.ids) for target in targets], self._runner.tokens):
-                members = [targets[at] for at in group]
+            for group in buckets([len(targets[at].ids) for at in live], self._runner.tokens):
+                members = [targets[live[index]] for index in group]
                 with self._scratch.use([slot] * len(members)):
                     logits = self._runner.logits([Reading(t.ids, t.positions, slot) for t in members])
                 said = aim_log_probs(logits, [aim for t in members for aim in t.aims]).double().cpu().numpy()
                 parts = np.split(said, np.cumsum([len(t.aims) for t in members])[:-1])
-                for at, part in zip(group, parts, strict=True):
-                    found[at] = part
+                for index, part in zip(group, parts, strict=True):
+                    found[live[index]] = part
         return found
 
     def longest_output(self, task: str) -> int:
@@ -218,20 +220,24 @@ class TorchModel:
         return [foreseen(self._encoder.caches(own), ids) for own, ids in zip(texts, wanted, strict=True)]
 
     def scores(self, examples: Sequence[Example], tensors: Tensors | None) -> list[_Scores]:
-        """Return each choice example's log probabilities ``[c]`` (empty for text), under one user's weights.
+        """Return each example's log probabilities under one user's weights.
 
         Args:
             examples: One user's examples.
             tensors: The adapter's weights; ``None`` = the base alone.
 
         Returns:
-            One ``[c] float64`` an example; empty for text.
+            ``[c] float64`` of an example's choices; ``[t]`` of a text's output tokens.
 
         Raises:
             AdapterUnreadable: The weights do not fit this base.
         """
         found: list[_Scores] = [_NONE] * len(examples)
         at_choice = [at for at, example in enumerate(examples) if example.choices]
+        at_text = [at for at, example in enumerate(examples) if not example.choices]
+        texts = self.token_scores([examples[at] for at in at_text], tensors) if at_text else []
+        for at, said in zip(at_text, texts, strict=True):
+            found[at] = said
         tries = [self._encoder.tries.of(examples[at].choices) for at in at_choice]
         prompts = self._encoder.prompts([examples[at] for at in at_choice], [trie.depth for trie in tries])
         with self._one_user(tensors) as slot, torch.no_grad():

@@ -74,6 +74,11 @@ class Example:
     profile: str = field(default="", repr=False)
 
 
+def is_bare(example: Example) -> bool:
+    """Say whether an example is a text of the user's own, without an output."""
+    return not example.output.strip() and example.output not in example.choices
+
+
 @dataclass(frozen=True, slots=True)
 class TrainJob:
     """One user's update: start from ``parent`` weights (``None``: fresh), over ``examples`` in this order."""
@@ -179,7 +184,8 @@ class LanguageModel(Protocol):
         ...
 
     def scores(self, examples: Sequence[Example], tensors: Tensors | None) -> list[NDArray[np.float64]]:
-        """Return each choice example's log probabilities ``[c]`` (empty for text), under one user's weights."""
+        """Return each example's log probabilities under one user's weights: of the choices ``[c]``, of a text's output
+        tokens ``[t]``, teacher-forced; their mean is minus the loss."""
         ...
 
     def train(self, jobs: Sequence[TrainJob], config: TrainConfig, *, heartbeat: Callable[[], None]) -> list[Trained]:

@@ -73,7 +73,19 @@ def test_the_arms_are_what_would_be_served() -> None:
     expected = np.log(mixed(own.said[35, :3], own.matched[35, :3], weights))
     np.testing.assert_allclose(arms.held["fused"][0][5][:3], expected)
     assert np.isnan(arms.held["fused"][0][5][3])
-    assert {"none", "follow", "oppu", "evidence", "fused"} == set(arms.held)
+    assert {"none", "follow", "oppu", "evidence", "fused", "unweighed"} == set(arms.held)
+
+
+def test_an_adapter_that_hurts_one_user_is_trusted_less_by_that_user_alone() -> None:
+    good, bad = told("good", base=0.1, adapter=0.2), told("bad", base=0.1, adapter=0.02)
+    arms = text_arms([good, bad], [DEFAULT] * 2)
+    np.testing.assert_array_equal(arms.held["fused"][0], arms.held["unweighed"][0])
+    fused, unweighed = (arms.stream[name][1][:, :3] for name in ("fused", "unweighed"))
+    np.testing.assert_array_equal(fused[:17], unweighed[:17])  # nothing is earned before a day has ended
+    assert (fused[17:] > unweighed[17:]).all()
+    # with next to no weight left, as the mixture is with the base in the adapter's place
+    assert fused[-1] == pytest.approx(np.log(0.1), abs=0.01)
+    assert arms.trust[1] < 0.05 < 0.3 < arms.trust[0]
 
 
 def test_nothing_to_fit_an_adapter_on_is_refused() -> None:

@@ -35,6 +35,19 @@ def test_the_built_in_share_of_the_adapter_rises_and_every_expert_is_known() -> 
     assert set(DEFAULT.alone) == set(EXPERTS) - {"adapter"}
 
 
+def test_an_adapter_that_hurts_its_user_gives_its_weight_to_the_base() -> None:
+    def share(earned: float) -> dict[str, float]:
+        return shares(DEFAULT.weights(256, adapter=True, earned=earned), dict.fromkeys(EXPERTS, 1))
+
+    before, after = share(0.0), share(-5.0)
+    assert before["adapter"] > 0.2 and after["adapter"] < 0.03
+    assert after["base"] + after["adapter"] == pytest.approx(before["base"] + before["adapter"])
+    assert all(after[name] == pytest.approx(before[name]) for name in EXPERTS if name not in ("base", "adapter"))
+    assert DEFAULT.adapter_share(256, -5.0) == after["adapter"] < DEFAULT.adapter_share(256, -1.0) < before["adapter"]
+    assert share(2.0) == before
+    assert DEFAULT.weights(256, adapter=False, earned=-5.0) == DEFAULT.weights(256, adapter=False)
+
+
 def test_nearer_outputs_and_heavier_ones_come_first_and_blank_ones_not_at_all() -> None:
     found = caches("the input", [hit("near", 0.9), hit("far", 0.1), hit(" ", 0.8)], {"old": 1.0, "new": 2.0})
     assert [text for text, _ in found["knn"]] == ["near", "far"]

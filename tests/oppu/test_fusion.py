@@ -73,6 +73,9 @@ class TestEarned:
             earned = earn(earned, 1.5)
         assert float(DEFAULT.weights(10**6, earned)[1]) == MOST_SHARE
 
+    def test_what_is_not_a_number_is_a_loss_and_does_not_stay(self) -> None:
+        assert earn(0.0, float("nan")) == -PACE * MOST_GAIN
+
     def test_a_long_history_does_not_shield_an_adapter(self) -> None:
         assert float(DEFAULT.weights(10**9, -1.0)[1]) == pytest.approx(1 / (1 + np.e))
 

@@ -8,17 +8,13 @@ import pytest
 from oppu.effects import Effect
 from oppu.embedder import HashEmbedder
 from oppu.errors import AdapterUnreadable, TransientError
-from oppu.fusion import DEFAULT, earn, sources_of
 from oppu.lm.fake import TENSOR
 from oppu.lm.port import TrainConfig
 from oppu.settings import RetrieverSettings
 from oppu.store.port import ClaimState, Outcome
 from oppu.values import UserId
-from retriever.port import Query, knn_distribution
 from retriever.service import Retriever
-from tests.updater.world import GLAD, SAD, SETTINGS, TASKS, World, announced, published
-from updater.earning import Judge
-from updater.examples import example
+from tests.updater.world import GLAD, SAD, SETTINGS, World, announced, published
 from updater.job import Ended
 
 
@@ -293,60 +289,6 @@ def test_training_prompts_carry_only_earlier_items(world: World) -> None:
 def test_plain_prompts_by_default(world: World) -> None:
     published(world)
     assert all((e.evidence, e.profile) == ((), "") for e in world.model.jobs[-1][0].examples)
-
-
-# --- what an adapter earns
-def test_an_adapter_earns_by_what_it_foresaw_better_than_the_evidence(world: World) -> None:
-    retriever = Retriever(world.store, HashEmbedder(), RetrieverSettings(), world.metrics)
-    judge = Judge(retriever, DEFAULT, k=4, neighbours=8)
-    updater = world.new_updater("judging", judge=judge)
-
-    world.act("ada", GLAD)
-    world.tick(updater)
-    assert _earned(world) == 0.0  # nothing was foreseen by it yet
-    world.act("ada", GLAD)
-    outcome = world.tick(updater)
-    assert outcome.claimed == 1
-    assert _earned(world) == pytest.approx(expected(world, retriever, first=len(GLAD)))
-    retriever.close()
-
-
-def expected(world: World, retriever: Retriever, first: int) -> float:
-    """Ask about every later event by itself, as the service would have answered it."""
-    user = UserId("ada")
-    state = world.store.users([user], world.model.base)[user]
-    live, earned = world.registry.load(world.ref("ada", 1)), 0.0
-    for event in world.store.events({user: first}, embedder="", limit=99)[user]:
-        made = example(event, TASKS)
-        [none], [own] = (world.model.scores([made], tensors) for tensors in (None, live))
-        query = Query(state, event.task, event.input, 4, 8, before_seq=event.seq)
-        [found], [profile] = retriever.retrieve([query]), retriever.profiles([(state, event.task, event.seq)])
-        vote = knn_distribution(found.neighbours, made.choices)
-        said = sources_of(none, own, vote, profile.prior, made.choices)
-        earned = earn(earned, DEFAULT.gain(said, event.seq - 1, made.choices.index(event.output)))
-    assert earned != 0.0
-    return earned
-
-
-def test_an_update_that_failed_leaves_what_was_earned(world: World) -> None:
-    retriever = Retriever(world.store, HashEmbedder(), RetrieverSettings(), world.metrics)
-    updater = world.new_updater("judging", judge=Judge(retriever, DEFAULT, k=4, neighbours=8))
-    world.act("ada", GLAD)
-    world.tick(updater)
-    world.act("ada", GLAD)
-
-    def broken() -> None:
-        raise AdapterUnreadable("checksum")
-
-    assert world.tick(updater, registry_write=broken).ended == {Ended.FAILED: 1}
-    assert _earned(world) == 0.0
-    retriever.close()
-
-
-def _earned(world: World) -> float:
-    head = world.head("ada")
-    assert head is not None
-    return head.earned
 
 
 # --- the shape

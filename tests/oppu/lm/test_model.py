@@ -129,6 +129,18 @@ def test_losses_agree_with_scores(make_model: Make, make_adapter: Make) -> None:
         assert np.allclose(scored.scores, expected, atol=1e-9)
 
 
+def test_scores_of_texts_stand_beside_those_of_choices(make_model: Make, make_adapter: Make) -> None:
+    model = make_model(dtype=torch.float64)
+    tensors = make_adapter(model._base.model, 3)
+    texts = [Example("news_headline", "some article", "abc"), Example("news_headline", "another", "a longer output")]
+    choice = Example("movie_tagging", "film", CHOICES[1], CHOICES)
+    first, middle, last = model.scores([texts[0], choice, texts[1]], tensors)
+    assert middle.shape == (len(CHOICES),)
+    assert np.allclose(middle, model.scores([choice], tensors)[0], atol=1e-9)
+    for said, example in zip((first, last), texts, strict=True):
+        assert -said.mean() == pytest.approx(model.losses([example], tensors)[0], abs=1e-9)
+
+
 def test_loss_of_text_is_the_mean_over_its_tokens(make_model: Make) -> None:
     model = make_model(dtype=torch.float64)
     example = Example("news_headline", "some article", "abc")
