@@ -16,7 +16,7 @@ from evaluation.methods import METHODS, RATES
 from evaluation.prompting import PLAIN, Asked, Variant, example
 from evaluation.splits import Fold
 from evaluation.training import Recipe
-from evaluation.variants import FURTHER, PROMPTED, RECENT, TRAINED, UNADAPTED
+from evaluation.variants import ANALYSED, FURTHER, PROMPTED, RECENT, TRAINED, UNADAPTED
 from oppu.lm.adaption import AdaptConfig, adapt
 from oppu.lm.base import OFFLINE, load_base
 from oppu.lm.model import TorchModel
@@ -104,7 +104,7 @@ class Options:
 def options(settings: Settings, recipe: Recipe, *, all_arms: bool, methods: bool, analyses: bool) -> Options:
     """Return a run's options under some settings."""
     limit, offline = settings.model.max_tokens, settings.model.base == OFFLINE
-    return Options(recipe, limit, offline, all_arms or analyses, methods, analyses)
+    return Options(recipe, limit, offline, all_arms, methods, analyses)
 
 
 def phases(fold: Fold, rates: Rates, chosen: Options) -> dict[str, float]:
@@ -123,13 +123,14 @@ def phases(fold: Fold, rates: Rates, chosen: Options) -> dict[str, float]:
     found = {f"base-{variant}": work.base(variant) for variant in recipe.variants}
     per_item = recipe.chunk_passes * (1 + recipe.replay / recipe.chunk) * rates.train + 2 * rates.score
     found["follow"] = work.every() * per_item
-    trained = {**TRAINED, **(FURTHER if chosen.all_arms else {})}
+    more = tuple(FURTHER) if chosen.all_arms else ANALYSED if chosen.analyses else ()
+    trained = {**TRAINED, **{name: FURTHER[name] for name in more}}
     bases = {*recipe.variants, "unadapted"}
     found |= {name: work.prompted(way.asked) for name, way in PROMPTED.items() if way.base in bases}
     found |= {RECENT: work.prompted(Asked(8))} if "retrieval" in bases else {}
     found |= {name: work.trained(way.asked) for name, way in trained.items() if way.base in bases}
     found["controls"] = 3 * work.trained(PLAIN) + (1 + recipe.strangers) * work.prompted(PLAIN)
-    if chosen.all_arms:
+    if more:
         found[UNADAPTED] = work.prompted(PLAIN)
         runs = recipe.base_epochs if recipe.base_search else 1
         found["base-unadapted"] = work.base("plain") / runs if chosen.offline else 0.0

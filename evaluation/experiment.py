@@ -28,7 +28,7 @@ from evaluation.roles import Bounds
 from evaluation.splits import Fold, Person, make_folds, sharing
 from evaluation.text import text_run
 from evaluation.training import Bench, Recipe, Say, base_scores, chunks_of, follow, score, stage, train_once, widened
-from evaluation.variants import PROMPTED, Chosen, compared, judges, only_chosen, weights_of
+from evaluation.variants import ANALYSED, FURTHER, PROMPTED, Chosen, compared, judges, only_chosen, weights_of
 from evaluation.writing import Writer, lengths, write
 from oppu.embedder import Embedder
 from oppu.lm.port import Tensors
@@ -223,7 +223,7 @@ def _fold(plan: Plan, study: Study, extra: Extra) -> _Part:
         plain = base_scores(bench, people, "base-scores")
         followed = follow(bench, people)
         study.done("follow")
-        variants = compared(study, bench, every=plan.all_arms or plan.analyses)
+        variants = compared(study, bench, FURTHER if plan.all_arms else ANALYSED if plan.analyses else ())
         held = variants.held
         _add_controls(study, bench, held)
         study.done("controls")

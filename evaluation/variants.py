@@ -4,7 +4,7 @@ The choice is made by the fold's calibrate users, whose earlier half trains and 
 a target has a say in it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,6 +50,8 @@ FURTHER: Mapping[str, Way] = {
     "oppu-unadapted": Way("unadapted"),
 }
 """OPPU arms that run only where all arms are asked for."""
+ANALYSED = ("oppu-unadapted",)
+"""Those of them that the analyses compare with."""
 UNADAPTED = "unadapted"
 """Non-personal, on the base before task adaption: what ``oppu-unadapted`` is to be compared with."""
 CHOSEN_PROMPT, CHOSEN_OPPU = "chosen-prompt", "chosen-oppu"
@@ -104,13 +106,13 @@ def judges(study: Study) -> list[Person]:
     return found
 
 
-def compared(study: Study, plain: Bench, *, every: bool) -> Compared:
+def compared(study: Study, plain: Bench, further: Collection[str] = ()) -> Compared:
     """Run the prompt-only and the OPPU arms on every base they need.
 
     Args:
         study: The fold and seed.
         plain: The plain base, open.
-        every: Whether the further OPPU arms run too.
+        further: Which of the further OPPU arms run too.
 
     Returns:
         The arms of the fold's targets, and the choice made by its calibrate users.
@@ -118,7 +120,7 @@ def compared(study: Study, plain: Bench, *, every: bool) -> Compared:
     people = [*study.fold.target, *judges(study)]
     held: Held = {p.user_id: {} for p in people}
     variants = study.recipe.variants
-    trained = {**TRAINED, **{n: way for n, way in FURTHER.items() if every or n in (study.arms or ())}}
+    trained = {**TRAINED, **{n: way for n, way in FURTHER.items() if n in (*further, *(study.arms or ()))}}
     arms = _Arms(study, people, held)
     arms.on_base(plain, {}, _on("plain", trained))
     share = None

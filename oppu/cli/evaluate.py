@@ -40,7 +40,7 @@ _FILES = ("outputs", "population", "population_outputs", "sisters", "profiles", 
 @click.option("--quick", is_flag=True, help=f"{QUICK_USERS} targets, short training: not evidence.")
 @click.option("--all-arms", is_flag=True, help="Also OPPU with k=2 and 4, profile with k=1, and without adaption.")
 @click.option("--methods", is_flag=True, help="Also LoRA, IA3 and prompt tuning, one user after the other.")
-@click.option("--analyses", is_flag=True, help="Also the paper's analyses; all arms run.")
+@click.option("--analyses", is_flag=True, help="Also the paper's analyses, and OPPU without adaption.")
 @click.option("--final", is_flag=True, help="Open the held-back last fifth; it is written down that this was done.")
 @json_option
 @click.pass_obj

@@ -41,7 +41,7 @@ def test_adapting_counts_every_number_of_epochs_as_a_run() -> None:
     [
         ({"all_arms": True}, {"oppu-2", "oppu-4", "oppu-unadapted", "base-unadapted"}),
         ({"methods": True}, {"methods"}),
-        ({"analyses": True}, {"analyses"}),
+        ({"analyses": True}, {"analyses", "oppu-unadapted", "base-unadapted"}),
     ],
 )
 def test_what_is_asked_for_costs(more: dict[str, bool], wanted: set[str]) -> None:
