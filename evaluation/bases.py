@@ -183,7 +183,7 @@ def adapt_once(
 
     def progress(done: int, steps: int, loss: float) -> None:
         if done % max(1, steps // 5) == 0:
-            study.say(f"{name}: step {done} of {steps}, loss {loss:.3f}")
+            study.say(f"{name}: step {done} of {steps}" + (f", loss {loss:.3f}" if answers else ""))
 
     base = load_base(study.settings.model, adapting=True)
     adapt(base, study.tasks, examples, out, config=config, settings=study.settings.model, progress=progress)
