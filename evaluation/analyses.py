@@ -77,9 +77,10 @@ def analyse(study: Study, held: Mapping[str, Mapping[str, Array]], extra: Extra)
         _shift_in_adapters(run, bench)
         _all_tasks(run, bench)
         cost = _cost(run, bench)
-    with opened(study, "retrieval") as bench:
-        _formats_in_prompts(run, bench)
-        _shift_in_prompts(run, bench)
+    if "retrieval" in study.recipe.variants:
+        with opened(study, "retrieval") as bench:
+            _formats_in_prompts(run, bench)
+            _shift_in_prompts(run, bench)
     for base, arms in (("adapted", ("none", "oppu")), ("not adapted", ("unadapted", "oppu-unadapted"))):
         for label, arm in zip(("none", "oppu"), arms, strict=True):
             run.add((UNADAPTED_BASE, base, label), {p.user_id: held[p.user_id][arm] for p in run.people})

@@ -17,6 +17,7 @@ from oppu.errors import ConfigError
 from oppu.tasks import Task
 
 _PLACE = re.compile(r"\[?(\d{1,4})\]?")
+_LEADING = re.compile(r"(?:\[(\d{1,4})\]|\((\d{1,4})\)|(\d{1,4})[.:)])(?!\d)")
 _CANDIDATE = re.compile(r"\[(\d{1,4})\]\s*:")
 
 Learnable = Callable[[Sequence[Item]], list[Item]]
@@ -114,10 +115,11 @@ def _by_own(item: Item, key: Key) -> Item | None:
     return replace(item, output=found) if found is not None else None
 
 
-def _by_place(item: Item, task: Task) -> Item:
-    """Read the candidates ``[1]: …`` of the input, and the output as the place of one of them.
+def _by_place(item: Item, task: Task) -> Item | None:
+    """Read the candidates ``[1]: …`` of the input, and the output as the place of one of them, or what stands there.
 
-    What answers nothing that is asked (a paper and one that it cites) is a text of the user's own.
+    ``None`` where it is none of those that are offered. What asks nothing (a paper and one that it cites) is a text of
+    the user's own.
     """
     names, texts = _candidates(item.input)
     offered = names or task.labels
@@ -126,9 +128,14 @@ def _by_place(item: Item, task: Task) -> Item:
     place = _PLACE.fullmatch(item.output)
     if place and f"[{place[1]}]" in offered:
         return replace(item, choices=offered, output=f"[{place[1]}]")
-    found = next((n for n, text in zip(names, texts, strict=True) if _key(text) == _key(item.output)), None)
+    found = next((n for n, text in zip(names, texts, strict=True) if _said_in(text) == _said_in(item.output)), None)
+    leading = _LEADING.match(item.output)
+    if found is None and leading:
+        found = next((name for name in offered if name[1:-1] in leading.groups()), None)
     if found is not None:
         return replace(item, choices=offered, output=found)
+    if names:
+        return None
     return replace(item, choices=offered, input=f"{item.input} {task.answer} {item.output}", output="")
 
 
@@ -177,6 +184,11 @@ def _commonest(outputs: Sequence[str], labels: Sequence[str], key: Key) -> list[
     for text in sorted(counts, key=lambda text: (-counts[text], text)):
         best.setdefault(key(text), spelt.get(key(text), text))
     return sorted(best.values())
+
+
+def _said_in(text: str) -> str:
+    """Return a candidate or an answer without what only separates it."""
+    return " ".join(text.casefold().split()).strip("\"'\u201c\u201d.,; ")
 
 
 def _key(text: str) -> object:

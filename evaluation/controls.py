@@ -29,13 +29,14 @@ def volume_matched(person: Person, people: Sequence[Person], seed: int) -> list[
     """Return as many items of each output as the user has, drawn from other users' training parts.
 
     An output that nobody else gave is replaced by items of any output; other people's text outputs are never the
-    same, so there only the number is matched. Co-authors, who share a group with the user, are left out; where nobody
-    else is there, nothing is returned.
+    same, so there only the number is matched. Co-authors, who share a group with the user, are left out, or where all
+    others do, their items that the user is asked about; where nobody else is there, nothing is returned.
     """
     own = set(person.groups)
-    others = [p for p in people if p.user_id != person.user_id and not own & set(p.groups)]
+    others = [p for p in people if p.user_id != person.user_id]
+    others = [p for p in others if not own & set(p.groups)] or others
     pool: dict[str, list[Item]] = defaultdict(list)
-    every = [item for p in others for item in p.train]
+    every = [item for p in others for item in not_asked(p, [person])]
     for item in every:
         pool[item.output].append(item)
     if not every:
@@ -46,6 +47,12 @@ def volume_matched(person: Person, people: Sequence[Person], seed: int) -> list[
         choice = pool.get(output) or every
         drawn += chance.sample(choice, count) if count <= len(choice) else chance.choices(choice, k=count)
     return drawn
+
+
+def not_asked(person: Person, people: Sequence[Person]) -> list[Item]:
+    """Return a user's training items that say the same as nothing that some people are asked about."""
+    asked = {group for p in people for group in p.groups[p.cut :]}
+    return [item for item, group in zip(person.train, person.groups, strict=False) if group not in asked]
 
 
 def strangers(people: Sequence[Person], count: int, seed: int) -> dict[str, list[str]]:

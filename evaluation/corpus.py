@@ -1,7 +1,7 @@
 """Items to experiment on, from this project's event format or from the benchmarks' published layouts.
 
 ``read`` tells the layouts apart by their shape (``evaluation.published`` reads the benchmarks'). Invariants: an
-item's id is unique; a user's repeated event is one item; texts have no space around them. What may be answered is
+item's id is unique; equal events of a user are one item; texts have no space around them. What may be answered is
 not decided here but for ``load``, which takes a task as the service does.
 """
 
@@ -10,14 +10,19 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, date
+from datetime import UTC, date, datetime
 from pathlib import Path
+from statistics import median
 
 from pydantic import ValidationError
 
 from oppu.errors import ConfigError, InvalidRecord
 from oppu.tasks import Tasks
 from oppu.wire import BehaviorEvent, refusal
+
+FEWEST_DAYS = 5
+"""Where most users have fewer, days cannot divide what they did."""
+_FEW_ITEMS = 5
 
 
 class _Recorded(BehaviorEvent):
@@ -28,7 +33,7 @@ class _Recorded(BehaviorEvent):
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One thing a user did. ``day`` orders and separates.
+    """One thing a user did. ``day`` orders and separates; ``moment`` is when within it, where that is known.
 
     ``choices`` are empty for texts; a blank ``output`` means that there is no pair, only the text in ``input``;
     ``query`` that the layout itself holds the item back as a question.
@@ -42,6 +47,7 @@ class Item:
     output: str = field(repr=False)
     choices: tuple[str, ...] = field(default=(), repr=False)
     query: bool = False
+    moment: datetime | None = field(default=None, repr=False, compare=False)
 
     @property
     def bare(self) -> bool:
@@ -98,6 +104,9 @@ def read(path: Path, task: str, *, outputs: Path | None = None) -> list[Item]:
         text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
         gold = json.loads(outputs.read_text(encoding="utf-8-sig")) if outputs is not None else None
         rows = json.loads(text) if text.lstrip().startswith("[") else None
+        if isinstance(rows, list) and rows and all(isinstance(row, dict) and "occurred_at" in row for row in rows):
+            text = "\n".join(json.dumps(row) for row in rows)
+            rows = None
     except (OSError, EOFError, ValueError) as error:
         raise ConfigError(
             f"events: cannot read {path if outputs is None else f'{path} or {outputs}'}: {error}"
@@ -108,28 +117,66 @@ def read(path: Path, task: str, *, outputs: Path | None = None) -> list[Item]:
 
 def of_events(events: Iterable[BehaviorEvent]) -> list[Item]:
     """Return events as items."""
+    timed = [(e, e.occurred_at.astimezone(UTC)) for e in events]
     return [
-        Item(e.event_id, e.user_id, e.task, e.occurred_at.astimezone(UTC).date(), e.input, e.output, e.choices or ())
-        for e in events
+        Item(e.event_id, e.user_id, e.task, at.date(), e.input, e.output, e.choices or (), moment=at) for e, at in timed
     ]
+
+
+def in_time(*parts: Sequence[Item]) -> tuple[str, list[list[Item]]]:
+    """Let instants order and separate where most users have fewer than ``FEWEST_DAYS`` days.
+
+    Args:
+        parts: Items, all of one time line.
+
+    Returns:
+        What orders them: ``days``; else ``instants``, or of those too few ``order in the file``, each counted as a day.
+        And the parts.
+    """
+    every = [item for part in parts for item in part]
+    moments = [item.moment for item in every if item.moment is not None]
+    days_do = _usual([i.day for i in own] for own in _long(every)) >= FEWEST_DAYS
+    if days_do or len(moments) < len(every):
+        return "days", [list(part) for part in parts]
+    if _usual([i.moment for i in own] for own in _long(every)) >= FEWEST_DAYS:
+        rank = {moment: at for at, moment in enumerate(sorted(set(moments)), start=1)}
+        numbers, name = iter([rank[moment] for moment in moments]), "instants"
+    else:
+        numbers, name = iter(range(1, len(every) + 1)), "order in the file"
+    return name, [[replace(item, day=date.fromordinal(next(numbers))) for item in part] for part in parts]
+
+
+def _long(items: Sequence[Item]) -> list[list[Item]]:
+    people = by_user(items).values()
+    return [own for own in people if len(own) >= _FEW_ITEMS] or list(people)
+
+
+def _usual(values: Iterable[Sequence[object]]) -> float:
+    """Return how many different values the middle user has."""
+    counts = [len(set(own)) for own in values]
+    return median(counts) if counts else 0
 
 
 def unique(items: Iterable[Item]) -> list[Item]:
-    """Keep the first of a user's items of one id and task, and give what shares an id with others one of its own."""
-    first: dict[tuple[str, str, str], Item] = {}
-    for item in items:
-        first.setdefault((item.user_id, item.task, item.item_id), item)
-    count = Counter((item.task, item.item_id) for item in first.values())
-    return [
-        replace(
-            item,
-            # no two pairs read alike, whatever stands in them
-            item_id=item.item_id if count[item.task, item.item_id] == 1 else json.dumps([item.user_id, item.item_id]),
-            output=item.output.strip(),
-            choices=tuple(choice.strip() for choice in item.choices),
+    """Keep one of a user's items that are equal, and give what shares an id with others one of its own."""
+    first = dict.fromkeys(items)
+    count = Counter((item.task, item.item_id) for item in first)
+    own: Counter[tuple[str, str, str]] = Counter()
+    found = []
+    for item in first:
+        key = item.user_id, item.task, item.item_id
+        own[key] += 1
+        # no two lists read alike, whatever stands in them
+        names = [item.user_id, item.item_id, *([own[key]] if own[key] > 1 else [])]
+        found.append(
+            replace(
+                item,
+                item_id=item.item_id if count[item.task, item.item_id] == 1 else json.dumps(names),
+                output=item.output.strip(),
+                choices=tuple(choice.strip() for choice in item.choices),
+            )
         )
-        for item in first.values()
-    ]
+    return found
 
 
 def prepared(items: Sequence[Item], task: str, tasks: Tasks) -> list[Item]:

@@ -69,7 +69,7 @@ class Outcome:
     ``chosen`` is each fold's choice for P1, ``curves`` each base's loss after each number of epochs by fold and
     variant, ``cut_share`` the share of recent items that did not fit the prompts, ``methods`` each PEFT method's cost,
     ``analysed`` each fold's analyses, ``left_out`` the arms that not all users had, ``repeats`` how many items of each
-    fold are left out because they say what another one says.
+    fold are left out because they say what another one says, ``shared`` whether targets learnt what others are asked.
     """
 
     seed: int
@@ -83,6 +83,7 @@ class Outcome:
     analysed: tuple[Analysed, ...] = ()
     left_out: tuple[str, ...] = ()
     repeats: Mapping[str, int] = field(default_factory=dict)
+    shared: bool = False
 
 
 def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, embedder: Embedder) -> list[Outcome]:
@@ -198,7 +199,7 @@ class _Part:
     cut_share: float | None
     methods: dict[str, MethodResult]
     analysed: Analysed | None
-    repeats: int
+    fold: Fold
 
 
 def _pasts(
@@ -249,7 +250,7 @@ def _fold(plan: Plan, study: Study, extra: Extra) -> _Part:
     curves: dict[str, list[float]] = {variant: curve(study, variant) for variant in plan.recipe.variants}
     curves = {variant: losses for variant, losses in curves.items() if losses}
     others = [tables[p.user_id] for p in fold.calibrate]
-    return _Part(targets, others, arms, variants.chosen, curves, variants.cut_share, methods, analysed, fold.repeats)
+    return _Part(targets, others, arms, variants.chosen, curves, variants.cut_share, methods, analysed, fold)
 
 
 def _table(
@@ -311,7 +312,8 @@ def _outcome(plan: Plan, seed: int, parts: Sequence[_Part], tasks: Tasks) -> Out
         merged([part.methods for part in parts]),
         tuple(part.analysed for part in parts if part.analysed is not None),
         tuple(sorted(set.union(*ran) - common)),
-        {part.chosen.fold: part.repeats for part in parts},
+        {part.fold.name: part.fold.repeats for part in parts},
+        any(part.fold.shared for part in parts),
     )
 
 
@@ -326,7 +328,7 @@ def _add_controls(study: Study, bench: Bench, held: Mapping[str, dict[str, Array
     if all(volume.values()):  # else somebody has nobody else's items to draw from
         _add(bench, study.fold, "volume", _trained(bench, "volume", volume), held)
     _add_strangers(study, bench, held)
-    union = [i for p in people for i in p.train]
+    union = [i for p in people for i in controls.not_asked(p, people)]
     everybody = _trained(bench, "union", {"everybody": union})["everybody"]
     _add(bench, study.fold, "union", {p.user_id: everybody for p in people}, held)
 

@@ -27,12 +27,16 @@ def check(fold: Fold, vectors: Mapping[str, Vectors]) -> None:
 
 def _sides(fold: Fold, vectors: Mapping[str, Vectors]) -> Iterable[str]:
     held = [i for p in fold.target for i in p.test]
-    rest = [*(i for p in fold.target for i in p.train), *(i for p in fold.calibrate for i in p.items)]
+    learnt, calibrate = [i for p in fold.target for i in p.train], [i for p in fold.calibrate for i in p.items]
+    rest = calibrate if fold.shared else [*learnt, *calibrate]  # what nobody may learn who is asked by others
     own, used = [*held, *rest], [*rest, *fold.adapt]
     near = _near(held, rest, fold.adapt)
-    if near & {(0, 1), (0, 2)} or _overlap(held, used, vectors):
+    again = near & {(0, 1), (0, 2)} or _overlap(held, used, vectors)
+    if again or (fold.shared and any(_near(p.test, p.train) & {(0, 1)} for p in fold.target)):
         yield "an item of some test part, or a near-duplicate, is also learnt or calibrated on"
-    if any(normal(item.input) in fold.held for item in used):
+    if fold.shared and any(_overlap(p.test, p.train, vectors) for p in fold.target):
+        yield "an item of a user's test part, or a near-duplicate, is also in his training part"
+    if any(normal(item.input) in fold.held for item in (*learnt, *used)):
         yield "an item of a sister task's test part is learnt or calibrated on"
     if near & {(0, 2), (1, 2)} or _overlap(own, fold.adapt, vectors) or _users(own) & _users(fold.adapt):
         yield "the base would be adapted on a target's or calibrate user's item"

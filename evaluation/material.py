@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from evaluation.answers import read_labels, settle
-from evaluation.corpus import Item, by_user, read, unique
+from evaluation.corpus import Item, by_user, in_time, read, unique
 from evaluation.published import read_profiles
 from evaluation.roles import Bounds, reachable
 from evaluation.splits import not_tested, sharing
@@ -64,11 +64,12 @@ def gather(files: Files, task: Task, bounds: Bounds, *, final: bool) -> Material
     events = read(files.events, task.name, outputs=files.outputs)
     own = [item for item in events if item.task == task.name]
     others = _population(files, task, {item.user_id for item in own})
+    every = [*events, *(item for file in files.sisters for item in read(file, task.name))]
+    ordered, (own, others, rest) = in_time(own, others, [item for item in every if item.task != task.name])
     bounds = replace(bounds, population=frozenset(item.user_id for item in others))
     bounds = reachable(by_user(own), bounds)
     labels = read_labels(files.labels) if files.labels is not None else None
-    every = [*events, *(item for file in files.sisters for item in read(file, task.name))]
-    rest = sorted((item for item in every if item.task != task.name), key=lambda item: item.day)
+    rest = sorted(rest, key=lambda item: item.day)
     sisters = sharing([*own, *others], rest)
     made = settle(unique([*own, *others]), task, lambda items: not_tested(items, sisters, bounds, final=final), labels)
     profiles = read_profiles(files.profiles) if files.profiles is not None else {}
@@ -79,6 +80,7 @@ def gather(files: Files, task: Task, bounds: Bounds, *, final: bool) -> Material
         "items_left_out": len(own) + len(others) - len(made.items),
         "users": len(users),
         "population_users": len(bounds.population),
+        "ordered_by": ordered,
         "sister_tasks": sorted({item.task for item in sisters}),
         "profiles": "written" if profiles else "statistics",
         "population_before_test": bounds.before_test,

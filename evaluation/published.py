@@ -8,9 +8,10 @@ a day, in order. Queries lose the instruction before the text, which a task's pr
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from evaluation.corpus import Item
 from oppu.errors import ConfigError
 
 _FIRST_DAY = date(2000, 1, 1)
+_NUMBERED = re.compile(r"(\d{4})(?:\.0)?(?:-(\d{1,2})(?:-(\d{1,2})(?:[ T].*)?)?)?")
+_TWEETED = re.compile(r"[A-Z][a-z]{2} ([A-Z][a-z]{2} \d{1,2}) [\d:]{8} (?:[A-Z+\-\d]+ )?(\d{4})")
 _OUTPUT_FIELDS = ("output", "gold", "score", "category", "tag", "title", "citation")
 _INPUT_FIELDS = ("input", "text", "abstract", "description", "title")
 _CUES: Mapping[str, str] = {
@@ -166,9 +169,20 @@ def _day(entry: object, user: str) -> date | None:
     if not text:
         return None
     try:
-        return date(int(text), 1, 1) if text.isdecimal() and len(text) == 4 else datetime.fromisoformat(text).date()
-    except ValueError as error:
+        return _date(text)
+    except (ValueError, OverflowError) as error:
         raise ConfigError(f"events: user {user}: date: expected YYYY-MM-DD, got {text[:20]!r}") from error
+
+
+def _date(text: str) -> date:
+    """Read a year, a month or a day however padded, a time behind it, seconds since 1970, or as tweets are dated."""
+    if found := _NUMBERED.fullmatch(text):
+        return date(int(found[1]), int(found[2] or 1), int(found[3] or 1))
+    if text.isdecimal():
+        return datetime.fromtimestamp(int(text), UTC).date()
+    if found := _TWEETED.fullmatch(text):
+        return datetime.strptime(f"{found[1]} {found[2]}", "%b %d %Y").date()
+    return datetime.fromisoformat(text).date()
 
 
 def _answers(gold: object) -> dict[str, str]:

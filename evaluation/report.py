@@ -97,6 +97,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
         "chosen": [asdict(choice) for o in outcomes for choice in o.chosen],
         "adaption": {f"seed {o.seed}, {name}": list(losses) for o in outcomes for name, losses in o.curves.items()},
         "repeats_left_out": dict(outcomes[0].repeats),
+        "shared_items": outcomes[0].shared,
         "left_out": sorted({name for o in outcomes for name in o.left_out}),
         "recent_history_cut_share": outcomes[0].cut_share,
         "command": command,
@@ -133,7 +134,7 @@ def write(result: Mapping[str, Any], outcomes: Sequence[Outcome], kind: Kind, fo
     name = _name(result, folder)
     data, page = folder / f"{name}.json", folder / f"{name}.md"
     result = {**result, "figures": draw(result, folder)}
-    data.write_text(json.dumps(_plain(result), indent=1) + "\n", encoding="utf-8")
+    data.write_text(json.dumps(for_json(result), indent=1) + "\n", encoding="utf-8")
     page.write_text(markdown(result) + _examples(outcomes[0], kind), encoding="utf-8")
     return data, page
 
@@ -158,6 +159,11 @@ def markdown(result: Mapping[str, Any]) -> str:
         lines += [f"**{len(set(result['seeds']))} of the {SEEDS} seeds that a result takes: an indication.**", ""]
     if result["case_study"]:
         lines += ["**So few users are a case study: intervals of each, and no p of a population.**", ""]
+    if result["shared_items"]:
+        lines += [
+            "**Users act on the same things: who is asked about one has not learnt it, but others may have.**",
+            "",
+        ]
     part = "held-back last fifth" if result["final"] else "development part (the last fifth stays closed)"
     lines += [
         f"{result['users']} users, {result['queries']} queries, {part}; metric: {result['metric']}; "
@@ -204,12 +210,12 @@ def _test_rows(tests: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _plain(value: Any) -> Any:
+def for_json(value: Any) -> Any:
     """Return a value for JSON, which has no word for what is not a number (one user's detectable effect)."""
     if isinstance(value, Mapping):
-        return {key: _plain(part) for key, part in value.items()}
+        return {key: for_json(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [for_json(part) for part in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 

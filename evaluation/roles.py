@@ -10,7 +10,7 @@ from oppu.errors import ConfigError
 
 LEAVE_ONE_OUT, CROSS_FOLDS = 6, 5
 """Up to so many targets each are left out alone; more are left out in so many parts."""
-LEAST_ITEMS = 5
+LEAST_ITEMS, FAIR_ITEMS = 5, 20
 _HELPFUL_TARGETS = 12
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -21,7 +21,7 @@ class Bounds:
 
     ``population`` names users who are never targets; where there are any, all others are targets or nothing.
     ``before_test`` keeps of the adapt items those from before the earliest target's test part. Without ``strict`` the
-    bound on targets is lowered where nobody reaches it (``reachable``).
+    bound on targets is lowered where too few reach it (``reachable``).
     """
 
     target: int = 50
@@ -33,20 +33,21 @@ class Bounds:
 
 
 def reachable(people: Mapping[str, Sequence[Item]], bounds: Bounds) -> Bounds:
-    """Lower the bounds where nobody reaches them.
+    """Lower the bounds where too few reach them.
 
     Args:
         people: Each user's items.
         bounds: As asked for.
 
     Returns:
-        The given bounds where they may not be lowered, or need not be; else about a dozen users, or half of fewer,
-        become targets, none of them with fewer than ``LEAST_ITEMS``.
+        The given bounds where they may not be lowered, or need not be: a dozen users reach them, or half of fewer, or
+        all with ``FAIR_ITEMS``. Else so many become targets, none of them with fewer than ``LEAST_ITEMS``.
     """
     counts = _counts(people, bounds)
-    if bounds.strict or not counts or counts[0] >= bounds.target:
+    wanted = min(_HELPFUL_TARGETS, max(1, len(counts) // 2, sum(count >= FAIR_ITEMS for count in counts)))
+    if bounds.strict or not counts or counts[wanted - 1] >= bounds.target:
         return bounds
-    target = max(_helpful(counts), LEAST_ITEMS)
+    target = max(counts[wanted - 1], LEAST_ITEMS)
     return replace(bounds, target=target, calibrate=min(bounds.calibrate, max(3, target // 2)))
 
 

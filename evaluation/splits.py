@@ -3,6 +3,8 @@
 Users fall by hash and number of items into adapt, calibrate and target. Invariants: items that say the same (equal
 text, near-duplicates) form one group, and a group lies on one side only: a target's test wins over calibrate, that
 over a target's training part, that over adapt; what loses is dropped. Within a user a group's first item is kept.
+Where users act on the same few things, as on films, that would leave targets nothing to learn: then a target may learn
+what others are asked about, which none of his arms but controls can see, and controls leave out what he is asked about.
 Role and cut of a user are those of all tasks that share its items (sister tasks), so that an article lies on the same
 side whichever task is asked about.
 """
@@ -19,6 +21,8 @@ from evaluation.roles import Bounds, roles
 from oppu.errors import ConfigError
 
 TRAIN_SHARE = 0.8
+MOST_LOST = 0.5
+"""Of targets' training items, to other users' sides: past it they are shared things."""
 
 
 class Side(IntEnum):
@@ -55,7 +59,8 @@ class Fold:
     """One base's users: the base is adapted on ``adapt``, everything is chosen on ``calibrate``.
 
     ``held`` are the normalised inputs of sister tasks' test parts; ``before`` the day that all of ``adapt`` precedes,
-    where that was asked for; ``repeats`` is how many items stand in no part, for they say what another one says.
+    where that was asked for; ``repeats`` is how many items stand in no part, for they say what another one says, of
+    which ``lost`` is the share of targets' training items; ``shared``: targets may learn what others are asked about.
     """
 
     name: str
@@ -65,6 +70,8 @@ class Fold:
     held: frozenset[str] = field(default=frozenset(), repr=False)
     before: date | None = None
     repeats: int = 0
+    lost: float = 0.0
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +126,10 @@ def make_folds(
     people = by_user(items)
     days = _days(items, sisters, final=final)
     world = _World(people, groups, days, tuple(sisters), _most(items, sisters), bounds)
-    folds = [_fold(name, world, role) for name, role in roles(people, world.most, bounds).items()]
+    parts = roles(people, world.most, bounds)
+    folds = [_fold(name, world, role) for name, role in parts.items()]
+    if sum(fold.lost for fold in folds) > MOST_LOST * len(folds):
+        folds = [_fold(name, world, role, shared=True) for name, role in parts.items()]
     repeats = max(fold.repeats for fold in folds)
     folds = [fold for fold in folds if fold.target]
     if not folds:
@@ -165,11 +175,12 @@ def cut_index(items: Sequence[Item]) -> int:
     asked = next((k for k, item in enumerate(items) if item.query), None)
     if asked is not None:
         return asked
-    at = min(int(TRAIN_SHARE * len(items)), len(items) - 1)
-    first = next(k for k in range(len(items)) if items[k].day == items[at].day)
+    able = [item for item in items if not item.bare] or items  # who has answers is asked about a fifth of those
+    day = able[min(int(TRAIN_SHARE * len(able)), len(able) - 1)].day
+    first = next(k for k in range(len(items)) if items[k].day == day)
     if first > 0:
         return first
-    return next((k for k in range(len(items)) if items[k].day > items[at].day), len(items))
+    return next((k for k in range(len(items)) if items[k].day > day), len(items))
 
 
 def clusters(people: Sequence[Person]) -> list[int]:
@@ -208,10 +219,11 @@ def _most(items: Sequence[Item], sisters: Sequence[Item]) -> dict[str, int]:
     return found
 
 
-def _fold(name: str, world: _World, role: Mapping[str, str]) -> Fold:
+def _fold(name: str, world: _World, role: Mapping[str, str], *, shared: bool = False) -> Fold:
     days = {user: world.days[user] if role[user] == "target" else _ALL for user in role}
     held = _held_elsewhere(world, role)
     sides: dict[int, Side] = defaultdict(lambda: Side.ADAPT)
+    mine: dict[tuple[str, int], Side] = defaultdict(lambda: Side.ADAPT)
     placed: list[tuple[Item, Side]] = []
     for user in role:
         kind = {"adapt": Side.ADAPT, "calibrate": Side.CALIBRATE, "target": Side.TRAIN}[role[user]]
@@ -219,8 +231,21 @@ def _fold(name: str, world: _World, role: Mapping[str, str]) -> Fold:
         placed += [(item, Side.TEST if days[user].tested(item) else kind) for item in opened]
     for item, side in placed:
         group = world.groups[item.item_id]
-        sides[group] = max(sides[group], side, Side.TEST if normal(item.input) in held else side)
-    kept = by_user(_first_of_group((i for i, side in placed if sides[world.groups[i.item_id]] == side), world.groups))
+        elsewhere = normal(item.input) in held
+        sides[group] = max(sides[group], side, Side.TEST if elsewhere else side)
+        mine[item.user_id, group] = max(mine[item.user_id, group], Side.TEST if elsewhere else side)
+
+    def stays(item: Item, side: Side, *, shared: bool) -> bool:
+        wins = sides[world.groups[item.item_id]]
+        if shared and side == Side.TRAIN:
+            return mine[item.user_id, world.groups[item.item_id]] == side
+        return wins == side or (shared and (side, wins) == (Side.ADAPT, Side.TRAIN))
+
+    def first(*, shared: bool) -> list[tuple[Item, Side]]:
+        return _first_of_group([(i, side) for i, side in placed if stays(i, side, shared=shared)], world.groups)
+
+    learnt = [sum(side == Side.TRAIN for _, side in first(shared=which)) for which in (False, True)]
+    kept = by_user(item for item, _ in first(shared=shared))
     side_of = {item.item_id: side for item, side in placed}
 
     def person(user: str) -> Person:
@@ -235,7 +260,9 @@ def _fold(name: str, world: _World, role: Mapping[str, str]) -> Fold:
     chosen = {kind: [person(u) for u in kept if role[u] == kind] for kind in ("calibrate", "target")}
     able = tuple(p for p in chosen["target"] if 0 < p.cut < len(p.items))
     repeats = len(placed) - sum(map(len, kept.values()))
-    made = Fold(name, tuple(adapt), tuple(p for p in chosen["calibrate"] if p.items), able, held, repeats=repeats)
+    calibrate = tuple(p for p in chosen["calibrate"] if p.items)
+    lost = 1 - learnt[0] / max(1, learnt[1])
+    made = Fold(name, tuple(adapt), calibrate, able, held, repeats=repeats, lost=lost, shared=shared)
     return _before_test(made) if world.bounds.before_test and able else made
 
 
@@ -259,12 +286,8 @@ def _before_test(fold: Fold) -> Fold:
     return replace(fold, adapt=adapt, before=first)
 
 
-def _first_of_group(items: Iterable[Item], groups: Mapping[str, int]) -> list[Item]:
-    seen: set[tuple[str, int]] = set()
-    kept = []
-    for item in items:
-        key = (item.user_id, groups[item.item_id])
-        if key not in seen:
-            seen.add(key)
-            kept.append(item)
-    return kept
+def _first_of_group(items: Iterable[tuple[Item, Side]], groups: Mapping[str, int]) -> list[tuple[Item, Side]]:
+    first: dict[tuple[str, int], tuple[Item, Side]] = {}
+    for item, side in items:
+        first.setdefault((item.user_id, groups[item.item_id]), (item, side))
+    return list(first.values())

@@ -145,12 +145,13 @@ def stage(bench: Keeper, name: str, compute: Callable[[], Mapping[str, NDArray[A
         fresh.replace(path)
         bench.say(f"{name}: done")
     with np.load(path) as kept:
-        return {key.removeprefix(_ESCAPE): kept[key] for key in kept.files}
+        return {key[len(_ESCAPE) : -1] if key.startswith(_ESCAPE) else key: kept[key] for key in kept.files}
 
 
 def _escaped(key: str) -> str:
-    """Keep users whose ids are numpy's own parameter names, or are escaped ones, apart from them."""
-    return _ESCAPE + key if key in ("file", "allow_pickle") or key.startswith(_ESCAPE) else key
+    """Keep users whose ids are numpy's own parameter names, end as its files do, or are escaped ones, apart."""
+    odd = key in ("file", "allow_pickle") or key.endswith(".npy") or key.startswith(_ESCAPE)
+    return f"{_ESCAPE}{key}." if odd else key
 
 
 def base_scores(bench: Bench, people: Sequence[Person], name: str) -> dict[str, NDArray[Any]]:

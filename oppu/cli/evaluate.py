@@ -53,7 +53,7 @@ def evaluate(
     from evaluation.material import Files, gather
     from evaluation.presets import PRESETS
     from evaluation.quick import ADAPT_ITEMS
-    from evaluation.report import markdown, summarise, write
+    from evaluation.report import for_json, markdown, summarise, write
     from evaluation.roles import Bounds, some_users
 
     began, tasks = time.monotonic(), compose.tasks(session.settings)
@@ -94,7 +94,7 @@ def evaluate(
     unknown = sum(item.choices != () and not item.answered for p in outcomes[0].people for item in p.test)
     result["data"] = {**material.notes, "queries_of_unknown_label": unknown, "preset": preset}
     data, page = write(result, outcomes, tasks[task].kind, out)
-    emit({**result, "json": str(data), "markdown": str(page)}, as_json=as_json, text=markdown(result))
+    emit(for_json({**result, "json": str(data), "markdown": str(page)}), as_json=as_json, text=markdown(result))
     say(f"written: {data}, {page}")
 
 

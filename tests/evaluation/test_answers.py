@@ -74,11 +74,18 @@ class TestRecords:
 
     @pytest.mark.parametrize(
         ("output", "wanted"),
-        [("[2]", "[2]"), ("2", "[2]"), ("one thing", "[1]"), ('"Another"', "[2]"), ("", "")],
-    )
+        [("[2]", "[2]"), ("2", "[2]"), ("one thing", "[1]"), ('"Another"', "[2]"), ("", ""),
+         ("[1].", "[1]"), ("(2)", "[2]"), ("2.", "[2]"), ('[1]: "One Thing"', "[1]"), ("One Thing.", "[1]")],
+    )  # fmt: skip
     def test_citation_candidates_in_the_input(self, output: str, wanted: str) -> None:
         [done] = settled([output], TASKS["citation"], input=BOTH).items
         assert (done.output, done.choices, done.input) == (wanted, ("[1]", "[2]"), BOTH)
+
+    def test_what_only_separates_candidates_is_no_part_of_them(self) -> None:
+        made = settled(
+            ["One Thing", "Another", "3D Vision"], TASKS["citation"], input='[1]: "One Thing", [2]: "Another".'
+        )
+        assert answers(made) == ["[1]", "[2]"] and made.notes["items_left_out"] == 1
 
     def test_as_many_candidates_as_the_input_has(self) -> None:
         [done] = settled(["[3]"], TASKS["citation"], input="p [1]: a [2]: b [3]: c").items

@@ -2,12 +2,13 @@
 
 import gzip
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from evaluation.corpus import by_user, load
+from evaluation.corpus import by_user, in_time, load, read
 from oppu.errors import ConfigError
 from oppu.tasks import load_tasks
 
@@ -69,3 +70,37 @@ def test_lamp_questions_with_their_outputs(tmp_path: Path) -> None:
         ("110", "What score? fine book", "4"),
     ]
     assert len({i.day for i in items}) == 3  # no dates: one a day, in order
+
+
+def test_a_list_of_events_is_read_as_events(tmp_path: Path) -> None:
+    (tmp_path / "e.json").write_text(json.dumps([event(1), event(2)]))
+    assert [i.item_id for i in load(tmp_path / "e.json", "news_categorize", TASKS)] == ["e1", "e2"]
+
+
+def test_equal_events_are_one_and_an_id_that_is_used_again_loses_nothing(tmp_path: Path) -> None:
+    rows = [event(1), event(1), event(2, event_id="e1"), event(1, user_id="bert")]
+    items = load(lines(tmp_path / "e.jsonl", rows), "news_categorize", TASKS)
+    assert sorted((i.user_id, i.input) for i in items) == [("anna", "text 1"), ("anna", "text 2"), ("bert", "text 1")]
+    assert len({i.item_id for i in items}) == 3
+
+
+@pytest.mark.parametrize(
+    ("minutes", "ordered"), [(24 * 60, "days"), (1, "instants"), (0, "order in the file")], ids=str
+)
+def test_what_orders_items_is_as_fine_as_it_must_be(tmp_path: Path, minutes: int, ordered: str) -> None:
+    begin = datetime(2024, 1, 1, tzinfo=UTC)
+    rows = [
+        event(
+            1, event_id=f"{u}{at}", user_id=f"u{u}", occurred_at=(begin + timedelta(minutes=minutes * at)).isoformat()
+        )
+        for at in range(8)
+        for u in range(3)
+    ]
+    own = read(lines(tmp_path / "e.jsonl", rows), "news_categorize")
+    name, [found, none] = in_time(own, [])
+    assert (name, none) == (ordered, [])
+    assert [i.item_id for i in found] == [i.item_id for i in own]
+    days = [i.day for i in found if i.user_id == "u1"]
+    assert days == sorted(set(days)) and len(days) == 8
+    # who acts at one instant is of one day, whoever it is
+    assert (found[0].day == found[1].day) == (ordered != "order in the file")

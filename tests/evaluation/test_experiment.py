@@ -209,7 +209,10 @@ def test_a_stage_keeps_users_of_any_id_apart(tmp_path: Path) -> None:
         def say(_text: str) -> None:
             return None
 
-    arrays = {key: np.full(2, at) for at, key in enumerate(("file", "=file", "allow_pickle", "a/b|c", "é", "=="))}
+    arrays = {
+        key: np.full(2, at)
+        for at, key in enumerate(("file", "=file", "allow_pickle", "a/b|c", "é", "==", "x", "x.npy", "x.npy."))
+    }
     for _ in range(2):  # as it is computed, and from its file
         found = training.stage(Kept(), "scores", lambda: arrays)
         assert {key: value.tolist() for key, value in found.items()} == {k: v.tolist() for k, v in arrays.items()}

@@ -66,6 +66,23 @@ def test_queries_are_of_one_day_after_the_history() -> None:
     assert {i.day for i in later if i.query} == {date(2020, 1, 1)}
 
 
+@pytest.mark.parametrize(
+    ("text", "day"),
+    [
+        ("2013-05", date(2013, 5, 1)),
+        ("2013-5-3", date(2013, 5, 3)),
+        ("2013.0", date(2013, 1, 1)),
+        ("2013-05-03 10:00:00 UTC", date(2013, 5, 3)),
+        ("2013-05-03T10:00:00+02:00", date(2013, 5, 3)),
+        ("1367575200", date(2013, 5, 3)),
+        ("Mon Apr 06 22:19:45 PDT 2009", date(2009, 4, 6)),
+    ],
+)
+def test_dates_however_they_are_written(text: str, day: date) -> None:
+    row = {"user_id": 1, "profile": [{"id": "a", "abstract": "a", "title": "t", "date": text}]}
+    assert [i.day for i in published([row], "scholarly_title")] == [day]
+
+
 def test_years_and_missing_dates() -> None:
     row: dict[str, Any] = {
         "user_id": 1,

@@ -6,11 +6,11 @@ from datetime import timedelta
 import numpy as np
 import pytest
 
-from evaluation import splits
-from evaluation.corpus import Item
+from evaluation import controls, splits
+from evaluation.corpus import Item, by_user
 from evaluation.duplicates import normal, same_groups
 from evaluation.leaks import check
-from evaluation.roles import Bounds, some_users
+from evaluation.roles import Bounds, reachable, some_users
 from evaluation.splits import Fold, Person, clusters, cut_index, make_folds, not_tested
 from oppu.errors import ConfigError
 from tests.evaluation.world import START, item, people, stacked, vectors
@@ -347,3 +347,70 @@ def test_word_sequences_across_the_cut_are_seen_without_embeddings(monkeypatch: 
     items = sorted([*items, item("t1", 1, text=text + " and more", task="again")], key=lambda i: i.day)
     with pytest.raises(ConfigError, match="near-duplicate"):
         check(only(items), vectors(items))
+
+
+class TestSharedThings:
+    """Everybody acts on the same fifty things, each in an order of his own."""
+
+    def made(self) -> tuple[list[Item], Fold]:
+        chance = np.random.default_rng(0)
+        items = [
+            item(f"t{user}", at, text=" ".join(f"thing{thing}x{k}" for k in range(12)))
+            for user in range(12)
+            for at, thing in enumerate(chance.permutation(50)[:40])
+        ]
+        items += [item(f"s{user}", at) for user in range(4) for at in range(10)]
+        items = sorted(items, key=lambda i: i.day)
+        return items, only(items)
+
+    def test_what_others_are_asked_about_may_be_learnt_and_what_oneself_is_not(self) -> None:
+        items, fold = self.made()
+        assert fold.shared and fold.lost > 0.5
+        assert [(p.cut, len(p.items)) for p in fold.target] == [(32, 40)] * 12
+        asked = {group for p in fold.target for group in p.groups[p.cut :]}
+        assert any(asked & set(p.groups[: p.cut]) for p in fold.target)
+        assert all(not set(p.groups[: p.cut]) & set(p.groups[p.cut :]) for p in fold.target)
+        assert not {normal(i.input) for i in fold.adapt} & {normal(i.input) for p in fold.target for i in p.test}
+        check(fold, vectors(items))
+
+    def test_ones_own_repeat_is_still_seen(self) -> None:
+        items, fold = self.made()
+        own = dict(vectors(items))
+        first, *rest = fold.target
+        repeated = replace(first.items[0], input=first.items[-1].input)
+        own[repeated.item_id] = own[first.items[-1].item_id]
+        leak = replace(first, items=(repeated, *first.items[1:]))
+        with pytest.raises(ConfigError, match="his training part"):
+            check(replace(fold, target=(leak, *rest)), own)
+
+    def test_controls_leave_out_what_is_asked_about(self) -> None:
+        _, fold = self.made()
+        first = fold.target[0]
+        asked = {i.input for i in first.test}
+        drawn = controls.volume_matched(first, fold.target, 0)
+        assert len(drawn) == first.cut and not asked & {i.input for i in drawn}
+        every = {i.input for p in fold.target for i in p.test}
+        assert not every & {i.input for p in fold.target for i in controls.not_asked(p, fold.target)}
+
+
+@pytest.mark.parametrize(
+    ("counts", "bound"),
+    [
+        ([60] * 12, 50),  # enough reach it
+        ([50, *[49] * 20], 49),  # one alone says little
+        ([700, *[15] * 30], 15),
+        ([30, 25, 21], 21),
+        ([300] * 6, 50),
+        ([9, 8, 7, 6], 8),
+        ([3, 2], 5),
+    ],
+)
+def test_the_bound_is_lowered_until_there_are_targets_enough(counts: list[int], bound: int) -> None:
+    made = by_user(people({f"u{n:02}": count for n, count in enumerate(counts)}))
+    assert reachable(made, Bounds(strict=False)).target == bound
+    assert reachable(made, Bounds(strict=True)).target == 50
+
+
+def test_where_few_items_have_an_answer_a_fifth_of_those_is_held_back() -> None:
+    items = [replace(item("u", at), output="" if at < 30 else "a") for at in range(40)]
+    assert cut_index(items) == 38
