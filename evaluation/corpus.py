@@ -127,7 +127,7 @@ def in_time(*parts: Sequence[Item]) -> tuple[str, list[list[Item]]]:
     """Let instants order and separate where most users have fewer than ``FEWEST_DAYS`` days.
 
     Args:
-        parts: Items, all of one time line.
+        *parts: Items, all of one time line.
 
     Returns:
         What orders them: ``days``; else ``instants``, or of those too few ``order in the file``, each counted as a day.
