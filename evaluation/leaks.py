@@ -36,6 +36,9 @@ def _sides(fold: Fold, vectors: Mapping[str, Vectors]) -> Iterable[str]:
         yield "an item of some test part, or a near-duplicate, is also learnt or calibrated on"
     if fold.shared and any(_overlap(p.test, p.train, vectors) for p in fold.target):
         yield "an item of a user's test part, or a near-duplicate, is also in his training part"
+    written = {normal(item.input) for item in (*learnt, *used) if item.bare}
+    if any(normal(item.output) in written for item in held):
+        yield "what a user is asked for is learnt as a text without an output"
     if any(normal(item.input) in fold.held for item in (*learnt, *used)):
         yield "an item of a sister task's test part is learnt or calibrated on"
     if near & {(0, 2), (1, 2)} or _overlap(own, fold.adapt, vectors) or _users(own) & _users(fold.adapt):

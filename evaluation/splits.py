@@ -122,7 +122,7 @@ def make_folds(
     Raises:
         ConfigError: Nobody can be a target, or nobody's items divide.
     """
-    groups = dict(zip((item.item_id for item in items), same_groups([i.input for i in items], vectors), strict=True))
+    groups = _grouped(items, vectors)
     people = by_user(items)
     days = _days(items, sisters, final=final)
     world = _World(people, groups, days, tuple(sisters), _most(items, sisters), bounds)
@@ -193,6 +193,15 @@ def clusters(people: Sequence[Person]) -> list[int]:
             if other != number[at]:
                 number = [min(other, number[at]) if n in (other, number[at]) else n for n in number]
     return number
+
+
+def _grouped(items: Sequence[Item], vectors: Vectors) -> dict[str, int]:
+    """Return each item's group; a text without an output is the same as what has it for an output."""
+    found = same_groups([item.input for item in items], vectors)
+    written = {normal(item.input): group for item, group in zip(items, found, strict=True) if item.bare}
+    pairs = [(group, written.get(normal(item.output))) for item, group in zip(items, found, strict=True)]
+    joined = {group: other for group, other in pairs if other is not None}
+    return {item.item_id: joined.get(group, group) for item, group in zip(items, found, strict=True)}
 
 
 def _days(items: Sequence[Item], sisters: Sequence[Item], *, final: bool) -> dict[str, _Days]:

@@ -414,3 +414,17 @@ def test_the_bound_is_lowered_until_there_are_targets_enough(counts: list[int], 
 def test_where_few_items_have_an_answer_a_fifth_of_those_is_held_back() -> None:
     items = [replace(item("u", at), output="" if at < 30 else "a") for at in range(40)]
     assert cut_index(items) == 38
+
+
+def test_what_is_asked_for_is_not_learnt_as_a_text_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    items = people(COUNTS)
+    asked = next(i for i in items if i.item_id == "t0/pick/24")
+    told = replace(asked, output="my own words", choices=())
+    text = replace(item("t0", 30, text="My own  words", day=3), output="", choices=())
+    items = sorted([*(told if i is asked else i for i in items), text], key=lambda i: i.day)
+    fold = only(items)
+    assert "my own words" in {i.output for p in fold.target for i in p.test}
+    assert not any(i.bare for p in fold.target for i in p.train)
+    monkeypatch.setattr(splits, "_grouped", lambda items, rows: {i.item_id: at for at, i in enumerate(items)})
+    with pytest.raises(ConfigError, match="as a text without an output"):
+        check(only(items), dict(vectors(items)))
