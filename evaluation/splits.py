@@ -169,13 +169,13 @@ def not_tested(items: Sequence[Item], sisters: Sequence[Item], bounds: Bounds, *
     return found
 
 
-def cut_index(items: Sequence[Item]) -> int:
-    """Return where the file's queries begin; without any where the last fifth does, moved back to the beginning of its
-    day, or on where all is one day."""
+def cut_index(items: Sequence[Item], *, answered: bool = False) -> int:
+    """Return where the file's queries begin; without any where the last fifth does (``answered``: of the items that
+    have an output), moved back to the beginning of its day, or on where all is one day."""
     asked = next((k for k, item in enumerate(items) if item.query), None)
     if asked is not None:
         return asked
-    able = [item for item in items if not item.bare] or items  # who has answers is asked about a fifth of those
+    able = [item for item in items if not (answered and item.bare)] or items
     day = able[min(int(TRAIN_SHARE * len(able)), len(able) - 1)].day
     first = next(k for k in range(len(items)) if items[k].day == day)
     if first > 0:
@@ -212,11 +212,14 @@ def _days(items: Sequence[Item], sisters: Sequence[Item], *, final: bool) -> dic
         for item in every:
             seen.setdefault(normal(item.input), item)
         own = sorted(seen.values() if sisters else every, key=lambda item: item.day)
-        last = cut_index(own)
-        end = None if final or last == len(own) else own[last].day
-        opened = _Days(end, None).opened(own)
-        cut = cut_index(opened) if opened else 0
-        found[user] = _Days(end, opened[cut].day if cut < len(opened) else None)
+        for answered in (False, True):  # where all outputs are new, a fifth of all items would leave none to ask about
+            last = cut_index(own, answered=answered)
+            end = None if final or last == len(own) else own[last].day
+            opened = _Days(end, None).opened(own)
+            cut = cut_index(opened, answered=answered) if opened else 0
+            found[user] = _Days(end, opened[cut].day if cut < len(opened) else None)
+            if any(not item.bare for item in opened[cut:]):
+                break
     return found
 
 

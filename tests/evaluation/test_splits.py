@@ -413,7 +413,12 @@ def test_the_bound_is_lowered_until_there_are_targets_enough(counts: list[int], 
 
 def test_where_few_items_have_an_answer_a_fifth_of_those_is_held_back() -> None:
     items = [replace(item("u", at), output="" if at < 30 else "a") for at in range(40)]
-    assert cut_index(items) == 38
+    assert (cut_index(items), cut_index(items, answered=True)) == (32, 38)
+    late = [replace(i, output="" if at < 34 else "a") for at, i in enumerate(items)]
+    made = [*late, *people({f"s{n}": 6 for n in range(4)})]
+    for final, asked in ((True, 6), (False, 1)):
+        [fold] = make_folds(made, stacked(made), replace(BOUNDS, folds_below=1), final=final)
+        assert [len(p.test) for p in fold.target] == [asked]
 
 
 def test_what_is_asked_for_is_not_learnt_as_a_text_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
