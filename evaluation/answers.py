@@ -18,6 +18,8 @@ from oppu.tasks import Task
 
 _PLACE = re.compile(r"\[?(\d{1,4})\]?")
 _LEADING = re.compile(r"(?:\[(\d{1,4})\]|\((\d{1,4})\)|(\d{1,4})[.:)])(?!\d)")
+_BETWEEN = "\"'\u201c\u201d.,; "
+"""What separates candidates, and is no part of them."""
 _CANDIDATE = re.compile(r"\[(\d{1,4})\]\s*:")
 
 Learnable = Callable[[Sequence[Item]], list[Item]]
@@ -128,7 +130,8 @@ def _by_place(item: Item, task: Task) -> Item | None:
     place = _PLACE.fullmatch(item.output)
     if place and f"[{place[1]}]" in offered:
         return replace(item, choices=offered, output=f"[{place[1]}]")
-    found = next((n for n, text in zip(names, texts, strict=True) if _said_in(text) == _said_in(item.output)), None)
+    said = _key(item.output, _BETWEEN)
+    found = next((n for n, text in zip(names, texts, strict=True) if _key(text, _BETWEEN) == said), None)
     leading = _LEADING.match(item.output)
     if found is None and leading:
         found = next((name for name in offered if name[1:-1] in leading.groups()), None)
@@ -186,13 +189,8 @@ def _commonest(outputs: Sequence[str], labels: Sequence[str], key: Key) -> list[
     return sorted(best.values())
 
 
-def _said_in(text: str) -> str:
-    """Return a candidate or an answer without what only separates it."""
-    return " ".join(text.casefold().split()).strip("\"'\u201c\u201d.,; ")
-
-
-def _key(text: str) -> object:
-    return " ".join(text.casefold().split()).strip("\"'")
+def _key(text: str, around: str = "\"'") -> object:
+    return " ".join(text.casefold().split()).strip(around)
 
 
 def _number(text: str) -> object:

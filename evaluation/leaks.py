@@ -31,10 +31,9 @@ def _sides(fold: Fold, vectors: Mapping[str, Vectors]) -> Iterable[str]:
     rest = calibrate if fold.shared else [*learnt, *calibrate]  # what nobody may learn who is asked by others
     own, used = [*held, *rest], [*rest, *fold.adapt]
     near = _near(held, rest, fold.adapt)
-    again = near & {(0, 1), (0, 2)} or _overlap(held, used, vectors)
-    if again or (fold.shared and any(_near(p.test, p.train) & {(0, 1)} for p in fold.target)):
+    if near & {(0, 1), (0, 2)} or _overlap(held, used, vectors):
         yield "an item of some test part, or a near-duplicate, is also learnt or calibrated on"
-    if fold.shared and any(_overlap(p.test, p.train, vectors) for p in fold.target):
+    if fold.shared and any((0, 1) in _near(p.test, p.train) or _overlap(p.test, p.train, vectors) for p in fold.target):
         yield "an item of a user's test part, or a near-duplicate, is also in his training part"
     written = {normal(item.input) for item in (*learnt, *used) if item.bare}
     if any(normal(item.output) in written for item in held):

@@ -243,9 +243,9 @@ def _fold(name: str, world: _World, role: Mapping[str, str], *, shared: bool = F
         placed += [(item, Side.TEST if days[user].tested(item) else kind) for item in opened]
     for item, side in placed:
         group = world.groups[item.item_id]
-        elsewhere = normal(item.input) in held
-        sides[group] = max(sides[group], side, Side.TEST if elsewhere else side)
-        mine[item.user_id, group] = max(mine[item.user_id, group], Side.TEST if elsewhere else side)
+        own = Side.TEST if normal(item.input) in held else side
+        sides[group] = max(sides[group], own)
+        mine[item.user_id, group] = max(mine[item.user_id, group], own)
 
     def stays(item: Item, side: Side, *, shared: bool) -> bool:
         wins = sides[world.groups[item.item_id]]
@@ -253,11 +253,12 @@ def _fold(name: str, world: _World, role: Mapping[str, str], *, shared: bool = F
             return mine[item.user_id, world.groups[item.item_id]] == side
         return wins == side or (shared and (side, wins) == (Side.ADAPT, Side.TRAIN))
 
-    def first(*, shared: bool) -> list[tuple[Item, Side]]:
-        return _first_of_group([(i, side) for i, side in placed if stays(i, side, shared=shared)], world.groups)
-
-    learnt = [sum(side == Side.TRAIN for _, side in first(shared=which)) for which in (False, True)]
-    kept = by_user(item for item, _ in first(shared=shared))
+    stay = {
+        which: _first_of_group([(i, side) for i, side in placed if stays(i, side, shared=which)], world.groups)
+        for which in (False, True)
+    }
+    learnt = {which: sum(side == Side.TRAIN for _, side in own) for which, own in stay.items()}
+    kept = by_user(item for item, _ in stay[shared])
     side_of = {item.item_id: side for item, side in placed}
 
     def person(user: str) -> Person:
@@ -273,7 +274,7 @@ def _fold(name: str, world: _World, role: Mapping[str, str], *, shared: bool = F
     able = tuple(p for p in chosen["target"] if 0 < p.cut < len(p.items))
     repeats = len(placed) - sum(map(len, kept.values()))
     calibrate = tuple(p for p in chosen["calibrate"] if p.items)
-    lost = 1 - learnt[0] / max(1, learnt[1])
+    lost = 1 - learnt[False] / max(1, learnt[True])
     made = Fold(name, tuple(adapt), calibrate, able, held, repeats=repeats, lost=lost, shared=shared)
     return _before_test(made) if world.bounds.before_test and able else made
 

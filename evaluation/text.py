@@ -209,19 +209,17 @@ def text_run(bench: Bench, tables: Mapping[str, Table], adapters: Mapping[str, A
     fusion.save(bench.folder / FILE)
     targets, calibrate = own[: len(bench.fold.target)], own[len(bench.fold.target) :]
     limits = lengths(calibrate or targets)
+    people_of = ((one.table.person, one.earned()) for one in experts[: len(targets)])
+    at_cut = {person.user_id: earned[person.cut] for person, earned in people_of}
     writers = [
         Writer("none"),
         Writer("oppu", adapters["oppu"]),
         Writer("evidence", fusion=fusion),
-        Writer("fused", adapters["fused"], fusion=fusion, earned={o.table.person.user_id: _at_cut(o) for o in experts}),
+        Writer("fused", adapters["fused"], fusion=fusion, earned=at_cut),
     ]
     texts = {w.name: write(bench, targets, w, limits.most) for w in writers}
     arms = text_arms(experts[: len(targets)], fit_each(experts[: len(targets)], experts[len(targets) :]))
     return replace(arms, texts=texts | plain(targets, limits.lead, bench.recipe.written))
-
-
-def _at_cut(own: Foreseen) -> float:
-    return own.earned()[min(own.table.person.cut, len(own.table.person.items) - 1)]
 
 
 def _fit(tables: Sequence[Foreseen], begin: Coefficients, *, adapter: bool) -> Coefficients:

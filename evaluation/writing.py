@@ -102,8 +102,7 @@ def write(bench: Bench, tables: Sequence[Table], writer: Writer, most: int) -> l
             ref = AdapterRef(UserId(f"{writer.name}|{user}"), 0, 0) if tensors else None
             if ref is not None and tensors:
                 bench.model.install(ref, tensors)
-            earned = writer.earned.get(user, 0.0)
-            rows = [_row(item, past, writer, ref, most, earned) for item, past in _asked(table, bench.recipe.written)]
+            rows = [_row(item, past, writer, ref, most) for item, past in _asked(table, bench.recipe.written)]
             found[user] = np.array([scored.text or "" for scored in bench.model.answer(rows)], dtype=np.str_)
         return found
 
@@ -116,8 +115,9 @@ def _asked(table: Table, most: int) -> list[tuple[Item, Past]]:
     return list(zip(table.person.items[cut : cut + most], table.pasts[cut : cut + most], strict=True))
 
 
-def _row(item: Item, past: Past, writer: Writer, ref: AdapterRef | None, most: int, earned: float) -> Row:
+def _row(item: Item, past: Past, writer: Writer, ref: AdapterRef | None, most: int) -> Row:
     asked, fusion, learnt = writer.asked, writer.fusion, ref is not None
+    earned = writer.earned.get(item.user_id, 0.0)
     return Row(
         task=item.task,
         input=item.input,

@@ -12,6 +12,7 @@ from oppu.lm.port import is_bare
 from retriever.port import Query, knn_distribution
 from updater.job import Job
 from updater.material import EvidenceSource, check_earlier
+from updater.scoring import Assessment
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,21 +37,18 @@ class Judge:
             TransientError: The store is away.
             FatalError: Something of another user, or not older than its event, came back.
         """
-        head = job.claim.head
+        head, live = job.claim.head, job.scored().live
         if head is None:
             return 0.0
-        if job.scored().live is None:
-            return head.earned
         earned = head.earned
-        for _, gain in sorted([*self._of_choices(job), *_of_texts(job)]):
+        for _, gain in sorted([*self._of_choices(job, live), *_of_texts(job, live)] if live is not None else []):
             earned = earn(earned, gain)
         return earned
 
-    def _of_choices(self, job: Job) -> Iterator[tuple[int, float]]:
+    def _of_choices(self, job: Job, live: Assessment) -> Iterator[tuple[int, float]]:
         """Give the place of each pending choice event and what the adapter gained there, nats."""
-        live = job.scored().live
         asked = [at for at, example in enumerate(job.work().pending) if example.choices]
-        if live is None or not asked:
+        if not asked:
             return
         events = [job.work().split.pending[at] for at in asked]
         queries = [Query(job.state, e.task, e.input, self.k, self.neighbours, before_seq=e.seq) for e in events]
@@ -64,9 +62,8 @@ class Judge:
             yield at, self.fusion.gain(sources, event.seq - 1, example.choices.index(example.output))
 
 
-def _of_texts(job: Job) -> Iterator[tuple[int, float]]:
+def _of_texts(job: Job, live: Assessment) -> Iterator[tuple[int, float]]:
     """Give the place of each pending text and what the adapter gained on its tokens, nats."""
-    live, none = job.scored().live, job.scored().none
     for at, example in enumerate(job.work().pending):
-        if live is not None and not example.choices and not is_bare(example):
-            yield at, float(live.scores[at].sum() - none.scores[at].sum())
+        if not example.choices and not is_bare(example):
+            yield at, float(live.scores[at].sum() - job.scored().none.scores[at].sum())

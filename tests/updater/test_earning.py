@@ -36,13 +36,18 @@ def expected(world: World, retriever: Retriever, first: int) -> float:
     state = world.store.users([user], world.model.base)[user]
     live, earned = world.registry.load(world.ref("ada", 1)), 0.0
     for event in world.store.events({user: first}, embedder="", limit=99)[user]:
+        if not event.output:
+            continue
         made = example(event, TASKS)
         [none], [own] = (world.model.scores([made], tensors) for tensors in (None, live))
-        query = Query(state, event.task, event.input, 4, 8, before_seq=event.seq)
-        [found], [profile] = retriever.retrieve([query]), retriever.profiles([(state, event.task, event.seq)])
-        vote = knn_distribution(found.neighbours, made.choices)
-        said = sources_of(none, own, vote, profile.prior, made.choices)
-        earned = earn(earned, DEFAULT.gain(said, event.seq - 1, made.choices.index(event.output)))
+        gain = float(own.sum() - none.sum())
+        if made.choices:
+            query = Query(state, event.task, event.input, 4, 8, before_seq=event.seq)
+            [found], [profile] = retriever.retrieve([query]), retriever.profiles([(state, event.task, event.seq)])
+            vote = knn_distribution(found.neighbours, made.choices)
+            said = sources_of(none, own, vote, profile.prior, made.choices)
+            gain = DEFAULT.gain(said, event.seq - 1, made.choices.index(event.output))
+        earned = earn(earned, gain)
     assert earned != 0.0
     return earned
 
@@ -54,23 +59,9 @@ def test_an_adapter_earns_by_its_texts_against_the_base(world: World) -> None:
     world.tick(updater)
     world.act("ada", ["glad", "sad", "sad", "glad", "", "odd"], task="title")
     world.act("ada", ["glad"])  # a choice among texts, in its own place
-    user = UserId("ada")
-    live = world.registry.load(world.ref("ada", 1))
-    state, expected_earned = world.store.users([user], world.model.base)[user], 0.0
-    for event in world.store.events({user: len(GLAD)}, embedder="", limit=99)[user]:
-        if not event.output:
-            continue
-        made = example(event, TASKS)
-        [none], [own] = (world.model.scores([made], tensors) for tensors in (None, live))
-        gain = float(own.sum() - none.sum())
-        if made.choices:
-            [found] = retriever.retrieve([Query(state, event.task, event.input, 4, 8, before_seq=event.seq)])
-            [profile] = retriever.profiles([(state, event.task, event.seq)])
-            said = sources_of(none, own, knn_distribution(found.neighbours, made.choices), profile.prior, made.choices)
-            gain = DEFAULT.gain(said, event.seq - 1, made.choices.index(event.output))
-        expected_earned = earn(expected_earned, gain)
+    wanted = expected(world, retriever, first=len(GLAD))
     world.tick(updater)
-    assert _earned(world) == pytest.approx(expected_earned) != 0.0
+    assert _earned(world) == pytest.approx(wanted) != 0.0
     retriever.close()
 
 
