@@ -123,6 +123,7 @@ def phases(fold: Fold, rates: Rates, chosen: Options) -> dict[str, float]:
     found = {f"base-{variant}": work.base(variant) for variant in recipe.variants}
     per_item = recipe.chunk_passes * (1 + recipe.replay / recipe.chunk) * rates.train + 2 * rates.score
     found["follow"] = work.every() * per_item
+    found["rates"] = len(recipe.rates) * work.judged() if len(recipe.rates) > 1 else 0.0
     more = tuple(FURTHER) if chosen.all_arms else ANALYSED if chosen.analyses else ()
     trained = {**TRAINED, **{name: FURTHER[name] for name in more}}
     bases = {*recipe.variants, "unadapted"}

@@ -28,7 +28,7 @@ from evaluation.roles import Bounds
 from evaluation.splits import Fold, Person, make_folds, sharing
 from evaluation.text import text_run
 from evaluation.training import Bench, Recipe, Say, base_scores, chunks_of, follow, score, stage, train_once, widened
-from evaluation.variants import ANALYSED, FURTHER, PROMPTED, Chosen, compared, judges, only_chosen, weights_of
+from evaluation.variants import ANALYSED, FURTHER, PROMPTED, Chosen, compared, judges, only_chosen, rated, weights_of
 from evaluation.writing import Writer, lengths, write
 from oppu.embedder import Embedder
 from oppu.lm.port import Tensors
@@ -154,8 +154,9 @@ class _World:
             done = _done(plan, fold.name, seed)
             study = Study(fold, past, self.settings, self.tasks, folder, recipe, seed, plan.say, done)
             if chosen is not None:
+                own = replace(recipe, learning_rate=chosen[at].rate, rates=(1.0,))
                 arms = chosen[at].prompt, chosen[at].oppu
-                study = replace(study, arms=arms, searched=plan.folder / f"{fold.name}-seed-{first}")
+                study = replace(study, recipe=own, arms=arms, searched=plan.folder / f"{fold.name}-seed-{first}")
             parts.append(_fold(plan, study, self.extra))
         return parts
 
@@ -218,12 +219,13 @@ def _pasts(
 
 
 def _fold(plan: Plan, study: Study, extra: Extra) -> _Part:
-    fold = study.fold
-    people = (*fold.target, *fold.calibrate)
+    fold, people = study.fold, (*study.fold.target, *study.fold.calibrate)
     with opened(study, "plain") as bench:
         plain = base_scores(bench, people, "base-scores")
         followed = follow(bench, people)
         study.done("follow")
+        study, rates = rated(study, bench)
+        bench = replace(bench, recipe=study.recipe)
         variants = compared(study, bench, FURTHER if plan.all_arms else ANALYSED if plan.analyses else ())
         held = variants.held
         _add_controls(study, bench, held)
@@ -247,10 +249,9 @@ def _fold(plan: Plan, study: Study, extra: Extra) -> _Part:
         own = {t.person.user_id: {**t.held, "none": t.base[t.person.cut :]} for t in targets}
         analysed = analyse(study, own, extra)
         study.done("analyses")
-    curves: dict[str, list[float]] = {variant: curve(study, variant) for variant in plan.recipe.variants}
-    curves = {variant: losses for variant, losses in curves.items() if losses}
-    others = [tables[p.user_id] for p in fold.calibrate]
-    return _Part(targets, others, arms, variants.chosen, curves, variants.cut_share, methods, analysed, fold)
+    curves = {str(variant): losses for variant in plan.recipe.variants if (losses := curve(study, variant))}
+    others, chosen = [tables[p.user_id] for p in fold.calibrate], replace(variants.chosen, rates=rates)
+    return _Part(targets, others, arms, chosen, curves, variants.cut_share, methods, analysed, fold)
 
 
 def _table(

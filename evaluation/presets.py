@@ -47,6 +47,7 @@ PRESETS: Mapping[str, Preset] = {
             base_batch=16,
             passes=2,
             learning_rate=1e-4,
+            rates=(1.0,),
             batch=16,
             weight_decay=1e-2,
             schedule="linear",

@@ -28,10 +28,15 @@ def _adaption(result: Mapping[str, Any]) -> str:
     lines = []
     if result.get("chosen"):
         rows = [
-            [c["fold"], c["seed"], c["oppu"], c["prompt"], _chooser(c, result["chosen"][0]["seed"])]
+            [c["fold"], c["seed"], c["oppu"], c["prompt"], f"{c['rate']:g}", _chooser(c, result["chosen"][0]["seed"])]
             for c in result["chosen"]
         ]
-        lines.append(_table("Arms of P1", ["fold", "seed", "OPPU", "prompt-only", "chosen by"], rows))
+        lines.append(_table("Arms of P1", ["fold", "seed", "OPPU", "prompt-only", "OPPU's rate", "chosen by"], rows))
+    judged = [c for c in result.get("chosen") or [] if c["rates"]]
+    if judged:
+        rates = list(judged[0]["rates"])
+        rows = [[c["fold"], *(f"{c['rates'][rate]:.4f}" for rate in rates)] for c in judged]
+        lines.append(_table("Calibrate users' loss by OPPU's learning rate", ["fold", *rates], rows))
     if result.get("adaption"):
         curves = [[name, ", ".join(f"{x:.4f}" for x in losses)] for name, losses in result["adaption"].items()]
         lines.append(_table("Task adaption", ["base", "calibrate users' loss after 1, 2, … epochs"], curves))

@@ -34,13 +34,14 @@ _ESCAPE = "="
 class Recipe:
     """Everything that was chosen, before the test part was opened; its hash names the run.
 
-    ``passes``, ``learning_rate``, ``clip_norm`` and ``dropout`` are the paper's full training; ``chunk`` new items with
-    ``replay`` older ones, ``chunk_passes`` times at ``chunk_learning_rate``, are the service's increments. The base is
-    adapted for 1, 2, … ``base_epochs`` epochs until more do not help, or with ``base_search`` off for ``base_epochs``,
-    on at most ``adapt_items`` drawn items (``None``: all); ``variants`` are the bases that are made, the plain one
-    always among them. Calibrate users judge which prompt-only arm and which OPPU arm stand in P1, each by the first
-    ``judge_items`` of its items. Of each user of a text task the first ``written`` held-back items are written out,
-    greedily, no longer than nearly all of calibrate users' outputs.
+    ``passes``, ``learning_rate``, ``clip_norm`` and ``dropout`` are the paper's full training, its rate multiplied by
+    the one of ``rates`` that calibrate users choose (``evaluation.variants.rated``); ``chunk`` new items, with
+    ``replay`` older ones, ``chunk_passes`` times at ``chunk_learning_rate``, are the service's increments. The base is adapted for
+    1, 2, … ``base_epochs`` epochs until more do not help, or with ``base_search`` off for ``base_epochs``, on at most
+    ``adapt_items`` drawn items (``None``: all); ``variants`` are the bases that are made, the plain one always among
+    them. Calibrate users judge which prompt-only arm and which OPPU arm stand in P1, each by the first ``judge_items``
+    of its items. Of each user of a text task the first ``written`` held-back items are written out, greedily, no longer
+    than nearly all of calibrate users' outputs.
     """
 
     base_epochs: int = 4
@@ -48,6 +49,7 @@ class Recipe:
     base_batch: int = 32
     passes: int = 3
     learning_rate: float = 1e-3
+    rates: tuple[float, ...] = (0.3, 1.0, 3.0)
     batch: int = 16
     weight_decay: float = 0.01
     chunk: int = 16

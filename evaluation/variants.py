@@ -6,14 +6,15 @@ a target has a say in it.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.arms import Array, right
+from evaluation.arms import Array, log_loss, right
 from evaluation.bases import BaseName, Study, opened
-from evaluation.prompting import PLAIN, Asked, answer_tokens, examples, recent_history
+from evaluation.prompting import PLAIN, Asked, answer_tokens, example, examples, recent_history
 from evaluation.splits import Person
 from evaluation.training import Bench, Recipe, score, stage, train_once
 from oppu.lm.base import load_base
@@ -64,14 +65,17 @@ class Chosen:
     """A fold's and seed's choice for P1, and the calibrate users' mean merit by arm (empty: nobody judged, or the
     first seed's have).
 
-    ``prompt`` is empty where the recipe has no base with anything in its prompts.
+    ``prompt`` is empty where the recipe has no base with anything in its prompts. ``rate`` is the learning rate of all
+    adapters that are trained once, ``rates`` the calibrate users' mean loss by rate, as ``rated`` returns it.
     """
 
     fold: str
     seed: int
     prompt: str
     oppu: str
+    rate: float
     merits: Mapping[str, float] = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +143,43 @@ def compared(study: Study, plain: Bench, further: Collection[str] = ()) -> Compa
         if chosen.prompt:
             own[CHOSEN_PROMPT] = own[chosen.prompt]
     return Compared({p.user_id: held[p.user_id] for p in study.fold.target}, chosen, share)
+
+
+def rated(study: Study, plain: Bench) -> tuple[Study, dict[str, float]]:
+    """Put the learning rate into a study's recipe with which its judges' adapters foresee their later halves best.
+
+    Args:
+        study: The fold and seed.
+        plain: The plain base, open.
+
+    Returns:
+        The study, its recipe with that rate and no others to try, and the judges' mean loss by rate in nats, of an
+        output token where outputs are texts; as given and empty where there is one rate, or nobody to judge.
+    """
+    recipe, people, losses = study.recipe, judges(study), dict[str, float]()
+    rates = [share * recipe.learning_rate for share in recipe.rates]
+    if len(rates) < 2 or not people:
+        return study, losses
+    for rate in rates:
+        bench = replace(plain, recipe=replace(recipe, learning_rate=rate))
+        kept = stage(study, f"rate-{rate:g}", partial(_judged, study, bench, people))
+        losses[f"{rate:g}"] = float(kept[""])
+    finite = [loss if np.isfinite(loss) else np.inf for loss in losses.values()]
+    best = rates[finite.index(min(finite))]
+    study.done("rates")
+    return replace(study, recipe=replace(recipe, learning_rate=best, rates=(1.0,))), losses
+
+
+def _judged(study: Study, bench: Bench, people: Sequence[Person]) -> dict[str, Array]:
+    """Train the judges' adapters at a bench's rate; return their mean loss, under an empty name."""
+    parts = {p.user_id: list(map(example, p.train)) for p in people}
+    weights = train_once(bench, f"rate-{bench.recipe.learning_rate:g}-oppu", parts)
+    kind, losses = study.tasks.require(people[0].items[0].task).kind, list[Array]()
+    for p in people:
+        items = [item for item in p.test if not item.bare]
+        scores = score(bench.model, list(map(example, items)), weights[p.user_id])
+        losses.append(-right(items, scores, kind) if kind == "text" else log_loss(items, scores))
+    return {"": np.array(np.concatenate(losses).mean())}
 
 
 def weights_of(study: Study, bench: Bench, name: str, people: Sequence[Person]) -> dict[str, dict[str, NDArray[Any]]]:
@@ -216,12 +257,13 @@ def _recent(study: Study, bench: Bench, people: Sequence[Person], held: Held) ->
 
 def _choose(study: Study, people: Sequence[Person], held: Held) -> Chosen:
     """Choose by the mean merit over all the judges' queries; the first of equals; without judges the first of all."""
+    rate = study.recipe.learning_rate
     if study.arms is not None:
-        return Chosen(study.fold.name, study.seed, *study.arms)
+        return Chosen(study.fold.name, study.seed, *study.arms, rate)
     ran = next(iter(held.values()))
     prompts, adapters = ([n for n in names if n in ran] for names in ((*PROMPTED, RECENT), (*TRAINED, *FURTHER)))
     if not people:
-        return Chosen(study.fold.name, study.seed, prompts[0] if prompts else "", adapters[0])
+        return Chosen(study.fold.name, study.seed, prompts[0] if prompts else "", adapters[0], rate)
     kind = study.tasks.require(people[0].items[0].task).kind
     asked = {p.user_id: [at for at, item in enumerate(p.test) if not item.bare] for p in people}
     merits = {
@@ -229,7 +271,7 @@ def _choose(study: Study, people: Sequence[Person], held: Held) -> Chosen:
         for name in (*prompts, *adapters)
     }
     prompt, adapter = (max(names, key=lambda name: merits[name], default="") for names in (prompts, adapters))
-    return Chosen(study.fold.name, study.seed, prompt, adapter, merits)
+    return Chosen(study.fold.name, study.seed, prompt, adapter, rate, merits)
 
 
 def _merits(person: Person, scores: Array, asked: Sequence[int], kind: Kind) -> Array:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oppu.errors import ConfigError
-from oppu.lm.hardware import fast_bfloat16
+from oppu.lm.hardware import fast_bfloat16, keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +109,7 @@ class SentenceEmbedder:
 
         if threads is not None:
             torch.set_num_threads(threads)
+        keep_freed_memory()
         try:
             folder = _folder(name)
             with _quiet_and_local():

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from oppu.errors import ConfigError
-from oppu.lm.hardware import fast_bfloat16
+from oppu.lm.hardware import fast_bfloat16, keep_freed_memory
 from oppu.lm.prompts import PROMPT_FORMAT, Prompts
 from oppu.settings import ModelSettings
 from oppu.values import BaseId
@@ -79,6 +79,7 @@ def load_base(settings: ModelSettings, *, adapting: bool = False) -> LoadedBase:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     device = _device(settings.device)
+    keep_freed_memory()
     automatic = "bfloat16" if fast_bfloat16(device) and not adapting else "float32"
     dtype = _DTYPES[automatic if settings.dtype == "auto" else settings.dtype]
     folder = _folder(settings.base)

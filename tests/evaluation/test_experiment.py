@@ -78,7 +78,9 @@ def test_all_arms_and_the_report(settings: Settings, tmp_path: Path) -> None:
     assert {c["seed"] for c in result["chosen"]} == {0, 1}
     first, second = result["chosen"]
     assert set(first["merits"]) == {*PROMPTED, RECENT, *TRAINED} and not second["merits"]
-    assert (first["oppu"], first["prompt"]) == (second["oppu"], second["prompt"])
+    assert (first["oppu"], first["prompt"], first["rate"]) == (second["oppu"], second["prompt"], second["rate"])
+    assert float(min(first["rates"], key=first["rates"].get)) == pytest.approx(first["rate"]) and not second["rates"]
+    assert len(first["rates"]) == len(RECIPE.rates)
     for o in outcomes:
         _equal(o, CHOSEN_OPPU, o.chosen[0].oppu)
         _equal(o, CHOSEN_PROMPT, o.chosen[0].prompt)

@@ -1,17 +1,22 @@
 """Who judges, and what runs where all arms are asked for."""
 
 from dataclasses import replace
+from math import nan
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 import pytest
 
 from evaluation.bases import Study, adapted, curve, unadapted
 from evaluation.experiment import run
 from evaluation.history import Past
+from evaluation.presets import PRESETS
 from evaluation.splits import Fold, Person
-from evaluation.training import Recipe
-from evaluation.variants import FURTHER, UNADAPTED, judges
+from evaluation.training import Bench, Recipe
+from evaluation.variants import FURTHER, UNADAPTED, judges, rated
 from oppu.lm.adaption import RECIPE
+from oppu.lm.model import TorchModel
 from oppu.settings import Settings
 from tests.evaluation.test_experiment import RECIPE as SHORT
 from tests.evaluation.test_experiment import TASKS, everybody, planned, settings
@@ -42,6 +47,26 @@ def test_a_judges_later_half_begins_with_a_day(days: list[int], cut: int | None,
 def test_a_judges_items_are_bounded(tmp_path: Path) -> None:
     [found] = judges(study([calibrating(list(range(30)))], tmp_path, Settings.load(), Recipe(judge_items=8)))
     assert (len(found.items), len(found.groups), found.cut) == (8, 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("losses", "best"), [((2.0, 1.0, 3.0), 1e-3), ((2.0, 1.5, 1.0), 3e-3), ((9.0, nan, nan), 3e-4)]
+)
+def test_the_judges_choose_the_rate_that_loses_least(losses: tuple[float, ...], best: float, tmp_path: Path) -> None:
+    asked = study([calibrating(list(range(10)))], tmp_path, Settings.load(), Recipe())
+    for rate, loss in zip(("0.0003", "0.001", "0.003"), losses, strict=True):
+        with (tmp_path / f"rate-{rate}.npz").open("wb") as file:
+            np.savez(file, **{"": np.array(loss)})  # type: ignore[arg-type]  # as a killed run has left them
+    found, by_rate = rated(asked, Bench(asked.fold, cast(TorchModel, None), tmp_path, Recipe(), 0, print))
+    assert found.recipe.learning_rate == pytest.approx(best) and found.recipe.rates == (1.0,)
+    assert list(by_rate) == ["0.0003", "0.001", "0.003"]
+
+
+def test_one_rate_or_nobody_to_judge_leaves_the_recipes(tmp_path: Path) -> None:
+    bench = Bench(study([], tmp_path, Settings.load()).fold, cast(TorchModel, None), tmp_path, Recipe(), 0, print)
+    for people, recipe in (([], Recipe()), ([calibrating(list(range(10)))], PRESETS["oppu"].recipe)):
+        asked = study(people, tmp_path, Settings.load(), recipe)
+        assert rated(asked, bench) == (asked, {})
 
 
 @pytest.mark.slow
