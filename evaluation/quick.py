@@ -7,9 +7,9 @@ from evaluation.splits import Fold, Person
 
 FOLDS = 3
 """Each adapts bases of its own."""
-ADAPT_ITEMS, ADAPT_CHARACTERS = 1500, 150_000
+ADAPT_ITEMS, ADAPT_CHARACTERS = 1500, 120_000
 """At most so many items, of about so many characters, adapt a base."""
-USER_CHARACTERS, LEAST_ITEMS, MOST_ITEMS = 30_000, 60, 100
+USER_CHARACTERS, LEAST_ITEMS, MOST_ITEMS = 24_000, 50, 90
 """A user's items are cut so that they are read in about the same time whatever their length."""
 _TEST_SHARE = 5
 """One item in so many of those that are kept is asked about."""

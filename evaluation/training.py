@@ -36,12 +36,12 @@ class Recipe:
 
     ``passes``, ``learning_rate``, ``clip_norm`` and ``dropout`` are the paper's full training, its rate multiplied by
     the one of ``rates`` that calibrate users choose (``evaluation.variants.rated``); ``chunk`` new items, with
-    ``replay`` older ones, ``chunk_passes`` times at ``chunk_learning_rate``, are the service's increments. The base is adapted for
-    1, 2, … ``base_epochs`` epochs until more do not help, or with ``base_search`` off for ``base_epochs``, on at most
-    ``adapt_items`` drawn items (``None``: all); ``variants`` are the bases that are made, the plain one always among
-    them. Calibrate users judge which prompt-only arm and which OPPU arm stand in P1, each by the first ``judge_items``
-    of its items. Of each user of a text task the first ``written`` held-back items are written out, greedily, no longer
-    than nearly all of calibrate users' outputs.
+    ``replay`` older ones, ``chunk_passes`` times at ``chunk_learning_rate``, are the service's increments. The base is
+    adapted for 1, 2, … ``base_epochs`` epochs until more do not help, or with ``base_search`` off for ``base_epochs``,
+    on at most ``adapt_items`` drawn items (``None``: all); ``variants`` are the bases that are made, the plain one
+    always among them. Calibrate users judge which prompt-only arm and which OPPU arm stand in P1, each by the first
+    ``judge_items`` of its items. Of each user of a text task the first ``written`` held-back items are written out,
+    greedily, no longer than nearly all of calibrate users' outputs.
     """
 
     base_epochs: int = 4

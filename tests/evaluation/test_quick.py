@@ -36,7 +36,7 @@ def test_short_histories_stay_whole_and_the_first_users_are_kept() -> None:
 def test_items_around_the_cut_are_kept_on_their_sides() -> None:
     whole = person("t", 1000, 800)
     [made] = cut(whole).target
-    assert made.train == whole.train[-80:] and made.test == whole.test[:20]
+    assert made.train == whole.train[-72:] and made.test == whole.test[:18]
     assert [whole.items[group] for group in made.groups] == list(made.items)
     [few] = cut(person("t", 300, 30)).target
     assert (few.cut, len(few.items)) == (30, MOST_ITEMS)
