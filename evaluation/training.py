@@ -49,7 +49,7 @@ class Recipe:
     base_batch: int = 32
     passes: int = 3
     learning_rate: float = 1e-3
-    rates: tuple[float, ...] = (0.3, 1.0, 3.0)
+    rates: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
     batch: int = 16
     weight_decay: float = 0.01
     chunk: int = 16

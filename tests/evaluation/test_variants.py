@@ -25,6 +25,9 @@ from tests.evaluation.world import EMBEDDER, item
 __all__ = ["settings"]  # a fixture
 
 
+RATES = ("0.0003", "0.001", "0.003", "0.01")
+
+
 def study(people: list[Person], folder: Path, own: Settings, recipe: Recipe = SHORT) -> Study:
     fold = Fold("all", tuple(item("a", n) for n in range(8)), tuple(people), ())
     return Study(fold, {}, own, TASKS, folder, recipe, 0, lambda _: None)
@@ -50,16 +53,16 @@ def test_a_judges_items_are_bounded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("losses", "best"), [((2.0, 1.0, 3.0), 1e-3), ((2.0, 1.5, 1.0), 3e-3), ((9.0, nan, nan), 3e-4)]
+    ("losses", "best"), [((2.0, 1.0, 3.0, 3.5), 1e-3), ((2.0, 1.5, 1.0, 1.0), 3e-3), ((9.0, nan, nan, nan), 3e-4)]
 )
 def test_the_judges_choose_the_rate_that_loses_least(losses: tuple[float, ...], best: float, tmp_path: Path) -> None:
     asked = study([calibrating(list(range(10)))], tmp_path, Settings.load(), Recipe())
-    for rate, loss in zip(("0.0003", "0.001", "0.003"), losses, strict=True):
+    for rate, loss in zip(RATES, losses, strict=True):
         with (tmp_path / f"rate-{rate}.npz").open("wb") as file:
             np.savez(file, **{"": np.array(loss)})  # type: ignore[arg-type]  # as a killed run has left them
     found, by_rate = rated(asked, Bench(asked.fold, cast(TorchModel, None), tmp_path, Recipe(), 0, print))
     assert found.recipe.learning_rate == pytest.approx(best) and found.recipe.rates == (1.0,)
-    assert list(by_rate) == ["0.0003", "0.001", "0.003"]
+    assert tuple(by_rate) == RATES
 
 
 def test_one_rate_or_nobody_to_judge_leaves_the_recipes(tmp_path: Path) -> None:
