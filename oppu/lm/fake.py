@@ -112,11 +112,6 @@ class FakeModel:
         """Raise ``AdapterUnreadable`` where it is no array of counts."""
         _counts(tensors)
 
-    def losses(self, examples: Sequence[Example], tensors: Tensors | None) -> NDArray[np.float64]:
-        """Return −log p(output) over the choices; for text, over the output's bucket against one other."""
-        counts = None if tensors is None else _counts(tensors)
-        return np.array([_loss(example, counts) for example in examples], dtype=np.float64)
-
     def scores(self, examples: Sequence[Example], tensors: Tensors | None) -> list[NDArray[np.float64]]:
         """Return each choice example's log probabilities; of a text one number, minus its loss."""
         counts = None if tensors is None else _counts(tensors)

@@ -144,6 +144,25 @@ class Runner:
         return output
 
 
+def target_log_probs(
+    runner: Runner, targets: Sequence[Target], slots: Sequence[int], memory: Memory | None = None
+) -> torch.Tensor:
+    """Return the log probabilities of all that targets of similar length aim at, one target's after the other's.
+
+    Args:
+        runner: The base.
+        targets: Each with at least one position.
+        slots: Bank slot of each.
+        memory: As for ``Runner.logits``.
+
+    Returns:
+        ``[sum of aims]``, differentiable.
+    """
+    pairs = zip(targets, slots, strict=True)
+    logits = runner.logits([Reading(target.ids, target.positions, slot) for target, slot in pairs], memory)
+    return aim_log_probs(logits, [aim for target in targets for aim in target.aims])
+
+
 def target_losses(
     runner: Runner, targets: Sequence[Target], slots: Sequence[int], memory: Memory | None = None
 ) -> torch.Tensor:
@@ -158,14 +177,12 @@ def target_losses(
     Returns:
         One loss a target.
     """
-    pairs = zip(targets, slots, strict=True)
-    logits = runner.logits([Reading(target.ids, target.positions, slot) for target, slot in pairs], memory)
-    log_probs = aim_log_probs(logits, [aim for target in targets for aim in target.aims])
+    log_probs = target_log_probs(runner, targets, slots, memory)
     owners = [row for row, target in enumerate(targets) for _ in target.aims]
-    zero = torch.zeros(len(targets), dtype=logits.dtype, device=logits.device)
-    sums = zero.index_add(0, sent(owners, logits.device), log_probs)
-    scale = sent([target.scale for target in targets], logits.device, logits.dtype)
-    offset = sent([target.offset for target in targets], logits.device, logits.dtype)
+    zero = torch.zeros(len(targets), dtype=log_probs.dtype, device=log_probs.device)
+    sums = zero.index_add(0, sent(owners, log_probs.device), log_probs)
+    scale = sent([target.scale for target in targets], log_probs.device, log_probs.dtype)
+    offset = sent([target.offset for target in targets], log_probs.device, log_probs.dtype)
     return offset - scale * sums
 
 

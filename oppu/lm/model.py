@@ -9,6 +9,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,13 +19,13 @@ from oppu.errors import AdapterUnreadable
 from oppu.lm.bank import SlotBank
 from oppu.lm.base import LoadedBase
 from oppu.lm.blend import Texts, foreseen
-from oppu.lm.encoding import Encoder, Reading
-from oppu.lm.forward import Runner, buckets, target_losses
+from oppu.lm.encoding import Encoder, Reading, Target
+from oppu.lm.forward import Runner, buckets, target_log_probs, target_losses
 from oppu.lm.generation import Writing, greedy
 from oppu.lm.port import AdapterRef, Example, Row, Scored, Tensors, TrainConfig, Trained, TrainJob
 from oppu.lm.prompts import Ids
 from oppu.lm.residence import AdapterBank
-from oppu.lm.scoring import Trie, aim_log_probs, choice_logits
+from oppu.lm.scoring import Trie, choice_logits
 from oppu.lm.targets import adapter_config, find_targets
 from oppu.lm.training import Calls, slots_for, train_slots
 from oppu.lm.transfer import sent
@@ -34,6 +35,7 @@ from oppu.values import BaseId
 
 logger = logging.getLogger(__name__)
 
+_Compute = Callable[[Sequence[Target], Sequence[int]], torch.Tensor]
 _Scores = NDArray[np.float64]
 _NONE = np.zeros(0)
 
@@ -147,9 +149,8 @@ class TorchModel:
         self._bank.check(tensors)
 
     def losses(self, examples: Sequence[Example], tensors: Tensors | None) -> _Scores:
-        """Return each example's loss under one user's weights, ``[n] float64`` nats.
-
-        For choice tasks −log p(output) over the choices; for text the mean over the output's tokens.
+        """Return each example's loss under one user's weights: −log p(output) over the choices, of a text the mean over
+        the output's tokens.
 
         Args:
             examples: One user's examples.
@@ -163,13 +164,8 @@ class TorchModel:
         """
         targets = self._encoder.targets(examples)
         found = np.array([target.offset for target in targets], dtype=np.float64)
-        live = [at for at, target in enumerate(targets) if target.positions]
-        with self._one_user(tensors) as slot, torch.no_grad():
-            for group in buckets([len(targets[at].ids) for at in live], self._runner.tokens):
-                members = [live[index] for index in group]
-                with self._scratch.use([slot] * len(members)):
-                    part = target_losses(self._runner, [targets[at] for at in members], [slot] * len(members))
-                found[members] = part.double().cpu().numpy()
+        for members, part in self._over(targets, tensors, partial(target_losses, self._runner)):
+            found[members] = part.double().cpu().numpy()
         return found
 
     def token_scores(self, examples: Sequence[Example], tensors: Tensors | None) -> list[_Scores]:
@@ -188,16 +184,23 @@ class TorchModel:
         """
         targets = self._encoder.targets(examples)
         found: list[_Scores] = [_NONE] * len(examples)
-        live = [at for at, target in enumerate(targets) if target.positions]
+        for members, said in self._over(targets, tensors, partial(target_log_probs, self._runner)):
+            ends = np.cumsum([len(targets[at].aims) for at in members])[:-1]
+            for at, part in zip(members, np.split(said.double().cpu().numpy(), ends), strict=True):
+                found[at] = part
+        return found
+
+    def _over(
+        self, targets: Sequence[Target], tensors: Tensors | None, compute: _Compute
+    ) -> list[tuple[list[int], torch.Tensor]]:
+        """Compute something, from targets and their slots, of all targets that aim at anything, under one user's
+        weights and by lengths; return their places with it."""
+        live, found = [at for at, target in enumerate(targets) if target.positions], []
         with self._one_user(tensors) as slot, torch.no_grad():
             for group in buckets([len(targets[at].ids) for at in live], self._runner.tokens):
-                members = [targets[live[index]] for index in group]
+                members = [live[index] for index in group]
                 with self._scratch.use([slot] * len(members)):
-                    logits = self._runner.logits([Reading(t.ids, t.positions, slot) for t in members])
-                said = aim_log_probs(logits, [aim for t in members for aim in t.aims]).double().cpu().numpy()
-                parts = np.split(said, np.cumsum([len(t.aims) for t in members])[:-1])
-                for index, part in zip(group, parts, strict=True):
-                    found[live[index]] = part
+                    found.append((members, compute([targets[at] for at in members], [slot] * len(members))))
         return found
 
     def longest_output(self, task: str) -> int:

@@ -176,13 +176,6 @@ class LanguageModel(Protocol):
         """Raise ``AdapterUnreadable`` where an adapter does not fit this base and its settings."""
         ...
 
-    def losses(self, examples: Sequence[Example], tensors: Tensors | None) -> NDArray[np.float64]:
-        """Return each example's loss under one user's weights, ``[n] float64`` nats.
-
-        For choice tasks −log p(output) over the choices; for text the mean over the output's tokens.
-        """
-        ...
-
     def scores(self, examples: Sequence[Example], tensors: Tensors | None) -> list[NDArray[np.float64]]:
         """Return each example's log probabilities under one user's weights: of the choices ``[c]``, of a text's output
         tokens ``[t]``, teacher-forced; their mean is minus the loss."""

@@ -36,4 +36,5 @@ def test_freed_activations_are_used_again_and_the_operators_own_setting_stands()
     assert _faults("usual")[1] >= _PAGES
     assert _faults("keep")[0] == "True"
     assert _faults("keep")[1] < _PAGES
-    assert _faults("keep", MALLOC_MMAP_THRESHOLD_="131072") == ("False", pytest.approx(_faults("usual")[1], rel=0.2))
+    kept, faults = _faults("keep", MALLOC_MMAP_THRESHOLD_="131072")
+    assert kept == "False" and faults >= _PAGES
