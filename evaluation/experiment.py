@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -279,7 +278,7 @@ def _text_arms(study: Study, tables: Mapping[str, Table], followed: Mapping[str,
     return replace(arms, texts={**arms.texts, name: texts})
 
 
-def _adapters(study: Study, bench: Bench, followed: Mapping[str, Array]) -> dict[str, dict[str, Tensors]]:
+def _adapters(study: Study, bench: Bench, followed: Mapping[str, Array]) -> dict[str, dict[str, Tensors | None]]:
     """Return the weights that write: trained once on all before the cut, and as they followed up to it."""
     heads: dict[str, dict[str, NDArray[np.float32]]] = {}
     for key, weights in followed.items():
@@ -287,7 +286,7 @@ def _adapters(study: Study, bench: Bench, followed: Mapping[str, Array]) -> dict
         if found:
             heads.setdefault(user, {})[name] = weights.astype(np.float32)
     people = [*study.fold.target, *judges(study)]
-    return {"oppu": {**weights_of(study, bench, "oppu", people)}, "fused": {**heads}}
+    return {"oppu": weights_of(study, bench, "oppu", people), "fused": {**heads}}
 
 
 def _outcome(plan: Plan, seed: int, parts: Sequence[_Part], tasks: Tasks) -> Outcome:
@@ -334,12 +333,12 @@ def _add_controls(study: Study, bench: Bench, held: Mapping[str, dict[str, Array
     _add(bench, study.fold, "union", {p.user_id: everybody for p in people}, held)
 
 
-def _trained(bench: Bench, name: str, parts: Mapping[str, Sequence[Item]]) -> dict[str, dict[str, NDArray[Any]]]:
+def _trained(bench: Bench, name: str, parts: Mapping[str, Sequence[Item]]) -> dict[str, Tensors | None]:
     return train_once(bench, name, {user: list(map(example, items)) for user, items in parts.items()})
 
 
 def _add(
-    bench: Bench, fold: Fold, name: str, weights: Mapping[str, Tensors], held: Mapping[str, dict[str, Array]]
+    bench: Bench, fold: Fold, name: str, weights: Mapping[str, Tensors | None], held: Mapping[str, dict[str, Array]]
 ) -> None:
     def compute() -> dict[str, Array]:
         return {p.user_id: score(bench.model, list(map(example, p.test)), weights[p.user_id]) for p in fold.target}

@@ -25,7 +25,7 @@ from oppu.lm.blend import CACHE_EXPERTS, EXPERTS, mixed
 from oppu.lm.port import Tensors
 
 Array = NDArray[np.float64]
-Adapters = Mapping[str, Tensors]
+Adapters = Mapping[str, Tensors | None]
 
 PRIOR_DEVIATION = 2.0
 """Of a coefficient about the built-in one, in a sample of ``_OUTPUTS``: short streams say little of long ones."""

@@ -172,7 +172,7 @@ def base_scores(bench: Bench, people: Sequence[Person], name: str) -> dict[str, 
     )
 
 
-def train_once(bench: Bench, name: str, parts: Mapping[str, Sequence[Example]]) -> dict[str, dict[str, NDArray[Any]]]:
+def train_once(bench: Bench, name: str, parts: Mapping[str, Sequence[Example]]) -> dict[str, Tensors | None]:
     """Train each user's adapter once, offline, on the given examples (the paper's way), and keep the weights.
 
     Args:
@@ -181,11 +181,11 @@ def train_once(bench: Bench, name: str, parts: Mapping[str, Sequence[Example]]) 
         parts: Training examples by user; their order is drawn from the user's seed.
 
     Returns:
-        Weights by user.
+        Weights by user; ``None``, the base alone, where there is nothing to learn or training diverged.
     """
     config = full_config(bench.recipe)
     users = sorted(parts)
-    weights: dict[str, dict[str, NDArray[Any]]] = {}
+    weights: dict[str, Tensors | None] = dict.fromkeys(users)
     for first in range(0, len(users), _AT_ONCE):
         some = users[first : first + _AT_ONCE]
 

@@ -7,10 +7,8 @@ a target has a say in it.
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from evaluation.arms import Array, log_loss, right
 from evaluation.bases import BaseName, Study, opened
@@ -178,11 +176,13 @@ def _judged(study: Study, bench: Bench, people: Sequence[Person]) -> dict[str, A
     for p in people:
         items = [item for item in p.test if not item.bare]
         scores = score(bench.model, list(map(example, items)), weights[p.user_id])
+        if np.isnan(scores).all(axis=1).any():
+            return {"": np.array(np.inf)}  # so far off that its scores are no numbers
         losses.append(-right(items, scores, kind) if kind == "text" else log_loss(items, scores))
     return {"": np.array(np.concatenate(losses).mean())}
 
 
-def weights_of(study: Study, bench: Bench, name: str, people: Sequence[Person]) -> dict[str, dict[str, NDArray[Any]]]:
+def weights_of(study: Study, bench: Bench, name: str, people: Sequence[Person]) -> dict[str, Tensors | None]:
     """Return the weights of an OPPU arm's adapters by user, trained now where they are not kept.
 
     Args:

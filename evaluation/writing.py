@@ -38,7 +38,7 @@ class Writer:
     in, and what each user's adapter has earned then."""
 
     name: str
-    adapters: Mapping[str, Tensors] | None = field(default=None, repr=False)
+    adapters: Mapping[str, Tensors | None] | None = field(default=None, repr=False)
     asked: Asked = PLAIN
     fusion: TextFusion | None = field(default=None, repr=False)
     earned: Mapping[str, float] = field(default_factory=dict, repr=False)

@@ -168,6 +168,20 @@ def test_the_development_run_never_sees_the_last_fifth(settings: Settings, tmp_p
 
 
 @pytest.mark.parametrize("task", ["pick", "write"])
+def test_adapters_that_diverge_leave_the_base_alone(task: str, settings: Settings, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, variants=("plain",), base_search=False, adapt_items=10)
+    recipe = replace(
+        recipe, learning_rate=3e38, rates=(1.0, 1e-8)
+    )  # weights that are no numbers; or whose scores are none
+    [outcome] = run(replace(planned(tmp_path, task), recipe=recipe), everybody(task), settings, TASKS, EMBEDDER)
+    [chosen] = outcome.chosen
+    alone, odd = chosen.rates.values()
+    assert chosen.rate == 3e38 and np.isfinite(alone) and not np.isfinite(odd)
+    for trained, base in zip(outcome.arms.held["oppu"], outcome.arms.held["none"], strict=True):
+        np.testing.assert_array_equal(trained, base)
+
+
+@pytest.mark.parametrize("task", ["pick", "write"])
 def test_a_plain_run_has_no_prompted_arm_and_no_p1(task: str, settings: Settings, tmp_path: Path) -> None:
     plan = planned(tmp_path, task)
     plan = replace(plan, recipe=replace(RECIPE, variants=("plain",), base_search=False, adapt_items=10))
