@@ -1,8 +1,10 @@
-"""What a work folder's results were made from, so that no run goes on with another's stages."""
+"""What a work folder's results were made from, so that no run goes on with another's stages, nor beside another."""
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from evaluation.corpus import Item
@@ -10,7 +12,7 @@ from evaluation.roles import Bounds
 from oppu.errors import ConfigError
 from oppu.settings import Settings
 
-_FILE = "inputs.json"
+_FILE, _LOCK = "inputs.json", "lock"
 _OF_THE_MACHINE = {"device", "dtype", "threads"}
 
 
@@ -48,6 +50,27 @@ def keep(
             raise ConfigError(f"--out: {folder} holds results of other {', '.join(other)}: name another folder")
     else:
         write_whole(path, json.dumps(now, indent=1) + "\n")
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep a folder to one run: two would write the same stages. The lock ends with the process, however it ends.
+
+    Args:
+        folder: The run's; made where it is not there.
+
+    Raises:
+        ConfigError: Another run is at work in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"--out: another run is at work in {folder}: wait for it or name another folder"
+            ) from error
+        yield
 
 
 def write_whole(path: Path, text: str) -> None:

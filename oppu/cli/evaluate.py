@@ -50,6 +50,7 @@ def evaluate(
     """Compare all arms and controls of TASK on users' own events, and write tables and tests to OUT."""
     from evaluation.budget import Progress
     from evaluation.experiment import Plan, run
+    from evaluation.inputs import alone
     from evaluation.material import Files, gather
     from evaluation.presets import PRESETS
     from evaluation.quick import ADAPT_ITEMS
@@ -89,7 +90,8 @@ def evaluate(
         profiles=material.profiles,
         progress=Progress(say),
     )
-    outcomes = run(plan, items, settings, tasks, compose.embedder(settings))
+    with alone(plan.folder):
+        outcomes = run(plan, items, settings, tasks, compose.embedder(settings))
     result = summarise(plan, outcomes, tasks[task].kind, settings.model.base, _command(events))
     unknown = sum(item.choices != () and not item.answered for p in outcomes[0].people for item in p.test)
     result["data"] = {**material.notes, "queries_of_unknown_label": unknown, "preset": preset}

@@ -97,3 +97,11 @@ def test_a_folder_keeps_to_what_it_began_with(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             keep(**change)
+
+
+def test_a_work_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with inputs.alone(folder), pytest.raises(ConfigError, match="--out: another run is at work"), inputs.alone(folder):
+        raise AssertionError("both are at work")
+    with inputs.alone(folder):  # the first is over
+        pass
