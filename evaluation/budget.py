@@ -12,10 +12,10 @@ from typing import Literal
 
 from evaluation.analyses import LEVELS
 from evaluation.corpus import Item
-from evaluation.methods import METHODS, RATES
+from evaluation.methods import METHODS
 from evaluation.prompting import PLAIN, Asked, Variant, example
 from evaluation.splits import Fold
-from evaluation.training import Recipe
+from evaluation.training import RATES, Recipe
 from evaluation.variants import ANALYSED, FURTHER, PROMPTED, RECENT, TRAINED, UNADAPTED
 from oppu.lm.adaption import AdaptConfig, adapt
 from oppu.lm.base import OFFLINE, load_base

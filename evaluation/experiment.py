@@ -153,7 +153,7 @@ class _World:
             done = _done(plan, fold.name, seed)
             study = Study(fold, past, self.settings, self.tasks, folder, recipe, seed, plan.say, done)
             if chosen is not None:
-                own = replace(recipe, learning_rate=chosen[at].rate, rates=(1.0,))
+                own = recipe.at(chosen[at].rate)
                 arms = chosen[at].prompt, chosen[at].oppu
                 study = replace(study, recipe=own, arms=arms, searched=plan.folder / f"{fold.name}-seed-{first}")
             parts.append(_fold(plan, study, self.extra))
@@ -174,7 +174,7 @@ def _announce(plan: Plan, folds: Sequence[Fold], items: Sequence[Item], settings
     found: dict[str, float] = {}
     for seed in plan.seeds:
         first = seed == plan.seeds[0]
-        recipe = plan.recipe if first else replace(plan.recipe, base_search=False)
+        recipe = plan.recipe if first else replace(plan.recipe, base_search=False, rates=(1.0,))
         more = {name: first and getattr(plan, name) for name in ("all_arms", "methods", "analyses")}
         chosen = options(settings, recipe, **more)
         for fold in folds:

@@ -21,8 +21,8 @@ from evaluation.arms import Array
 from evaluation.bases import Study, adapted
 from evaluation.prompting import example
 from evaluation.splits import Person
-from evaluation.training import full_config, shuffled, stage
-from evaluation.variants import judges
+from evaluation.training import RATES, full_config, shuffled, stage
+from evaluation.variants import best_rate, judges
 from oppu.errors import ConfigError
 from oppu.lm.base import LoadedBase, load_base
 from oppu.lm.encoding import Encoder, Reading, Target
@@ -34,8 +34,6 @@ from oppu.lm.trunk import Memory
 from oppu.settings import ModelSettings
 
 METHODS = ("lora", "ia3", "prompt-tuning")
-RATES = (0.3, 1.0, 3.0, 10.0)
-"""Learning rates to try, as multiples of the recipe's."""
 PREFIX = "peft-"
 """Before a method's name among the arms."""
 VIRTUAL_TOKENS = 8
@@ -115,8 +113,8 @@ def _best_rate(study: Study, tuner: "Tuner") -> float:
         for person in people:
             _train(study, tuner, person, rate)
             total += float(tuner.losses([example(i) for i in person.test if i.answered]).sum())
-        losses.append(total if math.isfinite(total) else math.inf)
-    return rates[losses.index(min(losses))] if losses else study.recipe.learning_rate
+        losses.append(total)
+    return best_rate(rates, losses) if losses else study.recipe.learning_rate
 
 
 def _train(study: Study, tuner: "Tuner", person: Person, rate: float) -> int:

@@ -9,7 +9,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -28,6 +28,8 @@ Say = Callable[[str], None]
 _AT_ONCE = 16
 """Users trained together: bounds the bank's memory, changes no result."""
 _ESCAPE = "="
+RATES = (0.3, 1.0, 3.0, 10.0)
+"""Learning rates to try, as multiples of the recipe's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class Recipe:
     base_batch: int = 32
     passes: int = 3
     learning_rate: float = 1e-3
-    rates: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
+    rates: tuple[float, ...] = RATES
     batch: int = 16
     weight_decay: float = 0.01
     chunk: int = 16
@@ -66,6 +68,10 @@ class Recipe:
     dropout: float = 0.0
     adapt_items: int | None = None
     variants: tuple[Variant, ...] = tuple(VARIANTS)
+
+    def at(self, rate: float) -> "Recipe":
+        """Return the recipe with this learning rate and no others to try."""
+        return replace(self, learning_rate=rate, rates=(1.0,))
 
     def digest(self) -> str:
         """Return a hash of all fields."""

@@ -4,7 +4,7 @@ The choice is made by the fold's calibrate users, whose earlier half trains and 
 a target has a say in it.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -156,16 +156,18 @@ def rated(study: Study, plain: Bench) -> tuple[Study, dict[str, float]]:
     """
     recipe, people, losses = study.recipe, judges(study), dict[str, float]()
     rates = [share * recipe.learning_rate for share in recipe.rates]
-    if len(rates) < 2 or not people:
-        return study, losses
-    for rate in rates:
-        bench = replace(plain, recipe=replace(recipe, learning_rate=rate))
+    for rate in rates if len(rates) > 1 and people else []:
+        bench = replace(plain, recipe=recipe.at(rate))
         kept = stage(study, f"rate-{rate:g}", partial(_judged, study, bench, people))
         losses[f"{rate:g}"] = float(kept[""])
-    finite = [loss if np.isfinite(loss) else np.inf for loss in losses.values()]
-    best = rates[finite.index(min(finite))]
     study.done("rates")
-    return replace(study, recipe=replace(recipe, learning_rate=best, rates=(1.0,))), losses
+    return replace(study, recipe=recipe.at(best_rate(rates, losses.values()))) if losses else study, losses
+
+
+def best_rate(rates: Sequence[float], losses: Iterable[float]) -> float:
+    """Return the rate of the least loss, the first of equals; before any whose loss is not a finite number."""
+    finite = [loss if np.isfinite(loss) else np.inf for loss in losses]
+    return rates[finite.index(min(finite))]
 
 
 def _judged(study: Study, bench: Bench, people: Sequence[Person]) -> dict[str, Array]:

@@ -31,8 +31,8 @@ def keep_freed_memory() -> bool:
     """Let the C library keep what a forward frees for the next one, process-wide.
 
     glibc soon gives large blocks back to the kernel, and the next forward's pages are cleared anew: 50,000 of them in a
-    batch of 64 rows of 96 tokens in bfloat16, 120,000 in float32, a sixth of its time. Up to 1 GiB of free memory stays
-    with the process; blocks above 32 MiB still go. Where ``MALLOC_`` variables are set they have it, and other C
+    batch of 64 rows of 96 tokens in bfloat16, 120,000 in float32. Up to 1 GiB of free memory stays with the process;
+    blocks above 32 MiB still go. Where ``MALLOC_`` variables are set they have it, and other C
     libraries have no such setting.
 
     Returns:

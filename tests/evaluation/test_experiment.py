@@ -170,9 +170,8 @@ def test_the_development_run_never_sees_the_last_fifth(settings: Settings, tmp_p
 @pytest.mark.parametrize("task", ["pick", "write"])
 def test_adapters_that_diverge_leave_the_base_alone(task: str, settings: Settings, tmp_path: Path) -> None:
     recipe = replace(RECIPE, variants=("plain",), base_search=False, adapt_items=10)
-    recipe = replace(
-        recipe, learning_rate=3e38, rates=(1.0, 1e-8)
-    )  # weights that are no numbers; or whose scores are none
+    # weights that are no numbers, and such as have no numbers for scores
+    recipe = replace(recipe, learning_rate=3e38, rates=(1.0, 1e-8))
     [outcome] = run(replace(planned(tmp_path, task), recipe=recipe), everybody(task), settings, TASKS, EMBEDDER)
     [chosen] = outcome.chosen
     alone, odd = chosen.rates.values()

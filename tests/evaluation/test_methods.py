@@ -9,10 +9,10 @@ import torch
 
 from evaluation.bases import Study
 from evaluation.history import Past
-from evaluation.methods import METHODS, RATES, VIRTUAL_TOKENS, Tuner, run_methods, tuned
+from evaluation.methods import METHODS, VIRTUAL_TOKENS, Tuner, run_methods, tuned
 from evaluation.prompting import example
 from evaluation.splits import Fold, Person
-from evaluation.training import Recipe
+from evaluation.training import RATES, Recipe
 from oppu.errors import ConfigError
 from oppu.lm.base import load_base
 from oppu.lm.model import TorchModel
