@@ -8,20 +8,19 @@ slot is decided in ``residence``. A layer that reads its rows' tokens flattened,
 apart by the number of rows.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from oppu.errors import AdapterUnreadable, ConfigError
 from oppu.lm.dropout import Dropout, dropped
+from oppu.lm.places import Place, factors_of, placed, spans_of
 from oppu.lm.port import Tensors
 from oppu.lm.transfer import sent
 
@@ -30,39 +29,23 @@ _NARROW_TOKENS = 16
 """From so many tokens a row a CPU multiplies faster in the base's narrower type; below, converting costs more."""
 _LOOP_ROWS = 4
 """With so many rows a run of equal slots, a product a run costs less than a copy of its adapter a row."""
-_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
-"""Layers of one parent that read the same input, by the names that model families give them."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Mix:
     """The rows of a batch by adapter: ``plain`` rows of slot 0 first, then runs of equal slots.
 
-    ``slots`` ``[k]`` holds a slot a run; ``ends`` are the runs' last rows plus one where they differ in length
-    (empty: all have ``n / k`` rows). ``kept`` are the factors, by the first layer that asks for them, that a next
-    forward of the same batch finds gathered; ``None`` where they were gathered once and not kept. ``dropout`` has a
-    seed a row that is adapted.
+    ``slots`` ``[k]`` holds a slot a run; ``lengths`` are the runs' rows where they differ in length (empty: all have
+    ``n / k``). ``kept`` are the factors, by the first layer that asks for them, that a next forward of the same batch
+    finds gathered; ``None`` where they were gathered once and not kept. ``dropout`` has a seed a row that is adapted.
     """
 
     rows: int
     plain: int
     slots: torch.Tensor
-    ends: tuple[int, ...]
-    kept: dict["_Place", "_Gathered | None"] = field(default_factory=dict)
+    lengths: tuple[int, ...]
+    kept: dict["Place", "_Gathered | None"] = field(default_factory=dict)
     dropout: Dropout | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a target layer's factors lie: A at ``a`` and B's transpose at ``b`` in a row of ``weights[group]``;
-    ``first`` is its place among the layers of the group."""
-
-    group: int
-    first: int
-    a: int
-    b: int
-    wide: int
-    out: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +89,7 @@ class SlotBank:
         self._names = tuple(targets)
         self._mix: _Mix | None = None
         self._inner: _Inner | None = None
-        self._places = _placed(targets, rank)
+        self._places = placed(targets, rank)
         self._groups = [list(own) for _, own in groupby(sorted(self._places, key=_group), key=_group)]
         self.weights: list[torch.Tensor] = []
         for own in self._groups:
@@ -122,12 +105,12 @@ class SlotBank:
     @property
     def a(self) -> list[torch.Tensor]:
         """Every layer's A ``[slots + 1, r, in]``, views."""
-        return [_factors(self.weights[place.group], place, self.rank)[0] for place in self._places]
+        return [factors_of(self.weights[place.group], place, self.rank)[0] for place in self._places]
 
     @property
     def b(self) -> list[torch.Tensor]:
         """Every layer's B ``[slots + 1, out, r]``, views."""
-        return [_factors(self.weights[p.group], p, self.rank)[1].transpose(1, 2) for p in self._places]
+        return [factors_of(self.weights[p.group], p, self.rank)[1].transpose(1, 2) for p in self._places]
 
     @property
     def bytes(self) -> int:
@@ -249,7 +232,7 @@ class SlotBank:
             own = self._outer(mix, inner, b).view(len(y) - mix.plain, *y.shape[1:])
             return y + torch.cat([torch.zeros_like(y[: mix.plain]), own]) if mix.plain else y + own
         rest = y[mix.plain :] if mix.plain else y
-        if mix.ends or b.dtype != y.dtype:
+        if mix.lengths or b.dtype != y.dtype:
             rest += self._outer(mix, inner, b).view(rest.shape).to(rest.dtype)
         else:  # y is the layer's own and fresh: adding in place saves two copies
             rest.view(len(b), -1, place.out).baddbmm_(inner, b)
@@ -264,7 +247,7 @@ class SlotBank:
             raise ConfigError(f"model.lora_targets: expected layers that keep a batch's rows apart: {found}")
         return x
 
-    def _shared(self, mix: _Mix, place: _Place, x: torch.Tensor, rows: torch.Tensor) -> _Inner:
+    def _shared(self, mix: _Mix, place: Place, x: torch.Tensor, rows: torch.Tensor) -> _Inner:
         """Return what the layers of a group that read ``x`` have in common, computed by the first of them."""
         found = self._inner
         if found is None or found.group != place.group or found.x is not x:
@@ -277,9 +260,8 @@ class SlotBank:
         """Multiply the adapted rows by the A of some layers, and by the scale; one product a layer."""
         a = factors.a
         own = own.to(a.dtype)
-        if mix.ends:
-            runs = enumerate(zip((0, *mix.ends), mix.ends, strict=False))
-            inner = torch.cat([own[first:end].flatten(0, 1) @ a[run] for run, (first, end) in runs])
+        if mix.lengths:
+            inner = _run_by_run(own.flatten(0, 1), a, mix.lengths)
         else:
             inner = torch.bmm(own.reshape(len(a), -1, a.shape[1]), a)
         if factors.scale != 1.0:
@@ -288,11 +270,7 @@ class SlotBank:
 
     def _outer(self, mix: _Mix, inner: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return ``inner`` under each run's ``b`` ``[k, r, out]``, all rows and positions in order."""
-        if not mix.ends:
-            return torch.bmm(inner, b)
-        each = len(inner) // mix.ends[-1]
-        runs = enumerate(zip((0, *mix.ends), mix.ends, strict=False))
-        return torch.cat([inner[first * each : end * each] @ b[run] for run, (first, end) in runs])
+        return _run_by_run(inner, b, mix.lengths) if mix.lengths else torch.bmm(inner, b)
 
     def _mixed(self, slots: Sequence[int], dropout: Dropout | None = None) -> _Mix:
         plain = next(row for row, slot in enumerate(slots) if slot)
@@ -302,12 +280,11 @@ class SlotBank:
         if len(lengths) > 1 and adapted < _LOOP_ROWS * len(runs):
             runs, lengths = [(slot, 1) for slot in slots[plain:]], {1}
         chosen = sent([slot for slot, _ in runs], self.weights[0].device)
-        ends = tuple(accumulate(length for _, length in runs)) if len(lengths) > 1 else ()
         if dropout is not None:
             dropout = replace(dropout, seeds=dropout.seeds[plain:])
-        return _Mix(len(slots), plain, chosen, ends, dropout=dropout)
+        return _Mix(len(slots), plain, chosen, tuple(n for _, n in runs) if len(lengths) > 1 else (), dropout=dropout)
 
-    def _factors_of(self, mix: _Mix, own: torch.Tensor, places: Sequence[_Place], asking: _Place) -> _Gathered:
+    def _factors_of(self, mix: _Mix, own: torch.Tensor, places: Sequence[Place], asking: Place) -> _Gathered:
         """Return a batch's factors of neighbouring layers of a group, in the type to multiply the rows in.
 
         The first forward of a batch gathers into memory that stays in the CPU's cache. When a layer asks again it is
@@ -329,12 +306,13 @@ class SlotBank:
             return found
         return _Gathered(found.a.to(own.dtype), tuple(b.to(own.dtype) for b in found.b), found.scale)
 
-    def _cut(self, weights: torch.Tensor, places: Sequence[_Place]) -> _Gathered:
+    def _cut(self, weights: torch.Tensor, places: Sequence[Place]) -> _Gathered:
         """Name the parts of gathered weights ``[k, size]``; views."""
         first, wide = places[0], places[0].wide
-        a = weights.narrow(1, first.a, len(places) * self.rank * wide).view(len(weights), -1, wide)
-        b = tuple(weights.narrow(1, p.b, self.rank * p.out).view(-1, self.rank, p.out) for p in places)
-        return _Gathered(a.transpose(1, 2), b, self.scale)
+        spans = [(first.a, len(places) * self.rank * wide), *((p.b, self.rank * p.out) for p in places)]
+        a, *own = spans_of(weights, spans)
+        b = tuple(part.view(-1, self.rank, p.out) for part, p in zip(own, places, strict=True))
+        return _Gathered(a.view(len(weights), -1, wide).transpose(1, 2), b, self.scale)
 
     def _gathered(self, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Gather into memory that every group of this size uses again."""
@@ -345,51 +323,23 @@ class SlotBank:
 
     def _of(self, slot: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return one slot's A ``[r, in]`` and B ``[out, r]`` of every layer, views."""
-        factors = [_factors(self.weights[p.group][slot : slot + 1], p, self.rank) for p in self._places]
+        factors = [factors_of(self.weights[p.group][slot : slot + 1], p, self.rank) for p in self._places]
         return [a[0] for a, _ in factors], [b[0].T for _, b in factors]
 
 
-def _placed(targets: Mapping[str, nn.Module], rank: int) -> list[_Place]:
-    """Group the layers that read the same input; return each one's place.
+def _run_by_run(x: torch.Tensor, factors: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Multiply each run's part of ``x`` ``[n · t, i]`` by its own of ``factors`` ``[k, i, j]``.
 
-    They are told by their names, and what reads the input of no other is a group of its own, so that nothing is
-    gathered and multiplied that only other layers need. Where a name deceives, that is seen at run time.
+    Split and unbound as wholes: the gradient of a slice a run would be as large as all of them, once a run.
     """
-    keys = [(_reader(name), *_shape(module)) for name, module in targets.items()]
-    groups = {key: at for at, key in enumerate(dict.fromkeys((reader, wide) for reader, wide, _ in keys))}
-    sizes = Counter(groups[reader, wide] for reader, wide, _ in keys)
-    members: Counter[int] = Counter()
-    ends = {groups[reader, wide]: rank * wide * sizes[groups[reader, wide]] for reader, wide, _ in keys}
-    places = []
-    for reader, wide, out in keys:
-        group = groups[reader, wide]
-        places.append(_Place(group, members[group], members[group] * rank * wide, ends[group], wide, out))
-        members[group] += 1
-        ends[group] += rank * out
-    return places
+    each = len(x) // sum(lengths)
+    parts = torch.split(x, [length * each for length in lengths])
+    return torch.cat([part @ factor for part, factor in zip(parts, factors.unbind(0), strict=True)])
 
 
-def _reader(name: str) -> str:
-    """Name what reads a layer's input: the layer, or the first of those that read it together."""
-    parent, _, own = name.rpartition(".")
-    return f"{parent}.{next((names[0] for names in _TOGETHER if own in names), own)}"
-
-
-def _group(place: _Place) -> int:
+def _group(place: Place) -> int:
     return place.group
-
-
-def _factors(weights: torch.Tensor, place: _Place, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A ``[k, r, in]`` and B's transpose ``[k, r, out]`` of one layer in ``weights`` ``[k, size]``."""
-    a, b = (weights.narrow(1, at, rank * wide) for at, wide in ((place.a, place.wide), (place.b, place.out)))
-    return a.view(len(weights), rank, place.wide), b.view(len(weights), rank, place.out)
 
 
 def _key(name: str, kind: str) -> str:
     return f"{_PREFIX}{name}.lora_{kind}.weight"
-
-
-def _shape(module: Any) -> tuple[int, int]:
-    """Return (in, out); GPT-2's Conv1D keeps its weight the other way round."""
-    first, second = (int(size) for size in module.weight.shape)
-    return (first, second) if isinstance(module, Conv1D) else (second, first)
