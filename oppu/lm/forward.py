@@ -25,6 +25,8 @@ from oppu.lm.trunk import Memory, Trunk
 
 _CPU_TOKENS, _GPU_TOKENS = 4_096, 32_768
 """Most padded tokens of one forward: on a CPU, a training step's activations stay within some hundred megabytes."""
+_CPU_LOGITS, _GPU_LOGITS = 2**26, 2**29
+"""Most logits of one forward, where all of a text is aimed at: a training step holds a few copies, in float32."""
 _PLAIN_ATTENTION_TOKENS = 192
 """Up to so many, all products of a row's positions lie in memory without harm."""
 _FORWARD_SHARE = 8
@@ -47,6 +49,8 @@ class Runner:
         """
         self.base, self._library = base, library
         self.tokens = _GPU_TOKENS if base.device.type == "cuda" else _CPU_TOKENS
+        logits = _GPU_LOGITS if base.device.type == "cuda" else _CPU_LOGITS
+        self.reads = max(1, logits // int(base.model.config.vocab_size))
         self._picked: tuple[torch.Tensor, torch.Tensor] | None = None
         self._trunk = Trunk(base.model, targets)  # its hooks come first: the last block may be the lowest adapted one
         self._last = LastBlock(base.model, known=not library)
@@ -74,6 +78,32 @@ class Runner:
         ids = self.padded(rows)
         with self._picking([reading.positions for reading in readings]), self._attention(ids.shape[1]), below:
             out = self.base.model(input_ids=ids, use_cache=False, **self.positions(ids))
+        return self.widened(out.logits[0])
+
+    def logits_after(
+        self, rows: Sequence[Ids], positions: Sequence[tuple[int, ...]], cache: Any, begin: int
+    ) -> torch.Tensor:
+        """Run what follows sequences whose keys and values are kept, and keep its own there.
+
+        Args:
+            rows: What follows, at least one token each.
+            positions: Of each row, the places in it that are read; all may be none but not those of all rows.
+            cache: What ``past_key_values`` takes, with as many rows.
+            begin: Tokens in the cache.
+
+        Returns:
+            As ``logits``.
+        """
+        ids = self.padded(rows)
+        at = torch.arange(begin, begin + ids.shape[1], device=ids.device)
+        with self._picking(positions):
+            out = self.base.model(
+                input_ids=ids,
+                attention_mask=torch.ones(len(ids), begin + ids.shape[1], dtype=torch.int64, device=ids.device),
+                past_key_values=cache,
+                use_cache=True,
+                **self.given_positions(at.expand(ids.shape)),
+            )
         return self.widened(out.logits[0])
 
     def _below(self, rows: list[Ids], memory: Memory | None) -> tuple[list[Ids], AbstractContextManager[object]]:
@@ -186,7 +216,15 @@ def target_losses(
     return offset - scale * sums
 
 
-def buckets(lengths: Sequence[int], tokens: int = _CPU_TOKENS) -> list[list[int]]:
+def target_buckets(runner: Runner, targets: Sequence[Target]) -> list[list[int]]:
+    """Group targets that aim at something by length, within what a forward holds in tokens and in logits."""
+    reads = [len(target.positions) for target in targets]
+    return buckets([len(target.ids) for target in targets], runner.tokens, reads, runner.reads)
+
+
+def buckets(
+    lengths: Sequence[int], tokens: int = _CPU_TOKENS, reads: Sequence[int] = (), most_reads: int = 0
+) -> list[list[int]]:
     """Group sequences of similar length, so that little padding is computed, but not in too many forwards.
 
     Of all ways to cut the sorted sequences, the one of least cost, the sum over groups of padded tokens and of what a
@@ -197,15 +235,19 @@ def buckets(lengths: Sequence[int], tokens: int = _CPU_TOKENS) -> list[list[int]
     Args:
         lengths: Tokens of each sequence.
         tokens: Most padded tokens of a group of several.
+        reads: Positions of each that logits are wanted at; none: they are few.
+        most_reads: Most of those of a group of several.
 
     Returns:
         Groups of indices, shortest first; every index once.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    wanted = np.cumsum([0, *(reads[i] for i in order)]) if reads else np.zeros(len(order) + 1, dtype=np.int64)
     least, begins = np.zeros(len(order) + 1), [0] * (len(order) + 1)
     for end in range(1, len(order) + 1):
         longest = lengths[order[end - 1]]
-        first = max(0, end - max(1, tokens // longest))
+        few = int(np.searchsorted(wanted[:end], wanted[end] - most_reads)) if reads else 0
+        first = max(end - max(1, tokens // longest), min(few, end - 1), 0)
         costs = least[first:end] + longest * np.arange(end - first, 0, -1)
         begins[end] = first + int(costs.argmin())
         least[end] = costs.min() + tokens / _FORWARD_SHARE

@@ -106,7 +106,8 @@ def greedy(
                     _append(own, token, open_texts, text, writings[text].limit, stops)
             ids = chosen[cast.text][:, None]
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-            positions = positions[:, -1:] + 1
+            # a text that is written already is stepped along with the others, and must not pass the model's end
+            positions = (positions[:, -1:] + 1).clamp(max=base.max_positions - 1)
     return found
 
 

@@ -19,16 +19,15 @@ from oppu.errors import AdapterUnreadable
 from oppu.lm.bank import SlotBank
 from oppu.lm.base import LoadedBase
 from oppu.lm.blend import Texts, foreseen
-from oppu.lm.encoding import Encoder, Reading, Target
-from oppu.lm.forward import Runner, buckets, target_log_probs, target_losses
+from oppu.lm.choices import score_choices
+from oppu.lm.encoding import Encoder, Target
+from oppu.lm.forward import Runner, buckets, target_buckets, target_log_probs, target_losses
 from oppu.lm.generation import Writing, greedy
 from oppu.lm.port import AdapterRef, Example, Row, Scored, Tensors, TrainConfig, Trained, TrainJob
 from oppu.lm.prompts import Ids
 from oppu.lm.residence import AdapterBank
-from oppu.lm.scoring import Trie, choice_logits
 from oppu.lm.targets import adapter_config, find_targets
 from oppu.lm.training import Calls, slots_for, train_slots
-from oppu.lm.transfer import sent
 from oppu.settings import ModelSettings
 from oppu.tasks import Tasks
 from oppu.values import BaseId
@@ -197,7 +196,7 @@ class TorchModel:
         weights and by lengths; return their places with it."""
         live, found = [at for at, target in enumerate(targets) if target.positions], []
         with self._one_user(tensors) as slot, torch.no_grad():
-            for group in buckets([len(targets[at].ids) for at in live], self._runner.tokens):
+            for group in target_buckets(self._runner, [targets[at] for at in live]):
                 members = [live[index] for index in group]
                 with self._scratch.use([slot] * len(members)):
                     found.append((members, compute([targets[at] for at in members], [slot] * len(members))))
@@ -245,7 +244,7 @@ class TorchModel:
         prompts = self._encoder.prompts([examples[at] for at in at_choice], [trie.depth for trie in tries])
         with self._one_user(tensors) as slot, torch.no_grad():
             work = [(prompt, trie, slot) for prompt, trie in zip(prompts, tries, strict=True)]
-            for at, scores in zip(at_choice, self._score(work, self._scratch), strict=True):
+            for at, scores in zip(at_choice, score_choices(self._runner, self._scratch, work), strict=True):
                 found[at] = scores
         return found
 
@@ -320,7 +319,7 @@ class TorchModel:
         work = [(prompt, trie, 0) for prompt, trie in zip(prompts, tries, strict=True)]
         with_adapter = [at for at, slot in enumerate(slots) if slot]
         work += [(prompts[at], tries[at], slots[at]) for at in with_adapter]
-        scores = self._score(work, self._bank)
+        scores = score_choices(self._runner, self._bank, work)
         plain = scores[: len(rows)]
         own = dict(zip(with_adapter, scores[len(rows) :], strict=True))
         return [self._scored(own.get(at, plain[at]), plain[at]) for at in range(len(rows))]
@@ -344,23 +343,6 @@ class TorchModel:
                 texts[at] = None if text is None else str(text).strip()
         return [Scored(_NONE, _NONE, texts[at], late=texts[at] is None) for at in range(len(rows))]
 
-    def _score(self, work: Sequence[tuple[Ids, Trie, int]], bank: SlotBank) -> list[_Scores]:
-        """Return the choices' log probabilities for each (prompt, trie, slot)."""
-        readings, owners = [], []
-        for at, (prompt, trie, slot) in enumerate(work):
-            for line in trie.lines:
-                positions = tuple(len(prompt) - 1 + len(trie.nodes[node].path) for node in line.nodes)
-                readings.append(Reading(prompt + line.path, positions, slot))
-                owners.append([(at, node) for node in line.nodes])
-        found: list[list[_Scores]] = [[_NONE] * len(trie.nodes) for _, trie, _ in work]
-        for bucket in buckets([len(reading.ids) for reading in readings], self._runner.tokens):
-            group = sorted(bucket, key=lambda index: readings[index].slot)
-            with bank.use([readings[index].slot for index in group]):
-                logits = self._runner.logits([readings[index] for index in group])
-            places = [place for index in group for place in owners[index]]
-            _spread(logits, places, work, found)
-        return [trie.scores(nodes) for (_, trie, _), nodes in zip(work, found, strict=True)]
-
 
 def _writing(row: Row, prompt: Ids, slot: int, limit: int, encoder: Encoder) -> Writing:
     caches = encoder.caches(row.blend.caches) if row.blend is not None else ()
@@ -383,20 +365,3 @@ def _start(bank: SlotBank, slot: int, job: TrainJob) -> None:
     bank.fresh(slot, job.seed)
     if job.parent is not None:
         bank.load(slot, job.parent, over=True)
-
-
-def _spread(
-    logits: torch.Tensor,
-    places: Sequence[tuple[int, int]],
-    work: Sequence[tuple[Ids, Trie, int]],
-    found: list[list[_Scores]],
-) -> None:
-    """Turn read logits into each (row, node)'s log softmax, rows with the same allowed tokens together."""
-    groups: dict[Ids, list[int]] = {}
-    for entry, (at, node) in enumerate(places):
-        groups.setdefault(work[at][1].nodes[node].allowed, []).append(entry)
-    for allowed, entries in groups.items():
-        picked = choice_logits(logits, sent(entries, logits.device), allowed)
-        for entry, scores in zip(entries, picked.double().log_softmax(-1).cpu().numpy(), strict=True):
-            at, node = places[entry]
-            found[at][node] = scores

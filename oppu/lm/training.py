@@ -18,7 +18,7 @@ import torch
 from oppu.lm.bank import SlotBank
 from oppu.lm.dropout import Dropout, row_seed
 from oppu.lm.encoding import Target
-from oppu.lm.forward import Runner, buckets, target_losses
+from oppu.lm.forward import Runner, target_buckets, target_losses
 from oppu.lm.port import TrainConfig
 from oppu.lm.transfer import sent
 from oppu.lm.trunk import Memory
@@ -285,7 +285,7 @@ class _Step:
                 seat.certain += target.offset
         live = [row for row in rows if row[2].positions]
         self.calls.beat()
-        for group in buckets([len(target.ids) for *_, target in live], self.runner.tokens):
+        for group in target_buckets(self.runner, [target for *_, target in live]):
             self.calls.beat()
             members = sorted((live[at] for at in group), key=lambda row: row[0].slot)  # a slot's rows side by side
             slots = [seat.slot for seat, *_ in members]

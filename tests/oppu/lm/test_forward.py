@@ -1,6 +1,7 @@
 """Buckets, and logits that are read at a few positions, against the whole model's."""
 
 import functools
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -125,3 +126,15 @@ def cheapest(lengths: Sequence[int], tokens: int) -> float:
 )
 def test_small_groups_are_merged_and_wasteful_ones_split(lengths: list[int], expected: list[list[int]]) -> None:
     assert [sorted(group) for group in buckets(lengths)] == [sorted(group) for group in expected]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_buckets_hold_no_more_reads_than_they_may(seed: int) -> None:
+    chance = random.Random(seed)
+    lengths = [chance.randint(1, 90) for _ in range(80)]
+    reads = [chance.randint(1, length) for length in lengths]
+    groups = buckets(lengths, 1_000, reads, 100)
+    assert sorted(index for group in groups for index in group) == list(range(80))
+    assert all(len(group) == 1 or sum(reads[index] for index in group) <= 100 for group in groups)
+    assert all(len(group) == 1 or max(lengths[i] for i in group) * len(group) <= 1_000 for group in groups)
+    assert buckets(lengths, 1_000, reads, 10**9) == buckets(lengths, 1_000)

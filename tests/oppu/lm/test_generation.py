@@ -171,3 +171,12 @@ def test_caches_foresee_an_outputs_tokens_and_its_end(model: TorchModel) -> None
     assert said.shape == matched.shape == (len(matched), len(CACHE_EXPERTS))
     np.testing.assert_allclose(said[:, column], 1.0)
     assert np.isnan(said[:, CACHE_EXPERTS.index("prior")]).all()
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "opt", "llama"])
+def test_a_finished_text_is_not_stepped_past_the_models_end(make_base: Make, tasks: Tasks, family: str) -> None:
+    """A prompt as long as the model reads, beside a short one that is written on and on."""
+    model = TorchModel(make_base(family), tasks, settings=ModelSettings(max_tokens=256, lora_rank=4), slots=2)
+    rows = [Row(TASK, "w " * 400, max_new_tokens=4), Row(TASK, "short", max_new_tokens=60)]
+    alone = [model.answer([row])[0].text for row in rows]
+    assert [answer.text for answer in model.answer(rows)] == alone

@@ -1,0 +1,118 @@
+"""Log probabilities of rows' choices, read along their tries.
+
+A prompt is read again for each line of its trie, in one forward with other rows' prompts; where choices branch so much
+that this costs more than two forwards, it is read once, and its keys and values serve all lines.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from oppu.lm.bank import SlotBank
+from oppu.lm.encoding import Reading
+from oppu.lm.forward import Runner, buckets
+from oppu.lm.kv_cache import roomy_cache
+from oppu.lm.prompts import Ids
+from oppu.lm.scoring import Line, Trie, choice_logits
+from oppu.lm.transfer import sent
+
+Scores = NDArray[np.float64]
+Work = tuple[Ids, Trie, int]
+"""A prompt, the trie of what may follow it, and a bank slot."""
+
+NONE: Scores = np.zeros(0)
+_AGAIN_SHARE = 4
+"""Of a forward's most tokens: what a prompt may cost by being read again, since reading it once takes two forwards."""
+
+
+def score_choices(runner: Runner, bank: SlotBank, work: Sequence[Work]) -> list[Scores]:
+    """Score the choices of rows of mixed users.
+
+    Args:
+        runner: The base.
+        bank: The adapters.
+        work: The rows.
+
+    Returns:
+        ``[c]`` log probabilities of each one's choices, whatever the rows beside it.
+    """
+    branching = [(len(trie.lines) - 1) * len(prompt) > runner.tokens // _AGAIN_SHARE for prompt, trie, _ in work]
+    nodes = [[NONE] * len(trie.nodes) for _, trie, _ in work]
+    _read_lines(runner, bank, work, [at for at, own in enumerate(branching) if not own], nodes)
+    for at, own in enumerate(branching):
+        if own:
+            nodes[at] = read_branches(runner, bank, *work[at])
+    return [trie.scores(found) for (_, trie, _), found in zip(work, nodes, strict=True)]
+
+
+def read_branches(runner: Runner, bank: SlotBank, prompt: Ids, trie: Trie, slot: int) -> list[Scores]:
+    """Read a prompt once and then its trie's lines, as many at a time as a forward holds.
+
+    Args:
+        runner: The base.
+        bank: The adapters.
+        prompt: The prompt.
+        trie: What may follow it.
+        slot: Of the adapter.
+
+    Returns:
+        Each node's log softmax over what is allowed there.
+    """
+    found = [NONE] * len(trie.nodes)
+    cache = roomy_cache(runner.base.model.config, 0)
+    with bank.use([slot]):
+        said = runner.logits_after([prompt], [(len(prompt) - 1,)], cache, 0)
+    root = [(0, node) for node, one in enumerate(trie.nodes) if not one.path]
+    _spread(said, root, [trie], [found])
+    size = max(1, runner.tokens // (len(prompt) + trie.depth))
+    for first in range(0, len(trie.lines), size):
+        lines = trie.lines[first : first + size]
+        places = [_behind(line, trie) for line in lines]
+        own = copy.deepcopy(cache)
+        own.batch_repeat_interleave(len(lines))
+        with bank.use([slot] * len(lines)):
+            said = runner.logits_after([line.path for line in lines], [p for p, _ in places], own, len(prompt))
+        _spread(said, [(0, node) for _, nodes in places for node in nodes], [trie], [found])
+    return found
+
+
+def _behind(line: Line, trie: Trie) -> tuple[tuple[int, ...], list[int]]:
+    """Return where behind the prompt a line's nodes are read, and the nodes; the root is read in the prompt itself."""
+    nodes = [node for node in line.nodes if trie.nodes[node].path]
+    return tuple(len(trie.nodes[node].path) - 1 for node in nodes), nodes
+
+
+def _read_lines(
+    runner: Runner, bank: SlotBank, work: Sequence[Work], some: Sequence[int], found: list[list[Scores]]
+) -> None:
+    """Read some rows' prompts with each of their lines, rows of like length together."""
+    readings, owners = [], []
+    for at in some:
+        prompt, trie, slot = work[at]
+        for line in trie.lines:
+            positions = tuple(len(prompt) - 1 + len(trie.nodes[node].path) for node in line.nodes)
+            readings.append(Reading(prompt + line.path, positions, slot))
+            owners.append([(at, node) for node in line.nodes])
+    tries = [trie for _, trie, _ in work]
+    for bucket in buckets([len(reading.ids) for reading in readings], runner.tokens):
+        group = sorted(bucket, key=lambda index: readings[index].slot)
+        with bank.use([readings[index].slot for index in group]):
+            logits = runner.logits([readings[index] for index in group])
+        _spread(logits, [place for index in group for place in owners[index]], tries, found)
+
+
+def _spread(
+    logits: torch.Tensor, places: Sequence[tuple[int, int]], tries: Sequence[Trie], found: list[list[Scores]]
+) -> None:
+    """Turn read logits into each (row, node)'s log softmax, rows with the same allowed tokens together."""
+    groups: dict[Ids, list[int]] = {}
+    for entry, (at, node) in enumerate(places):
+        groups.setdefault(tries[at].nodes[node].allowed, []).append(entry)
+    for allowed, entries in groups.items():
+        picked = choice_logits(logits, sent(entries, logits.device), allowed)
+        for entry, scores in zip(entries, picked.double().log_softmax(-1).cpu().numpy(), strict=True):
+            at, node = places[entry]
+            found[at][node] = scores
