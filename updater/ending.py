@@ -16,7 +16,7 @@ from oppu.metrics import Metrics
 from oppu.settings import UpdaterSettings
 from oppu.store.port import HistoryStore, Outcome
 from updater import plan as planning
-from updater.job import Ended, Job
+from updater.job import Ended, Job, Stranded
 from updater.lease import Drained, Leases
 from updater.scoring import Verdict
 from updater.state import State
@@ -29,6 +29,9 @@ class Tick:
     """What one tick has in hand."""
 
     leases: Leases
+    reached: bool = False
+    """Whether the registry has answered for somebody."""
+    stranded: list[tuple[Job, Stranded]] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
     ended: Counter[Ended] = field(default_factory=Counter)
 
@@ -59,6 +62,20 @@ class Endings:
         """Release a claim as if it had never been made."""
         job.machine.advance(State.DRAINING)
         yield from self.conclude(tick, job, Ended.SKIPPED, why)
+
+    def settle(self, tick: Tick) -> Steps[None]:
+        """End the attempts that the registry stranded: they failed, if it answered for others.
+
+        Raises:
+            TransientError: It answered for nobody: it is away, and nobody's failure.
+        """
+        if tick.stranded and not tick.reached:
+            raise TransientError(str(tick.stranded[0][1]))
+        for job, error in tick.stranded:
+            if tick.leases.lost(job.user_id):
+                self.discard(tick, job, "the claim was lost")
+            else:
+                yield from self.give_up(tick, job, error)
 
     def abandon(self, tick: Tick) -> Steps[None]:
         """Give back what a transient error left unfinished, so that nobody waits for the claims to expire.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeVar
 
-from oppu.errors import FatalError
+from oppu.errors import FatalError, OppuError
 from oppu.lm.port import AdapterRef, Example, Tensors, Trained, TrainJob
 from oppu.store.port import Claim, Lift
 from oppu.values import Event, UserId, UserState
@@ -15,6 +15,10 @@ from updater.scoring import Assessment
 from updater.state import Machine, State
 
 T = TypeVar("T")
+
+
+class Stranded(OppuError):
+    """The registry could not be read or written for one user: his files, or all of it? The tick's end knows."""
 
 
 class Ended(StrEnum):

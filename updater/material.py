@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from oppu.errors import AdapterUnreadable, FatalError
+from oppu.errors import AdapterUnreadable, FatalError, TransientError
 from oppu.lm.port import AdapterSource, Tensors
 from oppu.metrics import Metrics
 from oppu.settings import UpdaterSettings
@@ -17,7 +17,7 @@ from oppu.tasks import Tasks
 from oppu.values import Event, UserState
 from retriever.port import Profile, Query, Retrieved
 from updater.examples import NOTHING, Beside, example, split, usable, window
-from updater.job import Job, Material
+from updater.job import Job, Material, Stranded
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,8 @@ class Gatherer:
             Events as of the claim, phrased as examples, and the parent's weights.
 
         Raises:
-            TransientError: Store or registry is away.
+            TransientError: The store is away.
+            Stranded: The parent's files, or the registry, cannot be reached.
         """
         claim = job.claim
         found = self.store.events({job.user_id: 0}, embedder="", limit=window(self.settings))
@@ -91,6 +92,8 @@ class Gatherer:
             self.metrics.adapter_faults.inc()
             logger.warning("user %s: training afresh, since the parent cannot be used: %s", job.user, error)
             return None, f"parent unreadable: {error}"
+        except TransientError as error:
+            raise Stranded(str(error)) from error
 
     def _beside(self, job: Job, events: dict[int, Event]) -> dict[int, Beside]:
         """Look up what stood beside each event, keyed by seq."""

@@ -29,7 +29,7 @@ from oppu.wire import AdapterUpdate, Topics, record_for
 from updater import plan as planning
 from updater.earning import Judge
 from updater.ending import Endings, Tick
-from updater.job import Ended, Job, Scores, TickOutcome, newest
+from updater.job import Ended, Job, Scores, Stranded, TickOutcome, newest
 from updater.lease import Drained, Leases
 from updater.material import EvidenceSource, Gatherer
 from updater.scoring import Verdict, assess, verdict
@@ -113,6 +113,7 @@ class Updater:
                 yield from self._score(tick, group)
                 yield from self._train(tick, group)
                 yield from self._finish(tick, group)
+            yield from self._endings.settle(tick)
         except TransientError:
             yield from self._endings.abandon(tick)
             raise
@@ -169,7 +170,9 @@ class Updater:
         )
         for job in jobs:
             fault = self._caught(lambda job=job: self._prepare(job, gatherer, tick))  # type: ignore[misc]
-            if isinstance(fault, Exception):
+            if isinstance(fault, Stranded):
+                tick.stranded.append((job, fault))
+            elif isinstance(fault, Exception):
                 yield from self._endings.give_up(tick, job, fault)
             elif job.machine.state is State.CLAIMED:
                 yield from self._endings.conclude(tick, job, Ended.SKIPPED, "no usable new events to train on")
@@ -181,6 +184,7 @@ class Updater:
         if job.claim.attempts > self.settings.quarantine_after:
             raise _Killer(f"{job.claim.attempts - 1} attempts in a row ended with the process")
         job.material = gatherer.gather(job)
+        tick.reached |= job.parent_ref is not None
         if not job.material.train:
             return
         job.machine.advance(State.SCORING)
@@ -277,8 +281,13 @@ class Updater:
         try:
             written: Written = yield Effect("registry.write", lambda: self._write(job, judged), job.label)
         except AdapterUnreadable as error:
+            tick.reached = True
             yield from self._endings.give_up(tick, job, error)
             return
+        except TransientError as error:
+            tick.stranded.append((job, Stranded(str(error))))
+            return
+        tick.reached = True
         candidate = Candidate(
             version=job.ref.version,
             parent=job.parent,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from oppu.lm.attention import plain_attention
+from oppu.lm.attention import one_sequence_a_row, plain_attention, unwarned
 from oppu.lm.base import LoadedBase
 from oppu.lm.encoding import Reading, Target
 from oppu.lm.last_block import LastBlock
@@ -48,6 +48,7 @@ class Runner:
             library: Whether all blocks are computed as transformers does, to compare with; the head alone is narrowed.
         """
         self.base, self._library = base, library
+        unwarned(base.model)
         self.tokens = _GPU_TOKENS if base.device.type == "cuda" else _CPU_TOKENS
         logits = _GPU_LOGITS if base.device.type == "cuda" else _CPU_LOGITS
         self.reads = max(1, logits // int(base.model.config.vocab_size))
@@ -76,7 +77,8 @@ class Runner:
         """
         rows, below = self._below([reading.ids for reading in readings], memory)
         ids = self.padded(rows)
-        with self._picking([reading.positions for reading in readings]), self._attention(ids.shape[1]), below:
+        positions = [reading.positions for reading in readings]
+        with self._picking(positions), self._attention(ids.shape[1]), below, one_sequence_a_row():
             out = self.base.model(input_ids=ids, use_cache=False, **self.positions(ids))
         return self.widened(out.logits[0])
 

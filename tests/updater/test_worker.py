@@ -9,7 +9,7 @@ from oppu.effects import Effect
 from oppu.embedder import HashEmbedder
 from oppu.errors import AdapterUnreadable, TransientError
 from oppu.lm.fake import TENSOR
-from oppu.lm.port import TrainConfig
+from oppu.lm.port import AdapterRef, TrainConfig
 from oppu.settings import RetrieverSettings
 from oppu.store.port import ClaimState, Outcome
 from oppu.values import UserId
@@ -321,3 +321,48 @@ def test_a_tick_has_the_same_trace_each_time(world: World, tmp_path: Path) -> No
 
 def test_outcomes_are_the_stores() -> None:
     assert {e.value for e in Ended} - {"discarded"} <= {o.value for o in Outcome}
+
+
+# --- one user's files
+def _spoilt(world: World, user: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let one user's folder fail as a broken disk or a wrong mode does."""
+    real, bad = getattr(type(world.registry), method), world.ref(user, 0).user_id
+
+    def failing(self: object, ref: AdapterRef, *args: object, **kwargs: object) -> object:
+        if ref.user_id == bad:
+            raise TransientError("registry: input/output error")
+        return real(self, ref, *args, **kwargs)
+
+    monkeypatch.setattr(type(world.registry), method, failing)
+
+
+@pytest.mark.parametrize("method", ["load", "write"])
+def test_one_users_files_hold_up_nobody_else(world: World, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    published(world, "ada")
+    _spoilt(world, "ada", method, monkeypatch)
+    world.act("ada", GLAD * 2)  # the most urgent
+    world.act("bob", GLAD)
+    world.act("cyd", GLAD)
+    assert world.tick().ended == {Ended.PUBLISHED: 2, Ended.FAILED: 1}
+    assert world.status("ada").failures == 1
+    assert world.log("ada")[0][1].endswith("registry: input/output error")
+    assert world.due() == 0  # ada's next attempt waits
+    for failures in range(2, SETTINGS.quarantine_after + 1):
+        world.clock.advance(24 * 3600)
+        world.act("bob", GLAD)
+        assert world.tick().ended == {Ended.PUBLISHED: 1, Ended.FAILED: 1}
+        assert world.status("ada").failures == failures
+    assert world.status("ada").state is ClaimState.QUARANTINED
+    assert world.head("ada") is not None
+
+
+def test_a_registry_that_answers_for_nobody_is_nobodys_failure(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    published(world, "ada")
+    _spoilt(world, "ada", "load", monkeypatch)
+    world.act("ada", GLAD)
+    for _ in range(SETTINGS.quarantine_after + 2):
+        with pytest.raises(TransientError):
+            world.tick()
+    assert (world.status("ada").failures, world.due()) == (0, 1)
+    monkeypatch.undo()
+    assert world.tick().ended == {Ended.PUBLISHED: 1}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from oppu.lm import training
 from oppu.lm.bank import SlotBank
@@ -564,3 +565,30 @@ def test_a_gpu_is_asked_for_what_is_not_finite_only_now_and_then(
     bank.close()
     assert [len(call.args[1]) for call in steps.call_args_list] == [2, 2, *[1] * 7]  # it left after the second
     assert [result.finite for result in results] == [True, False] and math.isnan(results[1].mean_loss)
+
+
+class _Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
+    """Counts what a GPU would be waited for: numbers that are read by Python."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "_local_scalar_dense" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "mistral", "qwen3", "gemma3"])
+def test_a_gpu_is_not_waited_for_between_steps(
+    make_base: Make, make_adapter: Make, tasks: Tasks, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    monkeypatch.setattr(training, "_LOOK_STEPS", {"cpu": 1000})  # looks are at the ends alone
+    base = make_base(family)
+    counted = []
+    for passes in (2, 8):
+        bank = new_bank(base, [make_adapter(base.model, 1)])
+        with _Waits() as waits:
+            train(base, bank, [targets_of(base, tasks, examples(1, 8))], replace(CONFIG, passes=passes))
+        counted.append(waits.count)
+    assert counted[0] == counted[1]  # 4 steps and 16
