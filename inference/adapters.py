@@ -94,14 +94,17 @@ class AdapterShelf:
 
         Raises:
             FatalError: The bank cannot hold them together.
-            TransientError: The store is unavailable, or the registry: every load of this batch met an I/O error.
+            TransientError: The store is unavailable, or the registry: every load of this batch met an I/O error, and
+                nobody in it is served by an adapter that the bank holds.
         """
         users = {state.user_id: state for state in states}
         batch = _Batch(self._clock.monotonic() + self._wait_seconds)
         self._touch(users.values())
         self._await(self._missing(users.values()), batch)
         placed = {user: self._choose(state, batch) for user, state in users.items()}
-        if batch.failures and self._faults.away(batch.failures, answered=batch.answered):
+        # who is served by what the bank holds must not wait until it is known whose fault this is
+        served = batch.answered or any(one.ref is not None for one in placed.values())
+        if batch.failures and self._faults.away(batch.failures, answered=served):
             raise next(iter(batch.failures.values()))
         for _ in range(_PASSES):
             lost = [u for u, p in placed.items() if p.ref is not None and not self._model.resident(p.ref)]

@@ -1,7 +1,8 @@
 """Adapter versions that could not be read: how long each is held back, and when the registry as a whole is away.
 
-Decides from what it is told; reads nothing. Invariant: one bad file costs its own user a lesser adapter, and others at
-most ``AWAY_SECONDS`` of waiting, which it takes to tell it from a registry that is away.
+Decides from what it is told; reads nothing. Invariant: one bad file costs its own user a lesser adapter. Whoever shares
+its batch waits for nothing as long as anybody in it is served; where nobody is, for at most ``AWAY_SECONDS``, which it
+takes to tell the file from a registry that is away.
 """
 
 from collections.abc import Iterable
@@ -55,7 +56,7 @@ class Faults:
 
         Args:
             refs: They.
-            answered: Whether anything else of the batch was read, or was there to be found unreadable.
+            answered: Whether anything else of the batch was read or found unreadable, or lay in the bank.
 
         Returns:
             Whether the registry as a whole is away; then none of them is held back.

@@ -214,20 +214,33 @@ def test_where_every_load_meets_an_error_the_registry_is_away(world: World) -> N
     assert list(placed.values()) == [Placed(refs[1]), Placed(refs[2])]
 
 
-def test_one_bad_file_among_users_in_the_bank_is_not_waited_for_for_ever(world: World) -> None:
+def test_one_bad_file_among_users_in_the_bank_is_not_waited_for(world: World) -> None:
     for user in ("anna", "ben"):
         world.remember(user, [("words", "law")])
         world.publish(user, "art")
     _ask(world, "ben")
     world.adapters.on_load = _failing(*world.adapters.versions)
-    assert not _ask(world, "anna", "ben", turn=1)
-    world.clock.advance(AWAY_SECONDS)
-    assert world.turn() is not None
+    assert _ask(world, "anna", "ben", turn=1)
     answer = world.answer("anna1").provenance
     assert answer is not None and _why(answer) == [("adapter", "unreadable_used_base")]
     assert world.answer("ben1").output == "art"
+    assert _ask(world, "anna", "ben", turn=2)  # held back, and still not waited for
+    world.adapters.on_load = lambda ref: None
     world.clock.advance(HOLD_BACK_SECONDS)
-    assert _ask(world, "anna", turn=2)
+    assert _ask(world, "anna", turn=3)
+    assert world.answer("anna3").output == "art"
+
+
+def test_a_registry_that_is_away_for_all_of_a_batch_is_waited_for_so_long(world: World) -> None:
+    for user in ("anna", "ben"):
+        world.remember(user, [("words", "law")])
+        world.publish(user, "art")
+    world.adapters.on_load = _failing(*world.adapters.versions)
+    assert not _ask(world, "anna", "ben", turn=1)
+    world.clock.advance(AWAY_SECONDS)
+    assert world.turn() is not None
+    answers = [world.answer(f"{user}1").provenance for user in ("anna", "ben")]
+    assert all(p is not None and _why(p) == [("adapter", "unreadable_used_base")] for p in answers)
 
 
 def test_parents_that_serve_are_not_given_up_for_a_batch_mate(
