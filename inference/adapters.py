@@ -68,7 +68,7 @@ class AdapterShelf:
         self._ahead = adapters if isinstance(adapters, HostCache) else None
         self._adapters, self._model, self._store = adapters, model, store
         self._metrics, self._clock = metrics, clock
-        self._bytes: dict[AdapterRef, int] = {}
+        self._held: set[AdapterRef] = set()
         self._faults = Faults(clock)
         self._waited: set[AdapterRef] = set()
 
@@ -213,22 +213,21 @@ class AdapterShelf:
         tensors = self._adapters.load(ref)
         self._model.install(ref, tensors)
         self._metrics.bank_events.labels("load").inc()
-        self._bytes[ref] = sum(tensor.nbytes for tensor in tensors.values())
+        self._held.add(ref)
 
     def _report(self, ref: AdapterRef, error: Exception) -> None:
         self._metrics.adapter_faults.inc()
         logger.warning("adapter version %d cannot be read, using a lesser one: %s", ref.version, error)
 
     def _measure(self) -> None:
-        gone = [ref for ref in self._bytes if not self._model.resident(ref)]
-        for ref in gone:
-            del self._bytes[ref]
+        gone = {ref for ref in self._held if not self._model.resident(ref)}
+        self._held -= gone
         self._faults.forget()
         if self._ahead is not None:
             self._waited = {ref for ref in self._waited if self._ahead.reading(ref)}
         self._metrics.bank_events.labels("evict").inc(len(gone))
-        self._metrics.bank_resident.set(len(self._bytes))
-        self._metrics.bank_bytes.set(sum(self._bytes.values()))
+        self._metrics.bank_resident.set(len(self._held))
+        self._metrics.bank_bytes.set(self._model.bank_bytes)
 
 
 def _head(state: UserState) -> Head | None:

@@ -141,6 +141,11 @@ class LanguageModel(Protocol):
         """Fingerprint of base weights, tokenizer and prompt format."""
         ...
 
+    @property
+    def bank_bytes(self) -> int:
+        """Memory of the bank."""
+        ...
+
     def resident(self, ref: AdapterRef) -> bool:
         """Say whether the version is in the bank."""
         ...
