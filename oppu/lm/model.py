@@ -336,7 +336,8 @@ class TorchModel:
         longest = self._base.max_positions
         limits = [min(row.max_new_tokens, longest - len(ids)) for row, ids in zip(rows, prompts, strict=True)]
         texts: dict[int, str | None] = {}
-        for bucket in buckets([len(ids) + limit for ids, limit in zip(prompts, limits, strict=True)]):
+        lengths = [len(ids) + limit for ids, limit in zip(prompts, limits, strict=True)]
+        for bucket in buckets(lengths, self._runner.tokens):
             writings = [_writing(rows[at], prompts[at], slots[at], limits[at], self._encoder) for at in bucket]
             for at, ids in zip(bucket, greedy(self._runner, self._bank, writings, self._encoder.stops), strict=True):
                 text = None if ids is None else self._base.tokenizer.decode(ids, skip_special_tokens=True)
