@@ -2,7 +2,8 @@
 
 First checks that all of them compute the same logits. The base is run as a user of transformers would, and well:
 through the bank's own ``Runner`` with every row in slot 0, so that ``ratio_to_well_run_base`` is what adapters cost and
-nothing else. ``sweep_users`` keeps the rows and varies how many users they belong to; there the ratio is to one user.
+nothing else. ``sweep_users`` keeps the rows and varies how many users they belong to; there another ratio is to one
+user, and PEFT is not run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -93,6 +94,8 @@ def sweep_users(base: LoadedBase, scope: Scope, *, rank: int = 8) -> Iterator[di
                 "rank": rank,
                 "ratio_to_base": _ratio(times["base"], times[str(count)]),
                 "ratio_to_well_run_base": _ratio(times["well run"], times[str(count)]),
+                "ratio_to_peft_set_adapter": None,
+                "ratio_to_peft_adapter_names": None,
                 "ratio_to_one_user": _ratio(times[str(scope.users[0])], times[str(count)]),
                 "spread": rounded(times[str(count)].spread),
             }

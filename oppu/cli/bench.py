@@ -66,7 +66,7 @@ def bank_serve(
     show("as many rows, more and more users", wide)
     moved = {rank: work.bytes_moved(loaded, work.ROWS, rank) for rank in scope.ranks}
     click.echo(f"adapter bytes of one batch of {work.ROWS} users, by rank: {moved}")
-    write(out, {**result, "rows": rows, "users_sweep": wide, "adapter_bytes_by_rank": moved})
+    write(out, {**result, "rows": rows + wide, "adapter_bytes_by_rank": moved})
 
 
 @bench.command("bank-train")

@@ -91,6 +91,19 @@ def test_parts_of_a_benchmark_run_alone(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert one.tokens == (1,) and one.repeats >= 5
 
 
+def test_the_rows_of_serving_vary_length_and_distinct_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bank_serve, "ROWS", 2)
+    monkeypatch.setattr(bank_serve, "WIDE_ROWS", 4)
+    out = tmp_path / "out.json"
+    command = ["bank-serve", "--quick", "--users", "4", "--tokens", "8", "--tokens", "1", "--json", str(out)]
+    assert CliRunner().invoke(bench, command, catch_exceptions=False).exit_code == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["tokens"], row["distinct_users"]) for row in rows] == [(8, 2), (1, 2), (1, 1), (1, 4)]
+    assert all(row["rank"] == 8 and row["ratio_to_base"] > 0 for row in rows)
+    for peft in ("ratio_to_peft_set_adapter", "ratio_to_peft_adapter_names"):
+        assert [row[peft] is None for row in rows] == [False, False, True, True]
+
+
 def test_accuracies_come_from_a_result_of_the_experiment(tmp_path: Path) -> None:
     assert set(accuracies(None).values()) == {None}
     path = tmp_path / "result.json"
