@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.subjects import Banked, Decoder, Peft, banked, bare, random_adapter
-from benchmarks.timing import Cell, Timing, interleaved, rounded
+from benchmarks.timing import REPEATS, Cell, Timing, interleaved, rounded
 from oppu.errors import FatalError
 from oppu.lm.base import LoadedBase
 
@@ -25,8 +25,6 @@ DECODED = 16
 """Steps of one batch, a short answer: what is done once a batch, the bank's gather, is spread over them. To give all
 users their next token, as one step of the bank does, PEFT's loop switches at every one; beside it stands the loop that
 finishes a user's whole answer before it begins the next one's, which lets the last user wait for all others."""
-FEWER = {"set": 3, "set each": 3}
-"""Repeats of what decodes one user after another and takes as many times as long."""
 SWITCHED = 2
 """Steps of the loop that switches for every token."""
 TOKENS, RANKS = (1, 8, 32, 96), (8, 16)
@@ -44,7 +42,7 @@ class Scope:
     ranks: Sequence[int] = RANKS
     users: Sequence[int] = USERS
     wide_tokens: Sequence[int] = WIDE_TOKENS
-    repeats: int = 7
+    repeats: int = REPEATS
 
 
 def against_others(base: LoadedBase, scope: Scope) -> Iterator[dict[str, Cell]]:
@@ -115,9 +113,10 @@ def _compared(base: LoadedBase, subject: Banked, peft: Peft, tokens: int, repeat
     for name in ("names", "set"):
         _agree(own(), cases[name](), name)
     decodes = tokens == 1
-    taken = interleaved({"bank": own, **cases}, repeats=repeats, fewer=FEWER if decodes else None)
+    taken = interleaved({"bank": own, **cases}, repeats=repeats)
     steps = {"set each": SWITCHED} if decodes else {}
     times = {name: time.each(steps.get(name, DECODED if decodes else 1)) for name, time in taken.items()}
+    switching = times["set each" if decodes else "set"]
     return {
         "rows": ROWS,
         "tokens": tokens,
@@ -125,13 +124,15 @@ def _compared(base: LoadedBase, subject: Banked, peft: Peft, tokens: int, repeat
         "rank": subject.bank.rank,
         "ratio_to_base": _ratio(times["base"], times["bank"]),
         "ratio_to_well_run_base": _ratio(times["well run"], times["bank"]),
-        "ratio_to_peft_set_adapter": _ratio(times["set each" if decodes else "set"], times["bank"]),
+        "ratio_to_peft_set_adapter": _ratio(switching, times["bank"]),
         "ratio_to_peft_set_adapter_each_answer": _ratio(times["set"], times["bank"]) if decodes else None,
         "ratio_to_peft_adapter_names": _ratio(times["names"], times["bank"]),
         "milliseconds": rounded(1000 * times["bank"].median),
         "spread": rounded(times["bank"].spread),
         "spread_base": rounded(times["base"].spread),
         "spread_well_run_base": rounded(times["well run"].spread),
+        "spread_set_adapter": rounded(switching.spread),
+        "spread_adapter_names": rounded(times["names"].spread),
     }
 
 

@@ -20,7 +20,7 @@ from typing import Any, cast
 import numpy as np
 
 from benchmarks.subjects import Banked, banked, random_adapter
-from benchmarks.timing import Cell, Timing, rounded
+from benchmarks.timing import REPEATS, Cell, Timing, rounded
 from inference.adapters import AdapterShelf
 from inference.host_cache import HostCache
 from inference.readers import Readers
@@ -37,8 +37,8 @@ from oppu.values import Head, UserId, UserState
 ROWS, RANK, ALPHA = 64, 8, 16
 AHEAD = 7
 """Batches whose adapters are expected beside the one that runs: a poll has up to 500 requests."""
-LONG_TOKENS, LONG_REPEATS = 32, 3
-"""From so many tokens a row the model takes most of the time: fewer combinations and repeats show it."""
+LONG_TOKENS = 32
+"""From so many tokens a row the model takes most of the time: fewer combinations show it."""
 KEY = b"benchmark-benchmark-benchmark-32"
 
 
@@ -70,7 +70,7 @@ class Scope:
     tokens: Sequence[int] = (1, 96)
     draws: Sequence[Draw] = (Draw(1.0), Draw(0.8), Draw(0.0))
     batches: int = 24
-    repeats: int = 5
+    repeats: int = REPEATS
 
 
 def measure(base: LoadedBase, scope: Scope, say: Callable[[str], None]) -> Iterator[dict[str, Cell]]:
@@ -179,7 +179,7 @@ def _row(
 ) -> dict[str, Cell]:
     users = min(scope.slots * times, scope.adapters)
     own, resident = [], []
-    for seed in range(scope.repeats if len(ids[0]) < LONG_TOKENS else min(scope.repeats, LONG_REPEATS)):
+    for seed in range(scope.repeats):
         own.append(_run(subject, registry, ids, draw.batches(users, scope.batches, seed)))
         resident.append(_run(subject, registry, ids, draw.batches(scope.slots, scope.batches, seed)))
     return {

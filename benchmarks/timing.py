@@ -50,7 +50,6 @@ def interleaved(
     *,
     repeats: int = REPEATS,
     warm_up: int = 1,
-    fewer: Mapping[str, int] | None = None,
 ) -> dict[str, Timing]:
     """Run every case once a round, in turning order.
 
@@ -58,20 +57,15 @@ def interleaved(
         cases: What to time, by name.
         repeats: Rounds that count.
         warm_up: Rounds before them.
-        fewer: Of cases that take long, how many rounds they take part in, evenly among the others.
 
     Returns:
         Each case's timing.
     """
     names = list(cases)
     found: dict[str, list[float]] = {name: [] for name in names}
-    counts = {name: min((fewer or {}).get(name, repeats), repeats) for name in names}
-    rounds = {name: {at * repeats // count for at in range(count)} for name, count in counts.items()}
     for number in range(-warm_up, repeats):
         turn = (number + warm_up) % len(names)
         for name in names[turn:] + names[:turn]:
-            if number >= 0 and number not in rounds[name]:
-                continue
             seconds = timed(cases[name])
             if number >= 0:
                 found[name].append(seconds)
