@@ -2,11 +2,13 @@
 
 First checks that all of them compute the same logits. The base is run as a user of transformers would, and well:
 through the bank's own ``Runner`` with every row in slot 0, so that ``ratio_to_well_run_base`` is what adapters cost and
-nothing else. ``sweep_users`` keeps the rows and varies how many users they belong to; there another ratio is to one
-user, and PEFT is not run.
+nothing else. PEFT's adapters are in float32, its default, and over another base in the base's type too; each of its
+ways is compared in the faster one. ``sweep_users`` keeps the rows and varies how many users they belong to; there
+another ratio is to one user, and PEFT is not run.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -61,9 +63,10 @@ def against_others(base: LoadedBase, scope: Scope) -> Iterator[dict[str, Cell]]:
     for rank in scope.ranks:
         subject = banked(base, slots=ROWS, rank=rank, alpha=2 * rank)
         adapters = [random_adapter(subject.bank, seed) for seed in range(ROWS)]
-        peft = Peft(base, adapters, rank=rank, alpha=2 * rank)
+        types = ["float32"] if base.dtype == torch.float32 else ["float32", _name(base.dtype)]
+        pefts = {dtype: Peft(base, adapters, rank=rank, alpha=2 * rank, widened=dtype == "float32") for dtype in types}
         for tokens in scope.tokens:
-            yield _compared(base, subject, peft, tokens, scope.repeats)
+            yield _compared(base, subject, pefts, tokens, scope.repeats)
         subject.close()
 
 
@@ -108,15 +111,18 @@ def bytes_moved(base: LoadedBase, rows: int, rank: int) -> int:
     return size
 
 
-def _compared(base: LoadedBase, subject: Banked, peft: Peft, tokens: int, repeats: int) -> dict[str, Cell]:
-    own, cases = _decoding(base, subject, peft) if tokens == 1 else _reading(base, subject, peft, tokens)
-    for name in ("names", "set"):
-        _agree(own(), cases[name](), name)
+def _compared(
+    base: LoadedBase, subject: Banked, pefts: Mapping[str, Peft], tokens: int, repeats: int
+) -> dict[str, Cell]:
     decodes = tokens == 1
+    own, cases = _decoding(base, subject, pefts) if decodes else _reading(base, subject, pefts, tokens)
+    for name in [name for name in cases if name.startswith(("names", "set"))]:
+        _agree(own(), cases[name](), name)
     taken = interleaved({"bank": own, **cases}, repeats=repeats)
-    steps = {"set each": SWITCHED} if decodes else {}
-    times = {name: time.each(steps.get(name, DECODED if decodes else 1)) for name, time in taken.items()}
-    switching = times["set each" if decodes else "set"]
+    times = {name: time.each(_steps(name) if decodes else 1) for name, time in taken.items()}
+    names, names_type = fastest(times, "names", pefts)
+    switching, switching_type = fastest(times, "set each" if decodes else "set", pefts)
+    answers, _ = fastest(times, "set", pefts)
     return {
         "rows": ROWS,
         "tokens": tokens,
@@ -125,42 +131,77 @@ def _compared(base: LoadedBase, subject: Banked, peft: Peft, tokens: int, repeat
         "ratio_to_base": _ratio(times["base"], times["bank"]),
         "ratio_to_well_run_base": _ratio(times["well run"], times["bank"]),
         "ratio_to_peft_set_adapter": _ratio(switching, times["bank"]),
-        "ratio_to_peft_set_adapter_each_answer": _ratio(times["set"], times["bank"]) if decodes else None,
-        "ratio_to_peft_adapter_names": _ratio(times["names"], times["bank"]),
+        "ratio_to_peft_set_adapter_each_answer": _ratio(answers, times["bank"]) if decodes else None,
+        "ratio_to_peft_adapter_names": _ratio(names, times["bank"]),
+        "set_adapter_type": switching_type,
+        "adapter_names_type": names_type,
         "milliseconds": rounded(1000 * times["bank"].median),
         "spread": rounded(times["bank"].spread),
         "spread_base": rounded(times["base"].spread),
         "spread_well_run_base": rounded(times["well run"].spread),
         "spread_set_adapter": rounded(switching.spread),
-        "spread_adapter_names": rounded(times["names"].spread),
+        "spread_adapter_names": rounded(names.spread),
     }
 
 
-def _reading(base: LoadedBase, subject: Banked, peft: Peft, tokens: int) -> tuple[_Case, dict[str, _Case]]:
+def fastest(times: Mapping[str, Timing], way: str, types: Iterable[str]) -> tuple[Timing, str]:
+    """Return PEFT's timing in the type of its adapters in which it is fastest, and that type.
+
+    Args:
+        times: By way and type.
+        way: One of PEFT's.
+        types: At least one.
+
+    Returns:
+        Timing and type.
+    """
+    found = min(types, key=lambda dtype: times[f"{way} {dtype}"].median)
+    return times[f"{way} {found}"], found
+
+
+def _steps(name: str) -> int:
+    return SWITCHED if name.startswith("set each") else DECODED
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _reading(
+    base: LoadedBase, subject: Banked, pefts: Mapping[str, Peft], tokens: int
+) -> tuple[_Case, dict[str, _Case]]:
     """Read prompts: scoring, and the start of a generation."""
     ids, users = _ids(ROWS, tokens), list(range(ROWS))
     tensor = torch.tensor(ids, device=base.device)
-    return lambda: subject.run(ids, [1 + user for user in users]), {
+    cases: dict[str, _Case] = {
         "base": lambda: bare(base, tensor),
         "well run": lambda: subject.run(ids, [0] * ROWS),
-        "names": lambda: peft.by_adapter_names(tensor, users),
-        "set": lambda: peft.by_set_adapter(tensor, users),
     }
+    for dtype, peft in pefts.items():
+        cases |= {
+            f"names {dtype}": functools.partial(peft.by_adapter_names, tensor, users),
+            f"set {dtype}": functools.partial(peft.by_set_adapter, tensor, users),
+        }
+    return lambda: subject.run(ids, [1 + user for user in users]), cases
 
 
-def _decoding(base: LoadedBase, subject: Banked, peft: Peft) -> tuple[_Case, dict[str, _Case]]:
+def _decoding(base: LoadedBase, subject: Banked, pefts: Mapping[str, Peft]) -> tuple[_Case, dict[str, _Case]]:
     """Decode one token after a cached prompt, again and again in one batch as generation does."""
     ids = _ids(ROWS, CACHED + 1)
     tensor = torch.tensor(ids, device=base.device)
     own = subject.decoder(ids, [1 + row for row in range(ROWS)])
     plain, well_run = Decoder(base.model, tensor, nullcontext), subject.decoder(ids, [0] * ROWS)
-    return lambda: own.run(DECODED), {
+    cases: dict[str, _Case] = {
         "base": lambda: plain.run(DECODED),
         "well run": lambda: well_run.run(DECODED),
-        "names": peft.decode_by_adapter_names(tensor, DECODED),
-        "set": peft.decode_by_set_adapter(tensor, DECODED),
-        "set each": peft.decode_by_set_adapter(tensor, SWITCHED, each_token=True),
     }
+    for dtype, peft in pefts.items():
+        cases |= {
+            f"names {dtype}": peft.decode_by_adapter_names(tensor, DECODED),
+            f"set {dtype}": peft.decode_by_set_adapter(tensor, DECODED),
+            f"set each {dtype}": peft.decode_by_set_adapter(tensor, SWITCHED, each_token=True),
+        }
+    return lambda: own.run(DECODED), cases
 
 
 def _agree(own: torch.Tensor, other: torch.Tensor, name: str) -> None:

@@ -160,7 +160,9 @@ def bare(base: LoadedBase, ids: torch.Tensor) -> torch.Tensor:
 class Peft:
     """The same adapters in PEFT, on a copy of the base."""
 
-    def __init__(self, base: LoadedBase, adapters: Sequence[Tensors], *, rank: int, alpha: float) -> None:
+    def __init__(
+        self, base: LoadedBase, adapters: Sequence[Tensors], *, rank: int, alpha: float, widened: bool = True
+    ) -> None:
         """Add every adapter.
 
         Args:
@@ -168,13 +170,16 @@ class Peft:
             adapters: One a user.
             rank: Theirs.
             alpha: Theirs.
+            widened: Whether adapters are in float32 over any base, as PEFT has them by default; if not, in the base's
+                type.
         """
         self.names = [f"user{number:04d}" for number in range(len(adapters))]
         targets = list(adapted_layers(base))
         config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=targets)
-        self.model: Any = get_peft_model(copy.deepcopy(base.model), config, adapter_name=self.names[0])
+        model = copy.deepcopy(base.model)
+        self.model: Any = get_peft_model(model, config, adapter_name=self.names[0], autocast_adapter_dtype=widened)
         for name in self.names[1:]:
-            self.model.add_adapter(name, config)
+            self.model.add_adapter(name, config, autocast_adapter_dtype=widened)
         for name, tensors in zip(self.names, adapters, strict=True):
             self._load(name, tensors)
         self.model.eval()

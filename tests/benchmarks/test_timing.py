@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from benchmarks import bank_serve, residency
+from benchmarks.bank_serve import fastest
 from benchmarks.bank_train import WELL_RUN, accuracies, costs, shown
 from benchmarks.residency import ROWS, Draw, Run, compared
+from benchmarks.subjects import Peft, banked, base_named, random_adapter
 from benchmarks.timing import REPEATS, Cell, Timing, interleaved, rounded
 from oppu.cli.bench import bench
 from oppu.errors import ConfigError
@@ -88,14 +91,35 @@ def test_the_rows_of_serving_vary_length_and_distinct_users(monkeypatch: pytest.
     for name, few in {"ROWS": 2, "WIDE_ROWS": 4, "DECODED": 2, "SWITCHED": 1, "CACHED": 4}.items():
         monkeypatch.setattr(bank_serve, name, few)
     out = tmp_path / "out.json"
-    command = ["bank-serve", "--quick", "--users", "4", "--tokens", "8", "--tokens", "1", "--json", str(out)]
+    options = ["--quick", "--users", "4", "--tokens", "8", "--tokens", "1", "--dtype", "bfloat16", "--json", str(out)]
+    command = ["bank-serve", *options]
     assert CliRunner().invoke(bench, command, catch_exceptions=False).exit_code == 0
     rows = json.loads(out.read_text())["rows"]
     assert [(row["tokens"], row["distinct_users"]) for row in rows] == [(8, 2), (1, 2), (1, 1), (1, 4)]
+    types = {row[way] for row in rows[:2] for way in ("set_adapter_type", "adapter_names_type")}
+    assert types <= {"float32", "bfloat16"}
     assert all(row["spread_set_adapter"] > 0 and row["spread_adapter_names"] > 0 for row in rows[:2])
     assert all(row["rank"] == 8 and row["ratio_to_base"] > 0 for row in rows)
     for peft in ("ratio_to_peft_set_adapter", "ratio_to_peft_adapter_names"):
         assert [row[peft] is None for row in rows] == [False, False, True, True]
+
+
+def test_peft_is_compared_in_the_type_of_its_adapters_in_which_it_is_faster() -> None:
+    seconds = {"set float32": 3.0, "set bfloat16": 2.0, "names float32": 1.0, "names bfloat16": 1.5}
+    times = {name: Timing((time,)) for name, time in seconds.items()}
+    assert fastest(times, "set", ("float32", "bfloat16")) == (Timing((2.0,)), "bfloat16")
+    assert fastest(times, "names", ("float32", "bfloat16")) == (Timing((1.0,)), "float32")
+    assert fastest(times, "set", ("float32",)) == (Timing((3.0,)), "float32")
+
+
+def test_adapters_in_peft_are_in_float32_or_in_the_bases_type() -> None:
+    base = base_named("offline", device="cpu", dtype="bfloat16")
+    subject = banked(base, slots=2, rank=8, alpha=16)
+    adapters = [random_adapter(subject.bank, seed) for seed in range(2)]
+    for widened, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        peft = Peft(base, adapters, rank=8, alpha=16, widened=widened)
+        assert {weight.dtype for name, weight in peft.model.named_parameters() if "lora_" in name} == {dtype}
+    subject.close()
 
 
 def test_accuracies_come_from_a_result_of_the_experiment(tmp_path: Path) -> None:
