@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.subjects import Banked, Decoder, Peft, banked, bare, random_adapter
 from benchmarks.timing import REPEATS, Cell, Timing, interleaved, rounded
+from benchmarks.train_at_once import NOT_MEASURED, Device
 from oppu.errors import FatalError
 from oppu.lm.base import LoadedBase
 
@@ -32,6 +33,7 @@ SWITCHED = 2
 TOKENS, RANKS = (1, 8, 32, 96), (8, 16)
 ROWS, WIDE_ROWS = 64, 1024
 USERS, WIDE_TOKENS = (1, 4, 16, 64, 256, 1024), (1, 32)
+GPU_USERS = 4096
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Largest difference of logits to PEFT's, over the largest logit; both sum in their own order."""
 
@@ -70,8 +72,9 @@ def against_others(base: LoadedBase, scope: Scope) -> Iterator[dict[str, Cell]]:
         subject.close()
 
 
-def sweep_users(base: LoadedBase, scope: Scope, *, rank: int = 8) -> Iterator[dict[str, Cell]]:
-    """Measure 1,024 rows (or as many as there are users) of 1 to so many users; yields one row each."""
+def sweep_users(base: LoadedBase, scope: Scope, gpu: Device | None, *, rank: int = 8) -> Iterator[dict[str, Cell]]:
+    """Measure 1,024 rows (or as many as there are users) of 1 to so many users, and a GPU's memory; yields one row
+    each."""
     rows = max(WIDE_ROWS, *scope.users)
     subject = banked(base, slots=max(scope.users), rank=rank, alpha=2 * rank, distinct=ROWS)
     for tokens in scope.wide_tokens:
@@ -98,6 +101,7 @@ def sweep_users(base: LoadedBase, scope: Scope, *, rank: int = 8) -> Iterator[di
                 "ratio_to_peft_set_adapter": None,
                 "ratio_to_peft_adapter_names": None,
                 "ratio_to_one_user": _ratio(times[str(scope.users[0])], times[str(count)]),
+                "memory_bytes": gpu.peak(cases[str(count)]) if gpu else NOT_MEASURED,
                 "spread": rounded(times[str(count)].spread),
             }
     subject.close()

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peft_training import ALPHA, ATTENTION, RANK, Job, PeftLoop, encoder_of, train_as_oppu
-from benchmarks.subjects import base_named
 from benchmarks.timing import REPEATS, Cell, Timing, interleaved, rounded
+from benchmarks.train_at_once import LOOP_USERS, USERS, Device, Train, at_once
 from oppu.cli.demo import read_sample
 from oppu.errors import ConfigError, FatalError
+from oppu.lm.base import LoadedBase
 from oppu.lm.model import TorchModel
 from oppu.lm.port import Example, TrainConfig, TrainJob
 from oppu.settings import ModelSettings, UpdaterSettings
@@ -48,6 +49,7 @@ _RATIOS = {
     "ratio_to_fastest_peft": "ratio_to_fastest_peft",
 }
 """What is said of the bank in either type, and the rows' field that says it."""
+Named = Callable[[str], LoadedBase]
 WELL_RUN: Mapping[str, tuple[bool, str]] = {
     "targets only": (False, ATTENTION[0]),
     "length buckets": (True, ATTENTION[0]),
@@ -70,6 +72,7 @@ class Subjects:
 
 def ladder(
     tasks: Tasks,
+    named: Named,
     *,
     repeats: int = REPEATS,
     cases: Mapping[str, tuple[int, int]] = CASES,
@@ -79,6 +82,7 @@ def ladder(
 
     Args:
         tasks: The known tasks.
+        named: Loads the base in a type.
         repeats: Rounds.
         cases: Users and events each, by name.
         mixed: Users of unequal histories, as ``MIXED``.
@@ -92,19 +96,19 @@ def ladder(
     Raises:
         FatalError: Bank and PEFT do not arrive at the same loss.
     """
-    subjects = _subjects(tasks)
+    subjects = _subjects(tasks, named)
     rows: list[dict[str, Cell]] = []
     ratios: dict[str, dict[str, Cell]] = {f"{ratio}{suffix}": {} for ratio in _RATIOS for suffix in _SUFFIXES.values()}
     for name, (users, events) in cases.items():
         jobs = jobs_of(users, events, tasks)
-        times = interleaved(_rungs(subjects, jobs, tasks), repeats=repeats)
+        times = interleaved(_rungs(subjects, jobs, tasks, named), repeats=repeats)
         shares = {row["rung"]: row for row in shown(name, times, users * events * OPPU_PASSES)}
         rows += shares.values()
         for ratio, field in _RATIOS.items():
             for dtype, suffix in _SUFFIXES.items():
                 ratios[f"{ratio}{suffix}"][name] = shares[f"bank {dtype}"][field]
     full = interleaved(_turnover(subjects.banks["bfloat16"], tasks, mixed), repeats=repeats)
-    cost = interleaved(_updates(subjects, tasks), repeats=repeats)
+    cost = interleaved(_updates(subjects, tasks, named), repeats=repeats)
     return {
         "rows": rows,
         **ratios,
@@ -140,6 +144,36 @@ def jobs_of(users: int, events: int, tasks: Tasks) -> list[Job]:
     return [tuple(rows[(user * events + at) % len(rows)] for at in range(events)) for user in range(users)]
 
 
+def updates_at_once(tasks: Tasks, named: Named, device: Device | None, *, repeats: int = REPEATS) -> dict[str, object]:
+    """Measure updates a second and memory on a GPU, of the bank and of PEFT's loop without length buckets.
+
+    Args:
+        tasks: The known tasks.
+        named: Loads the base in a type.
+        device: Where it loads it; ``None``: no GPU.
+        repeats: Rounds.
+
+    Returns:
+        As ``train_at_once.at_once``.
+    """
+    config = _update_config()
+
+    def bank(dtype: str) -> Train:
+        settings = ModelSettings(lora_rank=RANK, lora_alpha=ALPHA)
+        model = TorchModel(named(dtype), tasks, settings=settings, slots=1)
+        return lambda jobs: _banked(model, jobs, config)
+
+    def loop(dtype: str) -> Train:
+        return functools.partial(PeftLoop(named(dtype), tasks, config, library=True).train, bucketed=False)
+
+    subjects: dict[str, tuple[Callable[[], Train], Sequence[int]]] = {}
+    for dtype in _TYPES:
+        subjects[f"bank {dtype}"] = functools.partial(bank, dtype), USERS
+        subjects[f"PEFT {dtype}"] = functools.partial(loop, dtype), LOOP_USERS
+    jobs = jobs_of(max(USERS), NEW + UpdaterSettings().replay, tasks)
+    return at_once(device, subjects, jobs, repeats=repeats)
+
+
 def accuracies(results: Path | None) -> dict[str, Cell]:
     """Read what increments and full training reach from ``oppu evaluate``'s result of ``news_categorize``.
 
@@ -164,11 +198,11 @@ def accuracies(results: Path | None) -> dict[str, Cell]:
         raise ConfigError(f"--results: expected a result of oppu evaluate: {error!r}") from error
 
 
-def _subjects(tasks: Tasks) -> Subjects:
+def _subjects(tasks: Tasks, named: Named) -> Subjects:
     config = _config()
     settings = ModelSettings(lora_rank=RANK, lora_alpha=ALPHA)
     upper = settings.model_copy(update={"lora_upper": UPPER})
-    bases = {dtype: [base_named("offline", device="cpu", dtype=dtype) for _ in range(4)] for dtype in _TYPES}
+    bases = {dtype: [named(dtype) for _ in range(4)] for dtype in _TYPES}
     return Subjects(
         loops={dtype: PeftLoop(own[0], tasks, config, library=True) for dtype, own in bases.items()},
         narrowed={dtype: PeftLoop(own[3], tasks, config, library=False) for dtype, own in bases.items()},
@@ -177,8 +211,8 @@ def _subjects(tasks: Tasks) -> Subjects:
     )
 
 
-def _rungs(subjects: Subjects, jobs: Sequence[Job], tasks: Tasks) -> dict[str, Callable[[], object]]:
-    config, plain = _config(), base_named("offline", device="cpu", dtype="float32")
+def _rungs(subjects: Subjects, jobs: Sequence[Job], tasks: Tasks, named: Named) -> dict[str, Callable[[], object]]:
+    config, plain = _config(), named("float32")
     encoder = encoder_of(plain, tasks)
     _agree(subjects, jobs)
     rungs: dict[str, Callable[[], object]] = {"oppu": lambda: train_as_oppu(plain, encoder, jobs, config)}
@@ -210,11 +244,10 @@ def _turnover(model: TorchModel, tasks: Tasks, mixed: tuple[int, int, int]) -> d
     }
 
 
-def _updates(subjects: Subjects, tasks: Tasks) -> dict[str, Callable[[], object]]:
+def _updates(subjects: Subjects, tasks: Tasks, named: Named) -> dict[str, Callable[[], object]]:
     """An update with 16 new events on 200: all of them again, or the new ones beside some older ones."""
-    own = UpdaterSettings()
-    config = TrainConfig(own.learning_rate, own.weight_decay, own.passes, own.batch)
-    plain = base_named("offline", device="cpu", dtype="float32")
+    own, config = UpdaterSettings(), _update_config()
+    plain = named("float32")
     encoder = encoder_of(plain, tasks)
     whole, part = jobs_of(1, HISTORY + NEW, tasks), jobs_of(own.users_per_tick, NEW + own.replay, tasks)
     found: dict[str, Callable[[], object]] = {"oppu": lambda: train_as_oppu(plain, encoder, whole, _config())}
@@ -236,6 +269,11 @@ def _banked(model: TorchModel, jobs: Sequence[Job], config: TrainConfig) -> floa
     work = [TrainJob(UserId(f"u{at}"), None, job, at) for at, job in enumerate(jobs)]
     done = model.train(work, config, heartbeat=lambda: None)
     return math.fsum(result.mean_loss for result in done) / len(done)
+
+
+def _update_config() -> TrainConfig:
+    own = UpdaterSettings()
+    return TrainConfig(own.learning_rate, own.weight_decay, own.passes, own.batch)
 
 
 def _config() -> TrainConfig:

@@ -18,6 +18,7 @@ from oppu.lm.encoding import Encoder, Target
 from oppu.lm.forward import Runner, buckets, target_losses
 from oppu.lm.port import Example, TrainConfig
 from oppu.lm.targets import find_targets
+from oppu.lm.transfer import sent
 from oppu.settings import ModelSettings
 from oppu.tasks import Tasks
 
@@ -70,20 +71,21 @@ class PeftLoop:
         batches = [targets[at : at + self._config.batch] for at in range(0, len(targets), self._config.batch)]
         steps = self._config.passes * len(batches)
         optimizer, schedule = _optimizer(self._weights, self._config, steps, fused=True)
-        total = 0.0
+        total = torch.zeros((), device=self._base.device)  # read at the end: a GPU's queue runs dry at each look
         for step in range(steps):
             batch = batches[step % len(batches)]
-            groups = buckets([len(t.ids) for t in batch]) if bucketed else [list(range(len(batch)))]
+            lengths = [len(target.ids) for target in batch]
+            groups = buckets(lengths, self._runner.tokens) if bucketed else [list(range(len(batch)))]
             for group in groups:
                 with torch.autocast(self._base.device.type, dtype=torch.bfloat16, enabled=self._half):
                     losses = target_losses(self._runner, [batch[at] for at in group], [0] * len(group))
                 torch.autograd.backward(losses.sum() / len(batch))
-                total += float(losses.detach().sum())
+                total += losses.detach().sum()
             torch.nn.utils.clip_grad_norm_(self._weights, _CLIP_NORM)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        return total / (self._config.passes * len(targets))
+        return float(total) / (self._config.passes * len(targets))
 
     @property
     def _half(self) -> bool:
@@ -119,7 +121,7 @@ def train_as_oppu(base: LoadedBase, encoder: Encoder, jobs: Sequence[Job], confi
         batches = [rows[at : at + config.batch] for at in range(0, len(rows), config.batch)]
         optimizer, schedule = _optimizer(weights, config, config.passes * len(batches))
         for batch in batches * config.passes:
-            out = model(**_padded(batch), use_cache=False)
+            out = model(**padded(batch, base.device), use_cache=False)
             torch.autograd.backward(out.loss)
             torch.nn.utils.clip_grad_norm_(weights, _CLIP_NORM)
             optimizer.step()
@@ -142,7 +144,9 @@ def _optimizer(
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / rise))
 
 
-def _padded(batch: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> dict[str, torch.Tensor]:
+def padded(batch: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], device: torch.device) -> dict[str, torch.Tensor]:
+    """Return a batch of prompts and answers as the model's arguments, each ``[n, longest] int64`` on the device; the
+    loss is of the answers."""
     longest = max(len(head) + len(answer) for head, answer in batch)
     ids, labels, mask = [], [], []
     for head, answer in batch:
@@ -150,4 +154,5 @@ def _padded(batch: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> dict[st
         ids.append([*head, *answer, *[0] * blank])
         labels.append([*[_IGNORED] * len(head), *answer, *[_IGNORED] * blank])
         mask.append([1] * (longest - blank) + [0] * blank)
-    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "attention_mask": torch.tensor(mask)}
+    fields = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    return {name: sent(values, device) for name, values in fields.items()}

@@ -3,11 +3,15 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from oppu.cli import Session, compose
 from oppu.errors import ConfigError
+
+if TYPE_CHECKING:
+    from oppu.lm.base import LoadedBase
 
 json_file = click.option("--json", "out", type=click.Path(path_type=Path), help="Also write the result there.")
 quick = click.option("--quick", is_flag=True, help="Fewer sizes and repeats: to see that it runs, not to quote.")
@@ -20,12 +24,12 @@ lengths = click.option(
 base_options: list[Callable[[Callable[..., None]], Callable[..., None]]] = [
     click.option("--base", default="offline", show_default=True, help="As model.base, or llama-1b (random weights)."),
     click.option("--device", default="cpu", show_default=True),
-    click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True),
 ]
+one_type = click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 
 
 def with_base(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that name a base."""
+    """Add the options that name a base and where it runs."""
     for option in reversed(base_options):
         command = option(command)
     return command
@@ -38,20 +42,23 @@ def bench() -> None:
 
 @bench.command("bank-serve")
 @with_base
-@click.option("--users", default=1024, show_default=True, type=click.IntRange(min=1), help="Most distinct users.")
+@one_type
+@click.option("--users", type=click.IntRange(min=1), help="Most distinct users; 1024, or on a GPU 4096.")
 @lengths
 @quick
 @json_file
 def bank_serve(
-    *, base: str, device: str, dtype: str, users: int, tokens: tuple[int, ...], quick: bool, out: Path | None
+    *, base: str, device: str, dtype: str, users: int | None, tokens: tuple[int, ...], quick: bool, out: Path | None
 ) -> None:
     """A batch of many users' rows: the bank against the base alone and PEFT's two ways."""
     from benchmarks import bank_serve as work
     from benchmarks.subjects import base_named
     from benchmarks.timing import machine, show, write
+    from benchmarks.train_at_once import on_gpu
 
     loaded = base_named(base, device=device, dtype=dtype)
-    counts = [count for count in (*work.USERS, 4096) if count <= users]
+    most = users or (work.GPU_USERS if on_gpu(device) else work.USERS[-1])
+    counts = [count for count in (*work.USERS, work.GPU_USERS) if count <= most]
     scope = (
         work.Scope(tokens=(1, 8), ranks=(8,), users=counts[:3], wide_tokens=(1,), repeats=3)
         if quick
@@ -62,7 +69,7 @@ def bank_serve(
     result: dict[str, object] = {"machine": machine(), "base": base, "dtype": dtype}
     rows = list(work.against_others(loaded, scope))
     show("64 rows of 64 users; ratios of throughput, the bank's over the other's", rows)
-    wide = list(work.sweep_users(loaded, scope))
+    wide = list(work.sweep_users(loaded, scope, on_gpu(device)))
     show("as many rows, more and more users", wide)
     moved = {rank: work.bytes_moved(loaded, work.ROWS, rank) for rank in scope.ranks}
     click.echo(f"adapter bytes of one batch of {work.ROWS} users, by rank: {moved}")
@@ -70,29 +77,45 @@ def bank_serve(
 
 
 @bench.command("bank-train")
+@with_base
 @quick
 @click.option("--repeats", type=click.IntRange(min=1), help="Rounds; 7, or with --quick 3.")
 @click.option("--results", type=click.Path(path_type=Path), help="oppu evaluate's news_categorize.json, for accuracy.")
 @json_file
 @click.pass_obj
 def bank_train(
-    session: Session, /, *, quick: bool, repeats: int | None, results: Path | None, out: Path | None
+    session: Session,
+    /,
+    *,
+    base: str,
+    device: str,
+    quick: bool,
+    repeats: int | None,
+    results: Path | None,
+    out: Path | None,
 ) -> None:
     """Updates of many users: the bank against PEFT, one rung of a ladder at a time."""
     from benchmarks import bank_train as work
+    from benchmarks.subjects import base_named
     from benchmarks.timing import REPEATS, machine, show, write
+    from benchmarks.train_at_once import on_gpu
+
+    def named(dtype: str) -> "LoadedBase":
+        return base_named(base, device=device, dtype=dtype)
 
     found = work.accuracies(results)
     cases = {"one user": (1, 32), "many users": (4, 16)} if quick else work.CASES
     mixed = (20, 32, 2) if quick else work.MIXED
     repeats = repeats or (3 if quick else REPEATS)
-    done = work.ladder(compose.tasks(session.settings), repeats=repeats, cases=cases, mixed=mixed)
+    tasks = compose.tasks(session.settings)
+    on = work.updates_at_once(tasks, named, on_gpu(device), repeats=repeats)
+    done = {**work.ladder(tasks, named, repeats=repeats, cases=cases, mixed=mixed), **on}
     show("the same steps on the same rows", done["rows"])
     for name in [name for name in done if name != "rows"]:
         click.echo(f"{name:36} {done[name]}")
     for name, value in found.items():
         click.echo(f"{name:36} {'not measured' if value is None else value}")
-    write(out, {"machine": machine(), "repeats": repeats, **done, **found})
+    write(out, {"machine": machine(), "base": base, "repeats": repeats, **done, **found})
 
 
 @bench.command("residency")

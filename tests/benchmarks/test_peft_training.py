@@ -1,10 +1,11 @@
 """The training loops that the bank is compared with."""
 
 import pytest
+import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.bank_train import jobs_of
-from benchmarks.peft_training import ATTENTION, PeftLoop
+from benchmarks.peft_training import ATTENTION, PeftLoop, padded
 from benchmarks.subjects import base_named
 from oppu.lm.port import TrainConfig
 from oppu.tasks import load_tasks
@@ -28,3 +29,12 @@ def test_every_variant_of_the_loop_trains_alike_by_the_attention_that_it_names(m
             found[attention, bucketed] = loop.train(jobs, bucketed=bucketed, attention=attention)
             assert bool(called) is (attention == "sdpa")
     assert max(found.values()) == pytest.approx(min(found.values()), rel=1e-4)
+
+
+def test_batches_lie_where_the_base_does() -> None:
+    batch = [((1, 2), (3,)), ((4,), (5, 6, 7))]
+    assert {values.device.type for values in padded(batch, torch.device("meta")).values()} == {"meta"}
+    found = {name: values.tolist() for name, values in padded(batch, torch.device("cpu")).items()}
+    assert found["input_ids"] == [[1, 2, 3, 0], [4, 5, 6, 7]]
+    assert found["labels"] == [[-100, -100, 3, -100], [-100, 5, 6, 7]]
+    assert found["attention_mask"] == [[1, 1, 1, 0], [1, 1, 1, 1]]

@@ -99,6 +99,7 @@ def test_the_rows_of_serving_vary_length_and_distinct_users(monkeypatch: pytest.
     types = {row[way] for row in rows[:2] for way in ("set_adapter_type", "adapter_names_type")}
     assert types <= {"float32", "bfloat16"}
     assert all(row["spread_set_adapter"] > 0 and row["spread_adapter_names"] > 0 for row in rows[:2])
+    assert all(row["memory_bytes"] == "not measured" for row in rows[2:])
     assert all(row["rank"] == 8 and row["ratio_to_base"] > 0 for row in rows)
     for peft in ("ratio_to_peft_set_adapter", "ratio_to_peft_adapter_names"):
         assert [row[peft] is None for row in rows] == [False, False, True, True]
