@@ -68,7 +68,7 @@ def calibrate(items: Sequence[Item], settings: Settings, tasks: Tasks, embedder:
     with TemporaryDirectory(prefix="oppu-calibrate-") as folder:
         bench = Bench(fold, model, Path(folder), served(settings), 0, say)
         plain = base_scores(bench, people, "base-scores")
-        followed = follow(bench, people)
+        followed = follow(bench, people).scores
         said = cached(bench, people, past) if not items[0].choices else None
     model.close()
     tables = [

@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from evaluation import controls, inputs
 from evaluation.analyses import Analysed, Extra, analyse
@@ -25,7 +24,7 @@ from evaluation.prompting import example
 from evaluation.quick import FOLDS, shortened
 from evaluation.roles import Bounds
 from evaluation.splits import Fold, Person, make_folds, sharing
-from evaluation.text import text_run
+from evaluation.text import Adapters, text_run
 from evaluation.training import Bench, Recipe, Say, base_scores, chunks_of, follow, score, stage, train_once, widened
 from evaluation.variants import ANALYSED, FURTHER, PROMPTED, Chosen, compared, judges, only_chosen, rated, weights_of
 from evaluation.writing import Writer, lengths, write
@@ -230,7 +229,7 @@ def _fold(plan: Plan, study: Study, extra: Extra) -> _Part:
         _add_controls(study, bench, held)
         study.done("controls")
     for p in fold.target:
-        held[p.user_id]["frozen"] = followed[f"{p.user_id}/frozen"]
+        held[p.user_id]["frozen"] = followed.frozen[p.user_id]
     methods = run_methods(study) if plan.methods else {}
     for name, result in methods.items():
         for user, scores in result.scores.items():
@@ -238,11 +237,11 @@ def _fold(plan: Plan, study: Study, extra: Extra) -> _Part:
     study.done("methods")
     common = set.intersection(*map(set, held.values()))  # few have as many strangers as others
     own_arms = {user: {name: arms[name] for name in arms if name in common} for user, arms in held.items()}
-    tables = {p.user_id: _table(plan, study, p, (plain, followed), own_arms.get(p.user_id, {})) for p in people}
+    tables = {p.user_id: _table(plan, study, p, (plain, followed.scores), own_arms.get(p.user_id, {})) for p in people}
     targets = [tables[p.user_id] for p in fold.target]
     arms = None
     if not targets[0].person.items[0].choices:
-        arms = _text_arms(study, tables, followed, variants.chosen)
+        arms = _text_arms(study, tables, followed.heads, variants.chosen)
     analysed = None
     if plan.analyses:
         own = {t.person.user_id: {**t.held, "none": t.base[t.person.cut :]} for t in targets}
@@ -264,11 +263,15 @@ def _table(
     return Table(person, study.pasts[person.user_id], base, follow, wide, begun)
 
 
-def _text_arms(study: Study, tables: Mapping[str, Table], followed: Mapping[str, Array], chosen: Chosen) -> Arms:
-    """Judge and write all arms of a text task, the prompt-only one that the calibrate users think best among them."""
+def _text_arms(study: Study, tables: Mapping[str, Table], heads: Adapters, chosen: Chosen) -> Arms:
+    """Judge and write all arms of a text task, the prompt-only one that the calibrate users think best among them.
+
+    ``heads`` are the weights as they followed the stream up to the cut; those of ``oppu`` were trained once on it.
+    """
+    people = [*study.fold.target, *judges(study)]
     targets = [tables[p.user_id] for p in study.fold.target]
     with opened(study, "plain") as bench:
-        arms = text_run(bench, tables, _adapters(study, bench, followed))
+        arms = text_run(bench, tables, {"oppu": weights_of(study, bench, "oppu", people), "fused": heads})
     if not chosen.prompt or study.arms is not None:  # written once, with the first seed
         return arms
     name = max(PROMPTED, key=lambda arm: chosen.merits.get(arm, -np.inf))
@@ -276,17 +279,6 @@ def _text_arms(study: Study, tables: Mapping[str, Table], followed: Mapping[str,
     with opened(study, PROMPTED[name].base) as bench:
         texts = write(bench, targets, Writer(name, asked=PROMPTED[name].asked), lengths(calibrate or targets).most)
     return replace(arms, texts={**arms.texts, name: texts})
-
-
-def _adapters(study: Study, bench: Bench, followed: Mapping[str, Array]) -> dict[str, dict[str, Tensors | None]]:
-    """Return the weights that write: trained once on all before the cut, and as they followed up to it."""
-    heads: dict[str, dict[str, NDArray[np.float32]]] = {}
-    for key, weights in followed.items():
-        user, found, name = key.partition("/head|")
-        if found:
-            heads.setdefault(user, {})[name] = weights.astype(np.float32)
-    people = [*study.fold.target, *judges(study)]
-    return {"oppu": weights_of(study, bench, "oppu", people), "fused": {**heads}}
 
 
 def _outcome(plan: Plan, seed: int, parts: Sequence[_Part], tasks: Tasks) -> Outcome:

@@ -16,7 +16,7 @@ from evaluation.history import Past
 from evaluation.prompting import example
 from evaluation.splits import Person
 from evaluation.stacking import minimised
-from evaluation.training import Bench, padded, stage
+from evaluation.training import MATCHED, Bench, padded, part_key, stage
 from evaluation.writing import Writer, lengths, plain, write
 from inference.blending import DEFAULT, FILE, Coefficients, TextFusion
 from oppu.errors import ConfigError
@@ -79,7 +79,7 @@ class Foreseen:
 
 def cached(
     bench: Bench, people: Sequence[Person], pasts: Mapping[str, Sequence[Past]]
-) -> dict[str, NDArray[np.float64]]:
+) -> dict[str, tuple[Array, Array]]:
     """Let every cache foresee every item, prequentially; a stage.
 
     Args:
@@ -88,17 +88,18 @@ def cached(
         pasts: By user, one past an item.
 
     Returns:
-        ``USER`` probabilities and ``USER/matched`` ``[n, t, cache experts]``.
+        By user, probabilities and matched tokens, each ``[n, t, cache experts]``.
     """
 
     def compute() -> dict[str, NDArray[np.float64]]:
         found: dict[str, NDArray[np.float64]] = {}
         for p in people:
             said, matched = _foreseen(bench, p, pasts[p.user_id])
-            found |= {p.user_id: said, f"{p.user_id}/matched": matched}
+            found |= {part_key(p.user_id): said, part_key(p.user_id, MATCHED): matched}
         return found
 
-    return stage(bench, "caches", compute)
+    kept = stage(bench, "caches", compute)
+    return {p.user_id: (kept[part_key(p.user_id)], kept[part_key(p.user_id, MATCHED)]) for p in people}
 
 
 def _foreseen(bench: Bench, person: Person, pasts: Sequence[Past]) -> tuple[Array, Array]:
@@ -113,13 +114,13 @@ def _foreseen(bench: Bench, person: Person, pasts: Sequence[Past]) -> tuple[Arra
     return said, matched
 
 
-def foreseen(table: Table, found: Mapping[str, NDArray[np.float64]]) -> Foreseen:
+def foreseen(table: Table, found: Mapping[str, tuple[Array, Array]]) -> Foreseen:
     """Put a user's experts side by side."""
-    user = table.person.user_id
+    probabilities, counts = found[table.person.user_id]
     models = np.exp(np.stack([table.base, table.follow], axis=-1))
-    matched = found[f"{user}/matched"].astype(np.int64)
+    matched = counts.astype(np.int64)
     none = np.zeros((*models.shape[:-1], 2), dtype=np.int64)
-    return Foreseen(table, np.concatenate([models, found[user]], axis=-1), np.concatenate([none, matched], axis=-1))
+    return Foreseen(table, np.concatenate([models, probabilities], axis=-1), np.concatenate([none, matched], axis=-1))
 
 
 def fit_text_fusion(tables: Sequence[Foreseen]) -> TextFusion:

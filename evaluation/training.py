@@ -27,7 +27,9 @@ Scores = list[NDArray[np.float64]]
 Say = Callable[[str], None]
 _AT_ONCE = 16
 """Users trained together: bounds the bank's memory, changes no result."""
-_ESCAPE = "="
+_ESCAPE, _ODD = "=", "~"
+FROZEN, HEAD, MATCHED = PARTS = ("/frozen", "/head|", "/matched")
+"""What is kept of a user beside the plain scores, after the user's id; each begins with its only slash."""
 RATES = (0.3, 1.0, 3.0, 10.0)
 """Learning rates to try, as multiples of the recipe's."""
 
@@ -162,6 +164,22 @@ def _escaped(key: str) -> str:
     return f"{_ESCAPE}{key}." if odd else key
 
 
+def part_key(user: str, part: str = "") -> str:
+    """Return the key in a stage of what is a user's, or of a part of it: that of no other user and part.
+
+    A plain id stands as it is. No key of a user holds what begins a part's name, so that a part ends where it seems to.
+
+    Args:
+        user: Any id.
+        part: One of ``PARTS``, or what begins with one.
+
+    Returns:
+        The key.
+    """
+    odd = user.startswith(_ODD) or any(name in user for name in PARTS)
+    return (_ODD + user.replace("~", "~0").replace("/", "~1") if odd else user) + part
+
+
 def base_scores(bench: Bench, people: Sequence[Person], name: str) -> dict[str, NDArray[Any]]:
     """Score all items of some people without an adapter and with nothing of the past in the prompt.
 
@@ -205,7 +223,17 @@ def train_once(bench: Bench, name: str, parts: Mapping[str, Sequence[Example]]) 
     return weights
 
 
-def follow(bench: Bench, people: Sequence[Person]) -> dict[str, NDArray[Any]]:
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """By user: ``scores`` ``[n, c]`` of each item before anything of its chunk was learnt, ``frozen`` of the held-back
+    items by the adapter as it was at the cut, and ``heads``, that adapter's weights, where there were any."""
+
+    scores: dict[str, NDArray[Any]]
+    frozen: dict[str, NDArray[Any]]
+    heads: dict[str, dict[str, NDArray[Any]]]
+
+
+def follow(bench: Bench, people: Sequence[Person]) -> Followed:
     """Let each user's adapter follow the stream: score a chunk, then learn it with some replay (prequential).
 
     Args:
@@ -213,8 +241,7 @@ def follow(bench: Bench, people: Sequence[Person]) -> dict[str, NDArray[Any]]:
         people: Whose items, all of them.
 
     Returns:
-        By user, ``[n, c]``: each item as scored before anything of its chunk was learnt; under ``USER/frozen``
-        the held-back items by the adapter as it was at the cut, and under ``USER/head|NAME`` its weights.
+        What was scored, and the adapters at the cut.
     """
 
     def compute(some: Sequence[Person]) -> dict[str, NDArray[Any]]:
@@ -230,20 +257,31 @@ def follow(bench: Bench, people: Sequence[Person]) -> dict[str, NDArray[Any]]:
                 begin, end = chunks[p.user_id][number]
                 head = heads[p.user_id]
                 if begin <= p.cut < end:
-                    frozen[f"{p.user_id}/frozen"] = score(bench.model, [example(i) for i in p.test], head)
-                    frozen |= {f"{p.user_id}/head|{k}": np.asarray(v) for k, v in (head or {}).items()}
+                    frozen[part_key(p.user_id, FROZEN)] = score(bench.model, [example(i) for i in p.test], head)
+                    frozen |= {part_key(p.user_id, HEAD + k): np.asarray(v) for k, v in (head or {}).items()}
                 found[p.user_id].append(score(bench.model, [example(i) for i in p.items[begin:end]], head))
                 jobs.append(_increment(bench, p, begin, end, head))
             for job, tensors in zip(jobs, _train(bench, jobs, _chunk_config(bench.recipe)), strict=True):
                 heads[str(job.user_id)] = tensors
-        return {user: _joined(parts) for user, parts in found.items()} | frozen
+        return {part_key(user): _joined(parts) for user, parts in found.items()} | frozen
 
     results: dict[str, NDArray[Any]] = {}
     order = sorted(people, key=lambda p: len(p.items))  # users of like length together keep the bank full
     for first in range(0, len(order), _AT_ONCE):
         some = order[first : first + _AT_ONCE]
         results |= stage(bench, f"follow-{first // _AT_ONCE}", lambda some=some: compute(some))  # type: ignore[misc]
-    return results
+    return _followed(results, [p.user_id for p in people])
+
+
+def _followed(kept: Mapping[str, NDArray[Any]], users: Sequence[str]) -> Followed:
+    heads: dict[str, dict[str, NDArray[Any]]] = {}
+    user_of = {part_key(user): user for user in users}
+    for key, weights in kept.items():
+        owner, found, name = key.partition(HEAD)
+        if found:
+            heads.setdefault(user_of[owner], {})[name] = weights.astype(np.float32)
+    frozen = {u: kept[key] for u in users if (key := part_key(u, FROZEN)) in kept}
+    return Followed({user: kept[part_key(user)] for user in users}, frozen, heads)
 
 
 def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
