@@ -56,6 +56,9 @@ def settle(items: Sequence[Item], task: Task, learnable: Learnable, given: Seque
     else:
         made, source = _choosable(items, task, learnable, given)
     if not made:
+        if items and task.kind == "rating" and not any(_are_numbers(_said(item)) for item in items):
+            few = f"none of {len(items)} items has one"
+            raise ConfigError(f"events: output: expected a number, such as 4, for task {task.name}; {few}")
         unfit = f" that fits it; {len(items)} do not" if items else ""
         raise ConfigError(f"events: expected some item of task {task.name}{unfit}")
     numbers = {len(item.choices) for item in made}

@@ -141,9 +141,14 @@ def _too_few(people: Mapping[str, list[Item]], bounds: Bounds) -> str:
     counts = _counts(people, bounds)
     if not counts:
         return "events: expected some user who is not in --population"
-    bound = _helpful(counts)
+    bound = max(_helpful(counts), LEAST_ITEMS)
+    able = sum(count >= bound for count in counts)
     return (
         f"events: expected some user with at least {bounds.target} items to be a target (--min-target); the longest "
-        f"history has {counts[0]}: --min-target {bound} would make {sum(c >= bound for c in counts)} of {len(counts)} "
-        "users targets"
+        f"history has {counts[0]}: "
+        + (
+            f"--min-target {bound} would make {able} of {len(counts)} users targets"
+            if able
+            else f"a target needs at least {LEAST_ITEMS} items a user"
+        )
     )

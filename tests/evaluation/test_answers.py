@@ -128,3 +128,10 @@ def test_items_come_oldest_first() -> None:
     done = settle(made, FREE, lambda items: list(items), None)
     assert [i.day for i in done.items] == sorted(i.day for i in made)
     assert isinstance(done.items[0], Item)
+
+
+def test_ratings_that_are_no_numbers_name_the_output() -> None:
+    with pytest.raises(ConfigError, match="events: output: expected a number, such as 4, .* none of 2 items"):
+        settled(["5 stars", "4 stars"], TASKS["product_rating"])
+    with pytest.raises(ConfigError, match="that fits it; 1 do not"):
+        settled(["5"], TASKS["product_rating"], choices=("1", "2"))

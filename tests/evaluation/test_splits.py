@@ -50,6 +50,14 @@ class TestRoles:
         with pytest.raises(ConfigError, match="at least 20 items"):
             folds(people({"a": 5}))
 
+    def test_no_bound_is_advised_that_is_refused(self) -> None:
+        for counts, words in (
+            ({"a": 4, "b": 2}, "a target needs at least 5 items a user"),
+            ({"a": 6, "b": 2, "c": 2, "d": 2}, "--min-target 5 would make 1 of 4 users targets"),
+        ):
+            with pytest.raises(ConfigError, match=words):
+                folds(people(counts))
+
 
 class TestCut:
     def test_the_last_fifth_is_held_back(self) -> None:
