@@ -8,20 +8,25 @@ not decided here but for ``load``, which takes a task as the service does.
 import gzip
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from pydantic import ValidationError
 
 from oppu.errors import ConfigError, InvalidRecord
 from oppu.tasks import Tasks
-from oppu.wire import BehaviorEvent, refusal
+from oppu.wire import SCHEMA_VERSION, BehaviorEvent, refusal
 
+FIRST_DAY = date(2000, 1, 1)
+"""Of histories that have no days of their own."""
 FEWEST_DAYS = 5
 """Where most users have fewer, days cannot divide what they did."""
+_LEAST_DAYS = 3
+"""Fewer cannot divide what a user did once the last of them is closed; what has no instants is then taken in turn."""
 _FEW_ITEMS = 5
 
 
@@ -65,6 +70,16 @@ class Item:
         return self.bare or self.answered
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A file's items; how many of its entries had no text and are left out; how many of its questions are, for want of
+    an output."""
+
+    items: tuple[Item, ...] = field(repr=False)
+    blank: int = 0
+    unanswered: int = 0
+
+
 def load(path: Path, task: str, tasks: Tasks, *, outputs: Path | None = None) -> list[Item]:
     """Read the items of one task, oldest first, as strictly as the service takes events.
 
@@ -80,19 +95,29 @@ def load(path: Path, task: str, tasks: Tasks, *, outputs: Path | None = None) ->
     Raises:
         ConfigError: Naming file, line and field.
     """
-    return prepared([i for i in read(path, task, outputs=outputs) if i.task == task], task, tasks)
+    found = read(path, task, outputs=outputs, bare=bare_histories(tasks))
+    return prepared([i for i in found.items if i.task == task], task, tasks)
 
 
-def read(path: Path, task: str, *, outputs: Path | None = None) -> list[Item]:
+def bare_histories(tasks: Tasks) -> frozenset[str]:
+    """Return the tasks whose histories may hold texts without an output."""
+    return frozenset(name for name, task in tasks.items() if task.bare_history)
+
+
+def read(
+    path: Path, task: str, *, outputs: Path | None = None, bare: Collection[str] = (), option: str = "--outputs"
+) -> Found:
     """Read the items of a file, of all tasks, in the file's order.
 
     Args:
         path: As for ``load``.
         task: What a benchmark's file is taken to be of.
-        outputs: LaMP's file of gold outputs.
+        outputs: LaMP's file of gold outputs; events have theirs.
+        bare: The tasks whose events may lack an output.
+        option: What ``outputs`` are named by.
 
     Returns:
-        The items, without choices where the file has none.
+        The items, without choices where the file has none, and what is left out.
 
     Raises:
         ConfigError: Naming file, line and field.
@@ -102,17 +127,22 @@ def read(path: Path, task: str, *, outputs: Path | None = None) -> list[Item]:
     try:
         content = path.read_bytes()
         text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
-        gold = json.loads(outputs.read_text(encoding="utf-8-sig")) if outputs is not None else None
         rows = json.loads(text) if text.lstrip().startswith("[") else None
-        if isinstance(rows, list) and rows and all(isinstance(row, dict) and "occurred_at" in row for row in rows):
-            text = "\n".join(json.dumps(row) for row in rows)
-            rows = None
     except (OSError, EOFError, ValueError) as error:
-        raise ConfigError(
-            f"events: cannot read {path if outputs is None else f'{path} or {outputs}'}: {error}"
-        ) from error
-    made = published(rows, task, gold) if rows is not None else of_events(_events(text, path))
-    return unique(made)
+        raise ConfigError(f"events: cannot read {path}: {error}") from error
+    try:
+        gold = json.loads(outputs.read_text(encoding="utf-8-sig")) if outputs is not None else None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{option}: cannot read {outputs}: {error}") from error
+    events = rows if rows and any(isinstance(row, dict) and "occurred_at" in row for row in rows) else None
+    if rows is not None and events is None:
+        found = published(rows, task, gold, option)
+        return replace(found, items=tuple(unique(found.items)))
+    if outputs is not None:
+        raise ConfigError(f"{option}: {path} is of events, which have their outputs: leave {outputs} out")
+    placed = enumerate(events) if events is not None else _lines(text, path.name)
+    word = "entry" if events is not None else "line"
+    return Found(tuple(unique(of_events(_event(row, f"{path.name} {word} {at}", bare) for at, row in placed))))
 
 
 def of_events(events: Iterable[BehaviorEvent]) -> list[Item]:
@@ -130,20 +160,34 @@ def in_time(*parts: Sequence[Item]) -> tuple[str, list[list[Item]]]:
         *parts: Items, all of one time line.
 
     Returns:
-        What orders them: ``days``; else ``instants``, or of those too few ``order in the file``, each counted as a day.
-        And the parts.
+        What orders them: ``days``; else ``instants``, or of those too few ``order in the file``, each counted as a day;
+        of what has no instants each user's own, queries together last. And the parts.
     """
     every = [item for part in parts for item in part]
     moments = [item.moment for item in every if item.moment is not None]
-    days_do = _usual([i.day for i in own] for own in _long(every)) >= FEWEST_DAYS
-    if days_do or len(moments) < len(every):
+    days = _usual([i.day for i in own if not i.query] for own in _long(every))
+    if days >= (FEWEST_DAYS if len(moments) == len(every) else _LEAST_DAYS):
         return "days", [list(part) for part in parts]
+    if len(moments) < len(every):
+        return "order in the file", [_in_turn(part) for part in parts]
     if _usual([i.moment for i in own] for own in _long(every)) >= FEWEST_DAYS:
         rank = {moment: at for at, moment in enumerate(sorted(set(moments)), start=1)}
         numbers, name = iter([rank[moment] for moment in moments]), "instants"
     else:
         numbers, name = iter(range(1, len(every) + 1)), "order in the file"
     return name, [[replace(item, day=date.fromordinal(next(numbers))) for item in part] for part in parts]
+
+
+def _in_turn(items: Sequence[Item]) -> list[Item]:
+    """Count each item of a user's history as a day, and let all queries follow it on one."""
+    behind = Counter((item.user_id, item.task) for item in items if not item.query)
+    seen: Counter[tuple[str, str]] = Counter()
+    found = []
+    for item in items:
+        key = item.user_id, item.task
+        found.append(replace(item, day=FIRST_DAY + timedelta(days=behind[key] if item.query else seen[key])))
+        seen[key] += 1
+    return found
 
 
 def _long(items: Sequence[Item]) -> list[list[Item]]:
@@ -216,14 +260,32 @@ def by_user(items: Iterable[Item]) -> dict[str, list[Item]]:
     return dict(sorted(found.items()))
 
 
-def _events(text: str, path: Path) -> Iterator[BehaviorEvent]:
+def _lines(text: str, name: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):  # a text may hold other ends of lines
         if line.strip():
             try:
-                event = _Recorded.model_validate_json(line)
-                event.occurred_at.astimezone(UTC)
-            except ValidationError as error:
-                raise ConfigError(f"events: {path.name} line {number}: {refusal(error).message}") from error
-            except OverflowError as error:
-                raise ConfigError(f"events: {path.name} line {number}: occurred_at: out of range") from error
-            yield event
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                at = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
+                where = f"events: {name} line {number}"
+                raise ConfigError(f"{where}: expected one JSON object, it does not parse{at}") from error
+
+
+def _event(row: object, place: str, bare: Collection[str]) -> BehaviorEvent:
+    """Check an event as the service does, but that a history of the ``bare`` tasks may lack outputs."""
+    if not isinstance(row, Mapping):
+        raise ConfigError(f"events: {place}: expected a JSON object")
+    version = row.get("schema_version", SCHEMA_VERSION)
+    if isinstance(version, int) and not isinstance(version, bool) and version > SCHEMA_VERSION:
+        raise ConfigError(f"events: {place}: schema_version: at most {SCHEMA_VERSION} is understood, got a higher one")
+    try:
+        event = _Recorded.model_validate(row)
+        event.occurred_at.astimezone(UTC)
+    except ValidationError as error:
+        raise ConfigError(f"events: {place}: {refusal(error).message}") from error
+    except OverflowError as error:
+        raise ConfigError(f"events: {place}: occurred_at: out of range") from error
+    if not event.output.strip() and event.task not in bare:
+        only = f", which only {', '.join(sorted(bare))} may lack" if bare else ""
+        raise ConfigError(f"events: {place}: output: expected text that is not blank{only}")
+    return event

@@ -1,12 +1,12 @@
 """All that a run of one task is made of: items with their choices, sister tasks' items, profiles, and the bounds."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from evaluation.answers import read_labels, settle
-from evaluation.corpus import Item, by_user, in_time, read, unique
+from evaluation.corpus import Found, Item, by_user, in_time, read, unique
 from evaluation.published import read_profiles
 from evaluation.roles import Bounds, reachable
 from evaluation.splits import not_tested, sharing
@@ -46,7 +46,7 @@ class Material:
     notes: dict[str, object]
 
 
-def gather(files: Files, task: Task, bounds: Bounds, *, final: bool) -> Material:
+def gather(files: Files, task: Task, bounds: Bounds, *, final: bool, bare: Collection[str] = ()) -> Material:
     """Read and settle everything.
 
     Args:
@@ -54,6 +54,7 @@ def gather(files: Files, task: Task, bounds: Bounds, *, final: bool) -> Material
         task: The task.
         bounds: Who can be what; ``population`` is filled in from the file.
         final: Whether the held-back part will be opened: labels of a test part are never learnt.
+        bare: Further tasks whose events may lack an output, as this one's may where it says so.
 
     Returns:
         The material.
@@ -61,10 +62,11 @@ def gather(files: Files, task: Task, bounds: Bounds, *, final: bool) -> Material
     Raises:
         ConfigError: Naming the file and what does not fit.
     """
-    events = read(files.events, task.name, outputs=files.outputs)
-    own = [item for item in events if item.task == task.name]
-    others = _population(files, task, {item.user_id for item in own})
-    every = [*events, *(item for file in files.sisters for item in read(file, task.name))]
+    bare = {*bare, *([task.name] if task.bare_history else [])}
+    events = read(files.events, task.name, outputs=files.outputs, bare=bare)
+    own = [item for item in events.items if item.task == task.name]
+    population, others = _population(files, task, {item.user_id for item in own}, bare)
+    every = [*events.items, *(item for file in files.sisters for item in read(file, task.name, bare=bare).items)]
     ordered, (own, others, rest) = in_time(own, others, [item for item in every if item.task != task.name])
     bounds = replace(bounds, population=frozenset(item.user_id for item in others))
     bounds = reachable(by_user(own), bounds)
@@ -77,7 +79,10 @@ def gather(files: Files, task: Task, bounds: Bounds, *, final: bool) -> Material
     if profiles and not users & set(profiles):
         raise ConfigError(f"--profiles: no entry of {files.profiles} is of a user of the events")
     notes = made.notes | {
-        "items_left_out": len(own) + len(others) - len(made.items),
+        "items_left_out": len(own) + len(others) - len(made.items) + events.blank + population.blank,
+        "items_without_text": events.blank + population.blank,
+        "queries_without_output": events.unanswered,
+        "population_queries_without_output": population.unanswered,
         "users": len(users),
         "population_users": len(bounds.population),
         "ordered_by": ordered,
@@ -113,11 +118,15 @@ def settled(others: Sequence[Item], tasks: Tasks, bounds: Bounds, *, final: bool
     return sorted(found, key=lambda item: item.day)
 
 
-def _population(files: Files, task: Task, targets: set[str]) -> list[Item]:
+def _population(files: Files, task: Task, targets: set[str], bare: Collection[str]) -> tuple[Found, list[Item]]:
+    """Return what the file holds, and of it the items of users who are not ``targets``."""
+    outputs = files.population_outputs
     if files.population is None:
-        return []
-    found = read(files.population, task.name, outputs=files.population_outputs)
-    others = [item for item in found if item.task == task.name and item.user_id not in targets]
+        if outputs is not None:
+            raise ConfigError(f"--population-outputs: {outputs} is of a --population, and there is none")
+        return Found(()), []
+    found = read(files.population, task.name, outputs=outputs, bare=bare, option="--population-outputs")
+    others = [item for item in found.items if item.task == task.name and item.user_id not in targets]
     if not others:
         raise ConfigError(f"--population: expected items of task {task.name} of users who are not in --events")
-    return others
+    return found, others

@@ -15,10 +15,9 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from evaluation.corpus import Item
+from evaluation.corpus import FIRST_DAY, Found, Item
 from oppu.errors import ConfigError
 
-_FIRST_DAY = date(2000, 1, 1)
 _NUMBERED = re.compile(r"(\d{4})(?:\.0)?(?:-(\d{1,2})(?:-(\d{1,2})(?:[ T].*)?)?)?")
 _TWEETED = re.compile(r"[A-Z][a-z]{2} ([A-Z][a-z]{2} \d{1,2}) [\d:]{8} (?:[A-Z+\-\d]+ )?(\d{4})")
 _OUTPUT_FIELDS = ("output", "gold", "score", "category", "tag", "title", "citation")
@@ -53,31 +52,40 @@ _LAYOUTS: Mapping[str, _Layout] = {
 }
 
 
-def published(rows: object, task: str, gold: object = None) -> list[Item]:
+def published(rows: object, task: str, gold: object = None, option: str = "--outputs") -> Found:
     """Turn a published file's content into items.
 
     Args:
         rows: The parsed questions or users.
         task: Which task it is of.
         gold: The parsed file of outputs, if there is one.
+        option: What that is named by.
 
     Returns:
-        The items, user by user, each user's in order of day.
+        The items, user by user, each user's in order of day; what has no text, or asks without an output, left out.
 
     Raises:
-        ConfigError: Naming entry and field.
+        ConfigError: Naming entry and field; or no output of ``gold`` is of a question.
     """
-    answers = _answers(gold)
+    answers = _answers(gold, option)
+    asked_ids: set[str] = set()
+    blank = unanswered = 0
     made: dict[str, dict[str, Item]] = {}
     for number, row in enumerate(_list(rows, "events")):
         if not isinstance(row, Mapping) or not isinstance(row.get("profile"), Sequence):
             raise ConfigError(f"events: entry {number}: expected an object with profile")
         user = str(row.get("user_id", row.get("id", number)))
-        asked = row["query"] if isinstance(row.get("query"), Sequence) else [row] if row.get("input") else []
+        entries = row["query"] if isinstance(row.get("query"), Sequence) else [row] if "input" in row else []
+        asked = [(at, e) for at, e in enumerate(entries) if isinstance(e, Mapping) and _filled(e.get("input"))]
+        asked_ids.update(str(e["id"]) for _, e in asked if "id" in e)
         history = _history(row["profile"], user, task)
         queries = _queries(asked, user, task, answers, history)
+        blank += len(row["profile"]) - len(history) + len(entries) - len(asked)
+        unanswered += len(asked) - len(queries)
         made.setdefault(user, {}).update((item.item_id, item) for item in (*history, *queries))
-    return [item for own in made.values() for item in own.values()]
+    if gold is not None and not asked_ids & set(answers):
+        raise ConfigError(f"{option}: none of its {len(answers)} ids is of a question of the events: another split's?")
+    return Found(tuple(item for own in made.values() for item in own.values()), blank, unanswered)
 
 
 def read_profiles(path: Path) -> dict[str, str]:
@@ -110,24 +118,32 @@ def read_profiles(path: Path) -> dict[str, str]:
 def _history(entries: Sequence[Any], user: str, task: str) -> list[Item]:
     days = [_day(entry, user) for entry in entries]
     if None in days:
-        days = [_FIRST_DAY + timedelta(days=at) for at in range(len(entries))]
-    made = [
-        Item(f"{user}/{_identity(entry, user, at)}", user, task, day or _FIRST_DAY, *_pair(entry, user, task))
-        for at, (entry, day) in enumerate(zip(entries, days, strict=True))
-    ]
+        days = [FIRST_DAY + timedelta(days=at) for at in range(len(entries))]
+    made = []
+    for at, (entry, day) in enumerate(zip(entries, days, strict=True)):
+        name, pair = f"{user}/{_identity(entry, user, at)}", _pair(entry, user, task)
+        if pair is not None:
+            made.append(Item(name, user, task, day or FIRST_DAY, *pair))
     return sorted(made, key=lambda item: item.day)
 
 
 def _queries(
-    entries: Iterable[Any], user: str, task: str, answers: Mapping[str, str], history: Sequence[Item]
+    asked: Iterable[tuple[int, Mapping[str, Any]]],
+    user: str,
+    task: str,
+    answers: Mapping[str, str],
+    history: Sequence[Item],
 ) -> list[Item]:
     """Return the queries whose gold output is known, all of one day after the history."""
     known = [
-        (at, e, str(answers.get(str(e.get("id")), e.get("gold", e.get("output", "")))))
-        for at, e in enumerate(entries)
-        if isinstance(e, Mapping) and e.get("input")
+        (
+            at,
+            e,
+            next((str(o) for o in (answers.get(str(e.get("id"))), e.get("gold"), e.get("output")) if _filled(o)), ""),
+        )
+        for at, e in asked
     ]
-    day = history[-1].day + timedelta(days=1) if history else _FIRST_DAY
+    day = history[-1].day + timedelta(days=1) if history else FIRST_DAY
     day = max([day, *(d for _, e, _ in known if (d := _day(e, user)) is not None)])
     taken = {item.item_id for item in history}
     found = []
@@ -139,18 +155,32 @@ def _queries(
     return found
 
 
-def _pair(entry: Mapping[str, Any], user: str, task: str) -> tuple[str, str]:
+def _pair(entry: Mapping[str, Any], user: str, task: str) -> tuple[str, str] | None:
+    """Return an entry's input and output; ``None`` where its input is there and blank.
+
+    Other fields than the layout's stand in for its inputs only where it has none of them.
+    """
     layout = _LAYOUTS.get(task)
-    if layout is not None and any(entry.get(name) for name in layout.inputs):
-        if layout.output is None or not entry.get(layout.output):
-            return " ".join(str(entry[name]) for name in layout.inputs if entry.get(name)), ""
-        return str(entry[layout.inputs[0]]), str(entry[layout.output])
-    source = next((name for name in _INPUT_FIELDS if entry.get(name)), None)
-    if source is None:
+    there = [name for name in layout.inputs if name in entry] if layout is not None else []
+    if layout is not None and there:
+        answer = entry.get(layout.output) if layout.output is not None else None
+        answered = _filled(answer)
+        texts = [str(entry[name]) for name in (there[:1] if answered else there) if _filled(entry[name])]
+        return (" ".join(texts), str(answer) if answered else "") if texts else None
+    there = [name for name in _INPUT_FIELDS if name in entry]
+    if not there:
         named = f"events: user {user}, entry {entry.get('id', '')}"
         raise ConfigError(f"{named}: expected one of {', '.join(_INPUT_FIELDS)}")
-    target = next((name for name in _OUTPUT_FIELDS if entry.get(name) and name != source), None)
+    source = next((name for name in there if _filled(entry[name])), None)
+    if source is None:
+        return None
+    target = next((name for name in _OUTPUT_FIELDS if _filled(entry.get(name)) and name != source), None)
     return str(entry[source]), str(entry[target]) if target is not None else ""
+
+
+def _filled(value: object) -> bool:
+    """Whether there is something to read: a number 0 is."""
+    return value is not None and bool(str(value).strip())
 
 
 def _asked(text: str, task: str) -> str:
@@ -185,14 +215,14 @@ def _date(text: str) -> date:
     return datetime.fromisoformat(text).date()
 
 
-def _answers(gold: object) -> dict[str, str]:
+def _answers(gold: object, option: str) -> dict[str, str]:
     if gold is None:
         return {}
     rows = gold.get("golds") if isinstance(gold, Mapping) else gold
     found = {}
-    for number, row in enumerate(_list(rows, "--outputs")):
+    for number, row in enumerate(_list(rows, option)):
         if not isinstance(row, Mapping) or "id" not in row or "output" not in row:
-            raise ConfigError(f"--outputs: entry {number}: expected an object with id and output")
+            raise ConfigError(f"{option}: entry {number}: expected an object with id and output")
         found[str(row["id"])] = str(row["output"])
     return found
 

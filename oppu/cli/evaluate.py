@@ -49,6 +49,7 @@ def evaluate(
 ) -> None:
     """Compare all arms and controls of TASK on users' own events, and write tables and tests to OUT."""
     from evaluation.budget import Progress
+    from evaluation.corpus import bare_histories
     from evaluation.experiment import Plan, run
     from evaluation.inputs import alone
     from evaluation.material import Files, gather
@@ -68,7 +69,8 @@ def evaluate(
     settings = session.settings if preset is None else PRESETS[preset].settings(session.settings)
     given = options["min_target"]
     bounds = Bounds(given or Bounds().target, options["min_calibrate"], before_test=before_test, strict=bool(given))
-    material = gather(Files(events, **{name: options[name] for name in _FILES}), tasks[task], bounds, final=final)
+    files, bare = Files(events, **{name: options[name] for name in _FILES}), bare_histories(tasks)
+    material = gather(files, tasks[task], bounds, final=final, bare=bare)
     say(", ".join(f"{name} {value}" for name, value in material.notes.items()))
     recipe, items = _recipe(options), material.items
     if quick:

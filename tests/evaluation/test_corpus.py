@@ -96,7 +96,7 @@ def test_what_orders_items_is_as_fine_as_it_must_be(tmp_path: Path, minutes: int
         for at in range(8)
         for u in range(3)
     ]
-    own = read(lines(tmp_path / "e.jsonl", rows), "news_categorize")
+    own = read(lines(tmp_path / "e.jsonl", rows), "news_categorize").items
     name, [found, none] = in_time(own, [])
     assert (name, none) == (ordered, [])
     assert [i.item_id for i in found] == [i.item_id for i in own]
@@ -104,3 +104,46 @@ def test_what_orders_items_is_as_fine_as_it_must_be(tmp_path: Path, minutes: int
     assert days == sorted(set(days)) and len(days) == 8
     # who acts at one instant is of one day, whoever it is
     assert (found[0].day == found[1].day) == (ordered != "order in the file")
+
+
+@pytest.mark.parametrize("fault", ["{", '{"event_id": "\\ud800"}', "[1]", "7"])
+def test_a_line_that_is_no_event_is_named_and_no_field_without_a_name(tmp_path: Path, fault: str) -> None:
+    (tmp_path / "e.jsonl").write_text(json.dumps(event(1)) + "\n\n" + fault + "\n")
+    with pytest.raises(ConfigError, match=r"^events: e\.jsonl line 3: \S") as found:
+        read(tmp_path / "e.jsonl", "news_categorize")
+    assert ": :" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"occurred_at": None}, "entry 1: occurred_at: "),
+        ({"schema_version": 2}, "entry 1: schema_version: at most 1 is understood, got a higher one"),
+        ({"output": ""}, "entry 1: output: expected text"),
+    ],
+)
+def test_the_entry_of_a_list_of_events_is_named(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    rows = [event(1), {name: value for name, value in event(2, **change).items() if value is not None}]
+    (tmp_path / "e.json").write_text(json.dumps(rows))
+    with pytest.raises(ConfigError, match=words):
+        read(tmp_path / "e.json", "news_categorize")
+    with pytest.raises(ConfigError, match=words.replace("entry 1", "line 2")):
+        read(lines(tmp_path / "e.jsonl", rows), "news_categorize")
+
+
+@pytest.mark.parametrize("output", [{}, {"output": ""}, {"output": " "}])
+def test_only_bare_histories_may_lack_an_output(tmp_path: Path, output: dict[str, str]) -> None:
+    rows = [{name: value for name, value in event(at).items() if name != "output"} | output for at in (1, 2)]
+    tweets = lines(tmp_path / "t.jsonl", [row | {"task": "tweet_paraphrase"} for row in rows])
+    assert [i.bare for i in load(tweets, "tweet_paraphrase", TASKS)] == [True, True]
+    with pytest.raises(ConfigError, match=r"t\.jsonl line 1: output: expected text"):
+        read(tweets, "tweet_paraphrase")
+    for task in ("news_categorize", "news_headline"):
+        with pytest.raises(ConfigError, match=r"e\.jsonl line 1: output: .* only citation, tweet_paraphrase may lack"):
+            load(lines(tmp_path / "e.jsonl", [row | {"task": task} for row in rows]), task, TASKS)
+
+
+def test_outputs_beside_events_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "o.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"^--outputs: .*e\.jsonl is of events"):
+        read(lines(tmp_path / "e.jsonl", [event(1)]), "news_categorize", outputs=tmp_path / "o.json")

@@ -1,6 +1,7 @@
 """The published layouts: what becomes of each field, and a whole run on each of them."""
 
 import json
+import random
 from collections.abc import Callable
 from datetime import date, timedelta
 from pathlib import Path
@@ -8,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from evaluation.corpus import Item, by_user, read
+from evaluation.corpus import Item, by_user, in_time, read
 from evaluation.published import published, read_profiles
 from oppu.errors import ConfigError
-from tests.evaluation.layouts import HISTORIES, lamp, oppu, profiles
+from tests.evaluation.layouts import HISTORIES, history, lamp, oppu, profiles
 
 Run = Callable[..., dict[str, Any]]
 
 
 def entries(task: str, entry: dict[str, str], **query: str) -> list[Item]:
     row = {"user_id": 7, "profile": [{"id": "1", **entry}], "query": [{"id": "9", "input": "q", "gold": "g", **query}]}
-    return published([row], task)
+    return list(published([row], task).items)
 
 
 @pytest.mark.parametrize(
@@ -58,11 +59,11 @@ def test_queries_are_of_one_day_after_the_history() -> None:
     profile = [{"id": "2", "text": "b", "score": "2", "date": "2019-03-02"}, {"id": "1", "text": "a", "score": "1",
                "date": "2019-03-01"}]  # fmt: skip
     asked = [{"id": "1", "input": "q", "gold": "3"}, {"id": "8", "input": "r", "gold": "3"}, {"id": "9", "input": "s"}]
-    made = published([{"user_id": "u", "profile": profile, "query": asked}], "product_rating")
+    made = published([{"user_id": "u", "profile": profile, "query": asked}], "product_rating").items
     assert [i.item_id for i in made] == ["u/1", "u/2", "u/1?", "u/8"]  # in order of time; without gold no query
     assert {i.day for i in made if i.query} == {date(2019, 3, 3)}
     asked[1]["date"] = "2020-01-01"
-    later = published([{"user_id": "u", "profile": profile, "query": asked}], "product_rating")
+    later = published([{"user_id": "u", "profile": profile, "query": asked}], "product_rating").items
     assert {i.day for i in later if i.query} == {date(2020, 1, 1)}
 
 
@@ -80,7 +81,7 @@ def test_queries_are_of_one_day_after_the_history() -> None:
 )
 def test_dates_however_they_are_written(text: str, day: date) -> None:
     row = {"user_id": 1, "profile": [{"id": "a", "abstract": "a", "title": "t", "date": text}]}
-    assert [i.day for i in published([row], "scholarly_title")] == [day]
+    assert [i.day for i in published([row], "scholarly_title").items] == [day]
 
 
 def test_years_and_missing_dates() -> None:
@@ -88,15 +89,15 @@ def test_years_and_missing_dates() -> None:
         "user_id": 1,
         "profile": [{"id": k, "abstract": f"a{k}", "title": "t", "date": "2019"} for k in range(2)],
     }
-    assert {i.day for i in published([row], "scholarly_title")} == {date(2019, 1, 1)}
+    assert {i.day for i in published([row], "scholarly_title").items} == {date(2019, 1, 1)}
     del row["profile"][0]["date"]
-    days = [i.day for i in published([row], "scholarly_title")]
+    days = [i.day for i in published([row], "scholarly_title").items]
     assert days[1] - days[0] == timedelta(days=1)
 
 
 def test_rows_of_one_user_are_one_history() -> None:
     rows = [{"user_id": 1, "profile": [{"id": "a", "text": "x"}, {"id": n, "text": n}]} for n in ("b", "c")]
-    assert [i.item_id for i in published(rows, "tweet_paraphrase")] == ["1/a", "1/b", "1/c"]
+    assert [i.item_id for i in published(rows, "tweet_paraphrase").items] == ["1/a", "1/b", "1/c"]
 
 
 @pytest.mark.parametrize(
@@ -178,4 +179,86 @@ def test_a_population_of_the_targets_alone_is_refused(evaluate: Run, tmp_path: P
 
 def test_users_keep_their_own_items(tmp_path: Path) -> None:
     file = oppu(tmp_path / "u.json", "product_rating", {1: (4, 1), 2: (3, 1)})
-    assert {user: len(own) for user, own in by_user(read(file, "product_rating")).items()} == {"1": 5, "2": 4}
+    assert {user: len(own) for user, own in by_user(read(file, "product_rating").items).items()} == {"1": 5, "2": 4}
+
+
+@pytest.mark.parametrize("score", [0, "0", 0.0])
+def test_a_number_is_an_output_even_where_it_is_zero(score: object) -> None:
+    row = {"user_id": 7, "profile": [{"id": "1", "text": "t", "score": score}],
+           "query": [{"id": "9", "input": "q", "gold": score}, {"id": "8", "input": "r", "gold": None}]}  # fmt: skip
+    assert [i.output for i in published([row], "product_rating").items] == [str(score)] * 2
+
+
+@pytest.mark.parametrize(
+    ("task", "entry", "pair"),
+    [
+        ("scholarly_title", {"title": "t", "abstract": ""}, None),
+        ("news_categorize", {"title": "t", "text": " ", "category": "crime"}, None),
+        ("movie_tagging", {"description": None, "tag": "comedy", "text": "t"}, None),
+        ("citation", {"title": "", "abstract": "a", "citation": "c"}, None),
+        ("citation", {"title": "", "abstract": ""}, None),
+        ("citation", {"title": "", "abstract": "a"}, ("a", "")),
+        ("citation", {"abstract": "a", "citation": "c"}, ("a", "c")),
+        ("movie_tagging", {"text": "plot", "tag": "comedy"}, ("plot", "comedy")),
+        ("movie_tagging", {"text": "", "tag": "comedy"}, None),
+    ],
+)
+def test_no_other_field_is_guessed_for_a_blank_one(task: str, entry: Any, pair: tuple[str, str] | None) -> None:
+    row = {"user_id": 7, "profile": [{"id": "0", **entry}, {"id": "1", **HISTORIES[task](random.Random(0))}]}
+    found = published([row], task)
+    assert [(i.input, i.output) for i in found.items[:-1]] == ([pair] if pair else [])
+    assert found.blank == (pair is None)
+
+
+def test_outputs_of_other_questions_are_refused_and_missing_ones_counted() -> None:
+    row = {"id": "1", "input": "q", "profile": [{"id": "0", "text": "a", "score": "4"}]}
+    rows = [row, row | {"id": "2"}, row | {"id": "3", "input": " "}]
+    found = published(rows, "product_rating", [{"id": 2, "output": 3}])
+    assert (found.unanswered, found.blank) == (1, 1)
+    assert [i.item_id for i in found.items if i.query] == ["2/2"]
+    for gold in ([{"id": 9, "output": 3}], [{"id": 3, "output": 3}], []):
+        with pytest.raises(ConfigError, match="^--population-outputs: none of its"):
+            published(rows, "product_rating", gold, "--population-outputs")
+
+
+def test_what_outputs_do_not_fit_is_said_by_the_command(evaluate: Run, tmp_path: Path) -> None:
+    questions, outputs = lamp(tmp_path, "product_rating", "dev", [20, 21])
+    train, train_outputs = lamp(tmp_path, "product_rating", "train", [8, 9])
+    files = ("--population", str(train), "--population-outputs")
+    for more, words in (
+        (("--outputs", str(train_outputs)), "^--outputs: none of its 2 ids"),
+        (("--outputs", str(outputs), *files, str(outputs)), "^--population-outputs: none of its 2 ids"),
+        (("--population-outputs", str(outputs)), "^--population-outputs: .* of a --population"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            evaluate("product_rating", questions, *more)
+
+
+def one_day(users: int, entries: int) -> list[dict[str, Any]]:
+    chance = random.Random(3)
+    profiles_of = [history("movie_tagging", chance, entries) for _ in range(users)]
+    query = [{"id": "q", "input": "description: asked", "gold": "comedy"}]
+    return [
+        {
+            "user_id": user,
+            "profile": [e | {"id": str(at), "date": "2008-04-11"} for at, e in enumerate(own)],
+            "query": query,
+        }
+        for user, own in enumerate(profiles_of)
+    ]
+
+
+def test_histories_of_one_day_are_taken_in_turn_with_the_queries_last(tmp_path: Path) -> None:
+    (tmp_path / "e.json").write_text(json.dumps(one_day(2, 6)))
+    ordered, [made] = in_time(read(tmp_path / "e.json", "movie_tagging").items)
+    assert ordered == "order in the file"
+    for own in by_user(made).values():
+        assert [i.item_id.split("/")[1] for i in sorted(own, key=lambda i: i.day)] == [*"012345", "q"]
+        assert len({i.day for i in own}) == 7
+
+
+@pytest.mark.slow
+def test_histories_of_one_day_can_be_developed_on(evaluate: Run, tmp_path: Path) -> None:
+    (tmp_path / "e.json").write_text(json.dumps(one_day(4, 15)))
+    result = evaluate("movie_tagging", tmp_path / "e.json", bounds=())
+    assert result["data"]["ordered_by"] == "order in the file" and result["queries"] > 0
