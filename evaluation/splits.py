@@ -94,7 +94,8 @@ _ALL = _Days(None, None)
 @dataclass(frozen=True, slots=True)
 class _World:
     """What every fold divides: each user's items, their groups, and the days that divide a target's. ``most`` is the
-    number of items of each user in the task where he has most."""
+    number of items of each user in the task where he has most; ``closed`` are, of who is a target in some fold, the
+    days where he is none: what is not opened exists there neither."""
 
     people: Mapping[str, list[Item]]
     groups: Mapping[str, int]
@@ -102,6 +103,7 @@ class _World:
     sisters: tuple[Item, ...]
     most: Mapping[str, int]
     bounds: Bounds
+    closed: Mapping[str, _Days]
 
 
 def make_folds(
@@ -125,8 +127,11 @@ def make_folds(
     groups = _grouped(items, vectors)
     people = by_user(items)
     days = _days(items, sisters, final=final)
-    world = _World(people, groups, days, tuple(sisters), _most(items, sisters), bounds)
-    parts = roles(people, world.most, bounds)
+    most = _most(items, sisters)
+    parts = roles(people, most, bounds)
+    targets = {user for role in parts.values() for user, kind in role.items() if kind == "target"}
+    closed = {user: _Days(days[user].end, None) for user in targets}
+    world = _World(people, groups, days, tuple(sisters), most, bounds, closed)
     folds = [_fold(name, world, role) for name, role in parts.items()]
     if sum(fold.lost for fold in folds) > MOST_LOST * len(folds):
         folds = [_fold(name, world, role, shared=True) for name, role in parts.items()]
@@ -232,7 +237,7 @@ def _most(items: Sequence[Item], sisters: Sequence[Item]) -> dict[str, int]:
 
 
 def _fold(name: str, world: _World, role: Mapping[str, str], *, shared: bool = False) -> Fold:
-    days = {user: world.days[user] if role[user] == "target" else _ALL for user in role}
+    days = {user: world.days[user] if role[user] == "target" else world.closed.get(user, _ALL) for user in role}
     held = _held_elsewhere(world, role)
     sides: dict[int, Side] = defaultdict(lambda: Side.ADAPT)
     mine: dict[tuple[str, int], Side] = defaultdict(lambda: Side.ADAPT)

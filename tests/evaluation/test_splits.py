@@ -75,6 +75,19 @@ class TestCut:
         assert not seen & {i.item_id for p in final.target for i in p.test}
         assert {len(p.items) for p in development.target} == {20}
 
+    @pytest.mark.parametrize("targets", [3, 8])
+    def test_nor_does_it_exist_where_another_is_the_target(self, targets: int) -> None:
+        items = people({f"t{n}": 25 for n in range(targets)} | {"s": 10})
+        bounds = replace(BOUNDS, folds_below=12)
+        closed = {f"t{n}/pick/{at}" for n in range(targets) for at in range(20, 25)}
+        for final in (False, True):
+            for fold in make_folds(items, stacked(items), bounds, final=final):
+                others = {*fold.adapt, *(i for p in fold.calibrate for i in p.items)}
+                asked = {i for p in fold.target for i in p.items}
+                left = {i for i in items if i.user_id not in {p.user_id for p in fold.target}}
+                assert others == {i for i in left if final or i.item_id not in closed}
+                assert final or not {i.item_id for i in asked} & closed
+
 
 class TestOneSide:
     def test_the_same_article_in_a_test_part_leaves_every_other_part(self) -> None:
