@@ -25,6 +25,7 @@ from evaluation.statistics import (
     contrast,
     holm,
     mean_interval,
+    units,
 )
 from evaluation.variants import CHOSEN_OPPU, CHOSEN_PROMPT
 from oppu.tasks import Kind
@@ -60,7 +61,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
         The fields of ``TASK.json``.
     """
     people = outcomes[0].people
-    of = clusters(people)
+    of, clustered_by = units(clusters(people))
     merits = [{name: _merits(o, name, kind) for name in o.arms.held} for o in outcomes]
     arms = {name: _measured([o for o in outcomes if name in o.arms.held], name, of, kind) for name in merits[0]}
     differences = _differences(merits) | _prequential(outcomes, kind)
@@ -83,6 +84,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
         "metric": METRICS[kind],
         "arms": arms,
         "case_study": few,
+        "clustered_by": clustered_by,
         "rouge_beats_lead": text_report.claims(tests),
         "tests": {
             name: asdict(c)
@@ -108,7 +110,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
 
 
 def _measured(outcomes: Sequence[Outcome], name: str, of: Sequence[int], kind: Kind) -> dict[str, Any]:
-    """Return an arm's metrics over the seeds that ran it; ``of`` are the users' clusters."""
+    """Return an arm's metrics over the seeds that ran it; ``of`` are what users are resampled by."""
     values = _mean([_merits(o, name, kind) for o in outcomes])
     found: dict[str, Any] = {
         "query_mean": float(np.concatenate(values).mean()),
@@ -168,6 +170,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines += [
         f"{result['users']} users, {result['queries']} queries, {part}; metric: {result['metric']}; "
         f"seeds {result['seeds']}; base {result['base']}. Made by `{result['command']}`.",
+        "",
+        f"Intervals and p resample and flip {result['clustered_by']}.",
         "",
     ]
     lines += _arm_rows(result["arms"])

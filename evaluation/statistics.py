@@ -15,6 +15,9 @@ DRAWS, RESAMPLES = 100_000, 10_000
 _BLOCK_RESAMPLES = 2_000
 LEAST_CLUSTERS = 3
 """Resamples of fewer clusters are a handful of points: no interval."""
+_MANY_CLUSTERS, _USERS_A_CLUSTER = 5, 4
+"""Fewer clusters than so many, or of more users each than so many, say next to nothing of a sample of users."""
+BY_USERS, BY_CLUSTERS = "users", "users who share items"
 TOP_USERS = 3
 """So many users who carry most of a difference are left out to see what it is without them."""
 CASE_STUDY_BELOW = 12
@@ -32,7 +35,7 @@ class Contrast:
         ci: Its 95 % interval, clusters resampled.
         user_difference: Mean over users.
         user_ci: Its interval.
-        p: Two-sided sign-flip test by user of the mean over queries.
+        p: Two-sided sign-flip test of the mean over queries, clusters flipped as wholes.
         user_p: The same of the mean over users.
         wins: Users with a positive difference.
         ties: With none.
@@ -57,12 +60,31 @@ class Contrast:
     without_top: float | None
 
 
+def units(clusters: Sequence[int]) -> tuple[list[int], str]:
+    """Choose what is resampled and flipped: users who share items together, or each alone where hardly any stand apart.
+
+    Where all act on the same things, as on the same films, clusters are one or few: of five users or more it is then
+    each user, and what intervals and p say is of these things.
+
+    Args:
+        clusters: Each user's cluster number.
+
+    Returns:
+        Each user's number, and what a number stands for: ``BY_USERS`` or ``BY_CLUSTERS``.
+    """
+    users, count = len(clusters), len(set(clusters))
+    few = count < _MANY_CLUSTERS or _USERS_A_CLUSTER * count < users
+    if count == users or (users >= _MANY_CLUSTERS and few):
+        return list(range(users)), BY_USERS
+    return list(clusters), BY_CLUSTERS
+
+
 def contrast(differences: Sequence[Array], clusters: Sequence[int], seed: int = 0) -> Contrast:
     """Compare two arms on the same queries.
 
     Args:
         differences: Each user's per-query differences; positive is better.
-        clusters: Each user's cluster number; users of one cluster are resampled together.
+        clusters: Each user's cluster number; users of one cluster are resampled and flipped together.
         seed: Of draws and resamples.
 
     Returns:
@@ -78,8 +100,8 @@ def contrast(differences: Sequence[Array], clusters: Sequence[int], seed: int = 
         ci=ci,
         user_difference=float(means.mean()),
         user_ci=user_ci,
-        p=sign_flip(sums, seed),
-        user_p=sign_flip(means, seed),
+        p=sign_flip(_together(sums, clusters), seed),
+        user_p=sign_flip(_together(means, clusters), seed),
         wins=int((means > 0).sum()),
         ties=int((means == 0).sum()),
         losses=int((means < 0).sum()),
@@ -87,6 +109,12 @@ def contrast(differences: Sequence[Array], clusters: Sequence[int], seed: int = 
         clusters=len(set(clusters)),
         without_top=float(sums[rest].sum() / counts[rest].sum()) if len(rest) else None,
     )
+
+
+def _together(values: Array, clusters: Sequence[int]) -> Array:
+    """Return each cluster's sum over its users."""
+    of_user = np.unique(np.asarray(clusters), return_inverse=True)[1]
+    return np.bincount(of_user, weights=values).astype(np.float64)
 
 
 def sign_flip(values: Array, seed: int = 0) -> float:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evaluation.statistics import contrast, holm, mean_interval, sign_flip
+from evaluation.statistics import BY_CLUSTERS, BY_USERS, contrast, holm, mean_interval, sign_flip, units
 
 
 def test_sign_flip_is_exact_for_few_users() -> None:
@@ -79,3 +79,28 @@ def test_the_detectable_effect_is_the_one_found_four_times_in_five() -> None:
 def test_holm_orders_and_never_decreases() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.9, 0.9]) == [1.0, 1.0]
+
+
+def test_users_are_resampled_where_hardly_any_stand_apart() -> None:
+    for clusters, wanted in (
+        ([0] * 24, BY_USERS),
+        ([0] * 5, BY_USERS),
+        ([0] * 20 + [1, 2, 3], BY_USERS),  # four clusters
+        ([0] * 20 + [1, 2, 3, 4], BY_USERS),  # five of 24 users
+        ([0] * 4, BY_CLUSTERS),  # too few users to make much of either
+        ([0] * 3 + [1, 2, 3, 4], BY_CLUSTERS),
+        (list(range(9)), BY_USERS),  # nobody shares anything
+    ):
+        own, name = units(clusters)
+        assert name == wanted
+        assert own == (list(range(len(clusters))) if wanted == BY_USERS else clusters)
+
+
+def test_p_and_interval_stand_on_the_same_footing() -> None:
+    users = [np.full(3, 0.5 + 0.1 * k) for k in range(12)]
+    clusters = [k // 2 for k in range(12)]
+    apart, together = contrast(users, range(12)), contrast(users, clusters)
+    assert apart.p == pytest.approx(2 / 2**12) and together.p == pytest.approx(2 / 2**6)
+    assert apart.user_p == pytest.approx(2 / 2**12) and together.user_p == pytest.approx(2 / 2**6)
+    shared = contrast(users, units([0] * 12)[0])
+    assert shared.ci is not None and shared.detectable > 0 and shared.p == apart.p
