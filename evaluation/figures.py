@@ -64,7 +64,7 @@ def _pictures(result: Mapping[str, Any]) -> list[tuple[str, str, Callable[[Any],
 
 def _arms(axes: Any, arms: Mapping[str, Any], metric: str) -> None:
     """Draw every arm's mean with its interval, the best on top."""
-    judged = [name for name in arms if arms[name]["query_mean"] is not None]  # others wrote texts, without a loss
+    judged = [name for name in arms if "metric" not in arms[name]]  # others wrote texts, without a loss
     order = sorted(judged, key=lambda name: float(arms[name]["query_mean"]))
     axes.figure.set_size_inches(8, 1 + 0.22 * len(order))
     for at, name in enumerate(order):

@@ -11,13 +11,15 @@ import numpy as np
 from evaluation.arms import Array, Table
 from evaluation.rouge import is_copied, is_repeated, rouge_1, rouge_l, words
 from evaluation.splits import Person
-from evaluation.statistics import Contrast, contrast
+from evaluation.statistics import Contrast, contrast, mean_interval
 
 Texts = Mapping[str, Sequence[Sequence[str]]]
 """Written texts by arm and user."""
 
 MEASURES: Mapping[str, Callable[[str, str], float]] = {"rouge_1": rouge_1, "rouge_l": rouge_l}
 LEAD = "lead"
+MEASURE = "rouge_l"
+"""What arms that only write, without a loss, are measured by."""
 _LENGTH = 110
 
 
@@ -54,6 +56,29 @@ def rouges(tables: Sequence[Table], runs: Sequence[Texts], name: str, measure: s
         if name in run
     ]
     return [np.mean(same, axis=0) for same in zip(*by_seed, strict=True)]
+
+
+def measured(tables: Sequence[Table], runs: Sequence[Texts], name: str, units: Sequence[int]) -> dict[str, Any]:
+    """Return what stands for the loss of an arm that has none, and under ``metric`` what that is.
+
+    Args:
+        tables: Of the target users.
+        runs: As for ``written``.
+        name: Of the arm.
+        units: What each user is resampled with.
+
+    Returns:
+        ``query_mean``, ``user_mean``, ``ci`` and by seed ``seeds``.
+    """
+    values = rouges(tables, runs, name, MEASURE)
+    by_seed = [rouges(tables, [run], name, MEASURE) for run in runs if name in run]
+    return {
+        "metric": MEASURE,
+        "query_mean": float(np.concatenate(values).mean()),
+        "user_mean": float(np.mean([v.mean() for v in values])),
+        "ci": mean_interval(values, units),
+        "seeds": [float(np.concatenate(own).mean()) for own in by_seed],
+    }
 
 
 def lead_contrasts(tables: Sequence[Table], runs: Sequence[Texts], clusters: Sequence[int]) -> dict[str, Contrast]:

@@ -109,8 +109,13 @@ def test_peft_methods_are_reported_with_their_cost(settings: Settings, tmp_path:
 def test_a_text_task_is_judged_by_its_loss(settings: Settings, tmp_path: Path) -> None:
     outcomes = run(planned(tmp_path, "write"), everybody("write"), settings, TASKS, EMBEDDER)
     result = summarise(planned(tmp_path, "write"), outcomes, "text", "tiny", "oppu evaluate write")
-    judged = {name: arm for name, arm in result["arms"].items() if arm["query_mean"] is not None}
+    judged = {name: arm for name, arm in result["arms"].items() if "metric" not in arm}
     assert all(arm["query_mean"] < 0 for arm in judged.values())
+    for name in set(result["arms"]) - set(judged):
+        arm = result["arms"][name]
+        assert (arm["metric"], arm["query_mean"]) == ("rouge_l", pytest.approx(arm["rouge_l"]))
+        assert arm["user_mean"] == pytest.approx(arm["rouge_l_user_mean"]) and len(arm["seeds"]) == 1
+        assert arm["ci"][0] <= arm["query_mean"] <= arm["ci"][1]
     assert {"none", "oppu", "evidence", "fused"} <= set(judged)
     assert {name[:2] for name in result["tests"] if name.startswith("P")} == {"P1", "P2", "P3"}
     wrote = {name for name, arm in result["arms"].items() if "rouge_l" in arm}
@@ -122,6 +127,7 @@ def test_a_text_task_is_judged_by_its_loss(settings: Settings, tmp_path: Path) -
     data, page = write(result, outcomes, "text", tmp_path / "out")
     assert json.loads(data.read_text())["rouge_beats_lead"] == result["rouge_beats_lead"]
     assert "| written by |" in page.read_text() and "Foreseen better" in page.read_text()
+    assert page.read_text().count("\n| lead |") == 1 and result["clustered_by"] in page.read_text()
 
 
 def test_written_texts_are_kept_and_the_fit_beside_them(settings: Settings, tmp_path: Path) -> None:
