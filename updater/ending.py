@@ -64,11 +64,8 @@ class Endings:
         yield from self.conclude(tick, job, Ended.SKIPPED, why)
 
     def settle(self, tick: Tick) -> Steps[None]:
-        """End the attempts that the registry stranded: they failed, if it answered for others.
-
-        Raises:
-            TransientError: It answered for nobody: it is away, and nobody's failure.
-        """
+        """End the attempts that the registry stranded: failed, if it answered for others; else it is away, and a
+        ``TransientError`` says so."""
         if tick.stranded and not tick.reached:
             raise TransientError(str(tick.stranded[0][1]))
         for job, error in tick.stranded:
