@@ -171,7 +171,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{result['users']} users, {result['queries']} queries, {part}; metric: {result['metric']}; "
         f"seeds {result['seeds']}; base {result['base']}. Made by `{result['command']}`.",
         "",
-        f"Intervals and p resample and flip {result['clustered_by']}.",
+        f"Intervals resample {result['clustered_by']}; p flips users.",
         "",
     ]
     lines += _arm_rows(result["arms"])

@@ -35,7 +35,7 @@ class Contrast:
         ci: Its 95 % interval, clusters resampled.
         user_difference: Mean over users.
         user_ci: Its interval.
-        p: Two-sided sign-flip test of the mean over queries, clusters flipped as wholes.
+        p: Two-sided sign-flip test by user of the mean over queries.
         user_p: The same of the mean over users.
         wins: Users with a positive difference.
         ties: With none.
@@ -61,10 +61,10 @@ class Contrast:
 
 
 def units(clusters: Sequence[int]) -> tuple[list[int], str]:
-    """Choose what is resampled and flipped: users who share items together, or each alone where hardly any stand apart.
+    """Choose what is resampled: users who share items together, or each alone where hardly any stand apart.
 
     Where all act on the same things, as on the same films, clusters are one or few: of five users or more it is then
-    each user, and what intervals and p say is of these things.
+    each user, and what intervals say is of these things.
 
     Args:
         clusters: Each user's cluster number.
@@ -84,7 +84,7 @@ def contrast(differences: Sequence[Array], clusters: Sequence[int], seed: int = 
 
     Args:
         differences: Each user's per-query differences; positive is better.
-        clusters: Each user's cluster number; users of one cluster are resampled and flipped together.
+        clusters: Each user's cluster number; users of one cluster are resampled together.
         seed: Of draws and resamples.
 
     Returns:
@@ -100,8 +100,8 @@ def contrast(differences: Sequence[Array], clusters: Sequence[int], seed: int = 
         ci=ci,
         user_difference=float(means.mean()),
         user_ci=user_ci,
-        p=sign_flip(_together(sums, clusters), seed),
-        user_p=sign_flip(_together(means, clusters), seed),
+        p=sign_flip(sums, seed),
+        user_p=sign_flip(means, seed),
         wins=int((means > 0).sum()),
         ties=int((means == 0).sum()),
         losses=int((means < 0).sum()),
@@ -109,12 +109,6 @@ def contrast(differences: Sequence[Array], clusters: Sequence[int], seed: int = 
         clusters=len(set(clusters)),
         without_top=float(sums[rest].sum() / counts[rest].sum()) if len(rest) else None,
     )
-
-
-def _together(values: Array, clusters: Sequence[int]) -> Array:
-    """Return each cluster's sum over its users."""
-    of_user = np.unique(np.asarray(clusters), return_inverse=True)[1]
-    return np.bincount(of_user, weights=values).astype(np.float64)
 
 
 def sign_flip(values: Array, seed: int = 0) -> float:
