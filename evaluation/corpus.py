@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from oppu.errors import ConfigError, InvalidRecord
 from oppu.tasks import Tasks
-from oppu.wire import SCHEMA_VERSION, BehaviorEvent, refusal
+from oppu.wire import BehaviorEvent, check_version, refusal
 
 FIRST_DAY = date(2000, 1, 1)
 """Of histories that have no days of their own."""
@@ -275,12 +275,12 @@ def _event(row: object, place: str, bare: Collection[str]) -> BehaviorEvent:
     """Check an event as the service does, but that a history of the ``bare`` tasks may lack outputs."""
     if not isinstance(row, Mapping):
         raise ConfigError(f"events: {place}: expected a JSON object")
-    version = row.get("schema_version", SCHEMA_VERSION)
-    if isinstance(version, int) and not isinstance(version, bool) and version > SCHEMA_VERSION:
-        raise ConfigError(f"events: {place}: schema_version: at most {SCHEMA_VERSION} is understood, got a higher one")
     try:
+        check_version(row)
         event = _Recorded.model_validate(row)
         event.occurred_at.astimezone(UTC)
+    except InvalidRecord as error:
+        raise ConfigError(f"events: {place}: {error.message}") from error
     except ValidationError as error:
         raise ConfigError(f"events: {place}: {refusal(error).message}") from error
     except OverflowError as error:

@@ -26,7 +26,7 @@ from evaluation.variants import best_rate, judges
 from oppu.errors import ConfigError
 from oppu.lm.base import LoadedBase, load_base
 from oppu.lm.encoding import Encoder, Reading, Target
-from oppu.lm.forward import Runner, buckets, target_losses
+from oppu.lm.forward import Runner, target_buckets, target_losses
 from oppu.lm.port import Example, TrainConfig
 from oppu.lm.scoring import Trie, allowed_log_probs
 from oppu.lm.targets import find_targets
@@ -164,7 +164,7 @@ class Tuner:
         for step, part in enumerate(batches, start=1):
             falls = (len(batches) - step + 1) / max(1, len(batches) - warm_up) if linear else 1.0
             optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, step / warm_up, falls)
-            for group in buckets([len(t.ids) for t in part], self._runner.tokens):
+            for group in target_buckets(self._runner, part):
                 losses = target_losses(self._runner, [part[at] for at in group], [0] * len(group))
                 torch.autograd.backward(losses.sum() / len(part))
             torch.nn.utils.clip_grad_norm_(self._own, config.clip_norm)
@@ -177,7 +177,7 @@ class Tuner:
         targets: list[Target] = self._encoder.targets(examples)
         found = np.array([t.offset for t in targets])
         live = [at for at, t in enumerate(targets) if t.positions]
-        for group in buckets([len(targets[at].ids) for at in live], self._runner.tokens):
+        for group in target_buckets(self._runner, [targets[at] for at in live]):
             members = [live[at] for at in group]
             part = target_losses(self._runner, [targets[at] for at in members], [0] * len(members))
             found[members] = part.double().cpu().numpy()

@@ -7,7 +7,7 @@ higher ``schema_version`` is refused. Messages name the field and what is expect
 import hashlib
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal, TypeVar
@@ -300,15 +300,20 @@ def _parse(contract: type[M], record: Record, limits: LimitsSettings) -> M:
     if size > limits.record_bytes:
         raise InvalidRecord(Reason.LIMIT_EXCEEDED, f"record: at most {limits.record_bytes} bytes allowed, got {size}")
     fields = _json_object(record)
+    check_version(fields)
+    value = _validate(contract, fields)
+    _check_key(record, value.user_id, limits)  # type: ignore[attr-defined]
+    return value
+
+
+def check_version(fields: Mapping[str, Any]) -> None:
+    """Raise ``InvalidRecord`` where a record's ``schema_version`` is higher than what is understood."""
     version = fields.get("schema_version", SCHEMA_VERSION)
     if isinstance(version, int) and not isinstance(version, bool) and version > SCHEMA_VERSION:
         raise InvalidRecord(
             Reason.UNSUPPORTED_VERSION,
             f"schema_version: at most {SCHEMA_VERSION} is understood, got a higher one",
         )
-    value = _validate(contract, fields)
-    _check_key(record, value.user_id, limits)  # type: ignore[attr-defined]
-    return value
 
 
 def _json_object(record: Record) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from oppu.errors import AdapterUnreadable
 from oppu.lm.bank import SlotBank
 from oppu.lm.base import LoadedBase
 from oppu.lm.blend import Texts, foreseen
-from oppu.lm.choices import score_choices
+from oppu.lm.choices import NONE, Scores, score_choices
 from oppu.lm.encoding import Encoder, Target
 from oppu.lm.forward import Runner, buckets, target_buckets, target_log_probs, target_losses
 from oppu.lm.generation import Writing, greedy
@@ -35,8 +35,6 @@ from oppu.values import BaseId
 logger = logging.getLogger(__name__)
 
 _Compute = Callable[[Sequence[Target], Sequence[int]], torch.Tensor]
-_Scores = NDArray[np.float64]
-_NONE = np.zeros(0)
 
 
 class TorchModel:
@@ -147,7 +145,7 @@ class TorchModel:
         """Raise ``AdapterUnreadable`` where an adapter does not fit this base and the LoRA settings."""
         self._bank.check(tensors)
 
-    def losses(self, examples: Sequence[Example], tensors: Tensors | None) -> _Scores:
+    def losses(self, examples: Sequence[Example], tensors: Tensors | None) -> Scores:
         """Return each example's loss under one user's weights: −log p(output) over the choices, of a text the mean over
         the output's tokens.
 
@@ -167,7 +165,7 @@ class TorchModel:
             found[members] = part.double().cpu().numpy()
         return found
 
-    def token_scores(self, examples: Sequence[Example], tensors: Tensors | None) -> list[_Scores]:
+    def token_scores(self, examples: Sequence[Example], tensors: Tensors | None) -> list[Scores]:
         """Return the log probability of each text example's output tokens, the end included, teacher-forced; none
         where nothing is aimed at.
 
@@ -182,7 +180,7 @@ class TorchModel:
             AdapterUnreadable: The weights do not fit this base.
         """
         targets = self._encoder.targets(examples)
-        found: list[_Scores] = [_NONE] * len(examples)
+        found: list[Scores] = [NONE] * len(examples)
         for members, said in self._over(targets, tensors, partial(target_log_probs, self._runner)):
             ends = np.cumsum([len(targets[at].aims) for at in members])[:-1]
             for at, part in zip(members, np.split(said.double().cpu().numpy(), ends), strict=True):
@@ -208,7 +206,7 @@ class TorchModel:
 
     def cached(
         self, examples: Sequence[Example], texts: Sequence[Mapping[str, Texts]]
-    ) -> list[tuple[_Scores, NDArray[np.int64]]]:
+    ) -> list[tuple[Scores, NDArray[np.int64]]]:
         """Say how caches foresee each text example's output tokens; see :func:`oppu.lm.blend.foreseen`.
 
         Args:
@@ -221,7 +219,7 @@ class TorchModel:
         wanted = [tuple(aim.index for aim in target.aims) for target in self._encoder.targets(examples)]
         return [foreseen(self._encoder.caches(own), ids) for own, ids in zip(texts, wanted, strict=True)]
 
-    def scores(self, examples: Sequence[Example], tensors: Tensors | None) -> list[_Scores]:
+    def scores(self, examples: Sequence[Example], tensors: Tensors | None) -> list[Scores]:
         """Return each example's log probabilities under one user's weights.
 
         Args:
@@ -234,7 +232,7 @@ class TorchModel:
         Raises:
             AdapterUnreadable: The weights do not fit this base.
         """
-        found: list[_Scores] = [_NONE] * len(examples)
+        found: list[Scores] = [NONE] * len(examples)
         at_choice = [at for at, example in enumerate(examples) if example.choices]
         at_text = [at for at, example in enumerate(examples) if not example.choices]
         texts = self.token_scores([examples[at] for at in at_text], tensors) if at_text else []
@@ -325,7 +323,7 @@ class TorchModel:
         return [self._scored(own.get(at, plain[at]), plain[at]) for at in range(len(rows))]
 
     @staticmethod
-    def _scored(scores: _Scores, base_scores: _Scores) -> Scored:
+    def _scored(scores: Scores, base_scores: Scores) -> Scored:
         if not np.isfinite(scores).all():
             logger.warning("an adapter's scores are not finite: the base's are given")
             scores = base_scores
@@ -342,7 +340,7 @@ class TorchModel:
             for at, ids in zip(bucket, greedy(self._runner, self._bank, writings, self._encoder.stops), strict=True):
                 text = None if ids is None else self._base.tokenizer.decode(ids, skip_special_tokens=True)
                 texts[at] = None if text is None else str(text).strip()
-        return [Scored(_NONE, _NONE, texts[at], late=texts[at] is None) for at in range(len(rows))]
+        return [Scored(NONE, NONE, texts[at], late=texts[at] is None) for at in range(len(rows))]
 
 
 def _writing(row: Row, prompt: Ids, slot: int, limit: int, encoder: Encoder) -> Writing:
