@@ -1,10 +1,10 @@
 """Serving: a batch of rows of many users through the bank, against the base alone and against PEFT's two ways.
 
 First checks that all of them compute the same logits. The base is run as a user of transformers would, and well:
-through the bank's own ``Runner`` with every row in slot 0, so that ``ratio_to_well_run_base`` is what adapters cost and
-nothing else. PEFT's adapters are in float32, its default, and over another base in the base's type too; each of its
-ways is compared in the faster one. ``sweep_users`` keeps the rows and varies how many users they belong to; there
-another ratio is to one user, and PEFT is not run.
+through the bank's own ``Runner``, packed matrices included, with every row in slot 0, so that
+``ratio_to_well_run_base`` is what adapters cost and nothing else. PEFT's adapters are in float32, its default, and over
+another base in the base's type too; each of its ways is compared in the faster one. ``sweep_users`` keeps the rows and
+varies how many users they belong to; there another ratio is to one user, and PEFT is not run.
 """
 
 import functools

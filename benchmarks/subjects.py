@@ -7,7 +7,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -109,7 +109,9 @@ class Banked:
 
 
 def banked(base: LoadedBase, *, slots: int, rank: int, alpha: float, distinct: int | None = None) -> Banked:
-    """Fill a bank; slots beyond ``distinct`` hold copies, for their values do not matter."""
+    """Fill a bank over a copy of a base, which stays as it comes; slots beyond ``distinct`` hold copies: their
+    values do not matter."""
+    base = replace(base, model=copy.deepcopy(base.model))
     targets = adapted_layers(base)
     bank = SlotBank(targets, slots=slots, rank=rank, alpha=alpha)
     made = min(slots, distinct or slots)

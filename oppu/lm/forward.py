@@ -17,7 +17,9 @@ from torch import nn
 from oppu.lm.attention import one_sequence_a_row, plain_attention, unwarned
 from oppu.lm.base import LoadedBase
 from oppu.lm.encoding import Reading, Target
+from oppu.lm.hardware import fast_bfloat16
 from oppu.lm.last_block import LastBlock
+from oppu.lm.packed import Packed
 from oppu.lm.prompts import Ids
 from oppu.lm.scoring import aim_log_probs
 from oppu.lm.transfer import sent
@@ -45,10 +47,12 @@ class Runner:
             base: Its backbone gets a hook that picks the read positions.
             targets: The layers that adapters attach to, by module name: what lies below them is shared by rows of
                 equal tokens. ``None``: any layer may be.
-            library: Whether all blocks are computed as transformers does, to compare with; the head alone is narrowed.
+            library: Whether all blocks are computed as transformers does, to compare with; the head alone is narrowed,
+                and no matrix is packed.
         """
         self.base, self._library = base, library
         unwarned(base.model)
+        self._packed = Packed(base.model) if not library and fast_bfloat16(base.device) else None
         self.tokens = _GPU_TOKENS if base.device.type == "cuda" else _CPU_TOKENS
         logits = _GPU_LOGITS if base.device.type == "cuda" else _CPU_LOGITS
         self.reads = max(1, logits // int(base.model.config.vocab_size))
@@ -64,6 +68,8 @@ class Runner:
         self._hook.remove()
         self._last.close()
         self._trunk.close()
+        if self._packed is not None:
+            self._packed.close()
 
     def logits(self, readings: Sequence[Reading], memory: Memory | None = None) -> torch.Tensor:
         """Run sequences of similar length.

@@ -1,0 +1,123 @@
+"""Packed matrices: the same products, of the weights as they are now, and nothing left behind."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from oppu.lm import packed
+from oppu.lm.encoding import Reading
+from oppu.lm.forward import Runner
+from oppu.lm.hardware import fast_bfloat16
+from oppu.lm.packed import Packed
+
+pytestmark = pytest.mark.skipif(not fast_bfloat16("cpu"), reason="this CPU does not multiply bfloat16 itself")
+Make = Callable[..., Any]
+
+
+def layer_of(wide: int = 48, out: int = 40, *, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(wide, out, bias=bias).to(torch.bfloat16).requires_grad_(False)
+
+
+def inputs(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+
+
+def near(found: torch.Tensor, layer: nn.Linear, x: torch.Tensor) -> bool:
+    """Say whether it is the layer's product, computed in float64, but for the result's rounding."""
+    bias = None if layer.bias is None else layer.bias.double()
+    exact = functional.linear(x.double(), layer.weight.double(), bias)
+    return found.dtype == x.dtype and torch.allclose(found.double(), exact, rtol=2**-7, atol=1e-3)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (64, 48), (3, 5, 48), (2, 3, 5, 48), (0, 48)])
+def test_products_are_the_layers(shape: tuple[int, ...], bias: bool) -> None:
+    layer, x = layer_of(bias=bias), inputs(*shape)
+    Packed(layer)
+    with torch.no_grad():
+        assert near(layer(x), layer, x)
+        strided = inputs(96, 7).t()[:, ::2] if len(shape) == 2 else x
+        assert near(layer(strided), layer, strided)
+
+
+def test_weights_that_change_are_packed_again() -> None:
+    layer, x = layer_of(), inputs(4, 48)
+    Packed(layer)
+    with torch.no_grad():
+        first = layer(x)
+        layer.weight.mul_(2)
+        assert near(layer(x), layer, x)
+        assert not torch.allclose(layer(x), first)
+        layer.weight.data = layer.weight.data.clone().neg_()
+        assert near(layer(x), layer, x)
+
+
+def test_gradients_flow_and_other_types_are_left_to_torch() -> None:
+    layer, x = layer_of(), inputs(4, 48).requires_grad_()
+    Packed(layer)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, layer.weight.sum(0).expand(4, 48), rtol=2**-6, atol=1e-2)
+    layer.weight.requires_grad_()
+    layer(x.detach()).sum().backward()
+    assert layer.weight.grad is not None
+    with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
+        layer(x.detach().float())
+    layer.float()
+    with torch.no_grad():
+        assert torch.equal(layer(x.float()), functional.linear(x.float(), layer.weight, layer.bias))
+
+
+def test_a_copy_has_its_own_product() -> None:
+    layer, x = layer_of(), inputs(4, 48)
+    Packed(layer)
+    with torch.no_grad():
+        layer(x)
+        twin = copy.deepcopy(layer)
+        twin.weight.zero_()
+        assert torch.equal(twin(x), layer.bias.expand(4, -1))
+        assert near(layer(x), layer, x)
+
+
+def test_what_is_packed_already_is_left_to_who_packed_it() -> None:
+    layer = layer_of()
+    first = Packed(layer)
+    Packed(layer).close()
+    assert "forward" in vars(layer)
+    first.close()
+    assert "forward" not in vars(layer)
+
+
+def test_large_models_and_other_layers_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = layer_of().float()
+    Packed(wide)
+    assert "forward" not in vars(wide)
+    monkeypatch.setattr(packed, "_MOST_BYTES", 48 * 40 * 2 - 1)
+    layer = layer_of()
+    Packed(layer)
+    assert "forward" not in vars(layer)
+
+
+@pytest.mark.parametrize("library", [False, True])
+@pytest.mark.parametrize("family", ["llama", "bert", "opt"])
+def test_a_runner_packs_what_it_serves_and_unpacks_it(family: str, library: bool, make_base: Make) -> None:
+    base = make_base(family, torch.bfloat16)
+    readings = [Reading((5, 6, 7), (1, 2), 0), Reading((8, 9, 10, 11), (3,), 0)]
+    linear = [module for module in base.model.modules() if type(module) is nn.Linear]
+    runner = Runner(base, library=library)
+    assert all(("forward" in vars(module)) != library for module in linear)
+    with torch.no_grad():
+        found = runner.logits(readings)
+    runner.close()
+    assert not any("forward" in vars(module) for module in linear)
+    plain = Runner(base, library=True)
+    with torch.no_grad():
+        expected = plain.logits(readings)
+    plain.close()
+    assert (found - expected).abs().max() <= 2e-2 * expected.abs().max()
