@@ -9,6 +9,8 @@ FOLDS = 3
 """Each adapts bases of its own."""
 ADAPT_ITEMS, ADAPT_CHARACTERS = 1500, 120_000
 """At most so many items, of about so many characters, adapt a base."""
+LONGEST = 1000
+"""Characters of an item that count; a prompt holds about as many."""
 USER_CHARACTERS, LEAST_ITEMS, MOST_ITEMS = 24_000, 50, 90
 """A user's items are cut so that they are read in about the same time whatever their length."""
 _TEST_SHARE = 5
@@ -33,7 +35,7 @@ def shortened(fold: Fold, users: int) -> Fold:
 
 def _short(person: Person) -> Person:
     """Keep the newest training items and the first that are held back."""
-    size = max(1, sum(len(item.input) for item in person.items) // len(person.items))
+    size = max(1, sum(map(_size, person.items)) // len(person.items))
     most = min(MOST_ITEMS, max(LEAST_ITEMS, USER_CHARACTERS // size))
     end = person.cut + min(len(person.test), max(most // _TEST_SHARE, most - person.cut))
     kept = slice(max(0, end - most), end)
@@ -43,6 +45,11 @@ def _short(person: Person) -> Person:
 def _small(items: tuple[Item, ...]) -> tuple[Item, ...]:
     room, kept = ADAPT_CHARACTERS, 0
     while kept < min(len(items), ADAPT_ITEMS) and room > 0:
-        room -= len(items[kept].input)
+        room -= _size(items[kept])
         kept += 1
     return items[:kept]
+
+
+def _size(item: Item) -> int:
+    """Return the characters that are read of an item; a text's answer costs as its prompt does."""
+    return min(LONGEST, len(item.input) + len(item.output))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evaluation.arms import Arms, Table, earned_before, without_each
+from evaluation.arms import Arms, Table, earned_before, held_back, without_each
 from evaluation.history import Past
 from evaluation.prompting import example
 from evaluation.splits import Person
@@ -135,14 +135,24 @@ def fit_text_fusion(tables: Sequence[Foreseen]) -> TextFusion:
     Raises:
         ConfigError: No user has items after an adapter's first training.
     """
-    if not _pairs(tables, adapter=True):
+    if not _pairs(tables, _closed(tables), adapter=True):
         raise ConfigError("calibration: expected some user with more items than an adapter's first training takes")
     return text_fusion(tables)
 
 
-def text_fusion(tables: Sequence[Foreseen]) -> TextFusion:
-    """Fit as ``fit_text_fusion`` does; what has no items to be fitted on, stays as it is built in."""
-    return TextFusion(_fit(tables, DEFAULT.alone, adapter=False), _fit(tables, DEFAULT.beside, adapter=True))
+def text_fusion(tables: Sequence[Foreseen], closed: frozenset[int] | None = None) -> TextFusion:
+    """Fit as ``fit_text_fusion`` does; what has no items to be fitted on, stays as it is built in.
+
+    Args:
+        tables: Of all of them.
+        closed: Groups of which no item is used; ``None``: those of the tables' held-back items.
+
+    Returns:
+        The fit. No item is used that says the same as some user's held-back one.
+    """
+    closed = _closed(tables) if closed is None else closed
+    alone = _fit(tables, DEFAULT.alone, closed, adapter=False)
+    return TextFusion(alone, _fit(tables, DEFAULT.beside, closed, adapter=True))
 
 
 def fit_each(targets: Sequence[Foreseen], others: Sequence[Foreseen]) -> list[TextFusion]:
@@ -156,9 +166,10 @@ def fit_each(targets: Sequence[Foreseen], others: Sequence[Foreseen]) -> list[Te
         One fit a target, in order.
     """
     every = [*targets, *others]
+    closed = _closed(every)
     return without_each(
         [own.table.person for own in targets],
-        lambda users: text_fusion([own for own in every if own.table.person.user_id not in users]),
+        lambda users: text_fusion([own for own in every if own.table.person.user_id not in users], closed),
     )
 
 
@@ -223,13 +234,14 @@ def text_run(bench: Bench, tables: Mapping[str, Table], adapters: Mapping[str, A
     return replace(arms, texts=texts | plain(targets, limits.lead, bench.recipe.written))
 
 
-def _fit(tables: Sequence[Foreseen], begin: Coefficients, *, adapter: bool) -> Coefficients:
+def _fit(tables: Sequence[Foreseen], begin: Coefficients, closed: frozenset[int], *, adapter: bool) -> Coefficients:
     """Minimise the mean loss a token plus the distance from ``begin``; without items that is ``begin``."""
-    if not _pairs(tables, adapter=adapter):
+    pairs = _pairs(tables, closed, adapter=adapter)
+    if not pairs:
         return begin
     names = list(begin)
     columns = [EXPERTS.index(name) for name in names]
-    said, matched, lengths, worth = _tokens(tables, columns, adapter=adapter)
+    said, matched, lengths, worth = _tokens(pairs, columns)
     start = torch.tensor([begin[name] for name in names], dtype=torch.float64)
     found = start.clone().requires_grad_(True)
     scale = 1 / (2 * PRIOR_DEVIATION**2 * _OUTPUTS)
@@ -244,22 +256,27 @@ def _fit(tables: Sequence[Foreseen], begin: Coefficients, *, adapter: bool) -> C
     return {name: (float(a), float(b), float(c)) for name, (a, b, c) in zip(names, values, strict=True)}
 
 
-def _pairs(tables: Sequence[Foreseen], *, adapter: bool) -> list[tuple[Foreseen, int]]:
-    """Return the training items that have an output, those after an adapter's first training or all."""
+def _closed(tables: Sequence[Foreseen]) -> frozenset[int]:
+    return held_back([own.table for own in tables])
+
+
+def _pairs(tables: Sequence[Foreseen], closed: frozenset[int], *, adapter: bool) -> list[tuple[Foreseen, int]]:
+    """Return the training items that have an output and lie in no closed group, those after an adapter's first training
+    or all."""
     return [
         (own, at)
         for own in tables
         for at in range(own.table.adapted if adapter else 0, own.table.person.cut)
-        if not own.table.person.items[at].bare
+        if not own.table.person.items[at].bare and own.table.person.groups[at] not in closed
     ]
 
 
 def _tokens(
-    tables: Sequence[Foreseen], columns: list[int], *, adapter: bool
+    pairs: Sequence[tuple[Foreseen, int]], columns: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return every token's probabilities and matches ``[m, e]``, its user's length and its worth ``[m]``."""
     said, matched, lengths, worth = [], [], [], []
-    for own, at in _pairs(tables, adapter=adapter):
+    for own, at in pairs:
         real = own.real[at]
         said.append(own.said[at][real][:, columns])
         matched.append(np.maximum(own.matched[at][real][:, columns] - 1, 0))

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from evaluation.corpus import Item
-from evaluation.quick import ADAPT_CHARACTERS, LEAST_ITEMS, MOST_ITEMS, shortened
+from evaluation.quick import ADAPT_CHARACTERS, LEAST_ITEMS, LONGEST, MOST_ITEMS, shortened
 from evaluation.splits import Fold, Person
 from oppu.cli import cli, compose
 from oppu.settings import Settings
@@ -46,8 +46,14 @@ def test_items_around_the_cut_are_kept_on_their_sides() -> None:
 
 def test_what_adapts_the_base_is_bounded_by_items_and_by_characters() -> None:
     assert len(cut(adapt="x").adapt) == 1500
-    assert len(cut(adapt="x" * 1000).adapt) == ADAPT_CHARACTERS // 1000
-    assert len(cut(adapt="x" * 2 * ADAPT_CHARACTERS).adapt) == 1
+    assert len(cut(adapt="x" * 499).adapt) == ADAPT_CHARACTERS // 500  # an answer of one character
+    assert len(cut(adapt="x" * 10_000).adapt) == ADAPT_CHARACTERS // LONGEST  # prompts are cut, too
+
+
+def test_a_texts_answer_counts_as_its_prompt_does() -> None:
+    items = tuple(item("t", at, text="x" * 200, output="y" * 200) for at in range(1000))
+    [made] = cut(Person("t", items, tuple(range(1000)), 800)).target
+    assert len(made.items) == 60
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Texts' experts, with probabilities made up so that the best mixture is known; and the arms that need no model."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,7 @@ from evaluation.arms import Table, right
 from evaluation.history import Past
 from evaluation.splits import Person
 from evaluation.statistics import Contrast, block_interval, contrast
-from evaluation.text import Foreseen, fit_text_fusion, text_arms
+from evaluation.text import Foreseen, fit_each, fit_text_fusion, text_arms, text_fusion
 from evaluation.writing import lengths, plain
 from inference.blending import DEFAULT
 from oppu.errors import ConfigError
@@ -91,6 +93,19 @@ def test_an_adapter_that_hurts_one_user_is_trusted_less_by_that_user_alone() -> 
 def test_nothing_to_fit_an_adapter_on_is_refused() -> None:
     with pytest.raises(ConfigError, match="calibration: expected some user"):
         fit_text_fusion([told(count=16, cut=12, adapted=16, base=0.1, adapter=0.1)])
+
+
+def test_no_fit_uses_what_somebody_is_asked_about() -> None:
+    tables = [told(f"u{n}", base=0.1, adapter=0.1, prior_next=0.6) for n in range(2)]
+    held = tables[0].table.person.groups[30]
+    twin = replace(tables[1].table.person, groups=(held, *range(100, 139)))
+    tables[1] = replace(tables[1], table=replace(tables[1].table, person=twin))
+    leaked = replace(tables[1], said=tables[1].said.copy())
+    leaked.said[0, :, EXPERTS.index("prior_next")] = 1e-6
+    assert text_fusion([tables[0], leaked]) == text_fusion(tables)
+    assert text_fusion([leaked], frozenset()) != text_fusion([tables[1]], frozenset())
+    assert fit_each(tables[:1], [leaked]) == fit_each(tables[:1], tables[1:])
+    assert fit_each([*tables], [])[0] == fit_each([tables[0], leaked], [])[0]
 
 
 def test_arms_without_a_model() -> None:
