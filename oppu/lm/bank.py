@@ -90,6 +90,8 @@ class SlotBank:
         self._mix: _Mix | None = None
         self._inner: _Inner | None = None
         self._places = placed(targets, rank)
+        pairs = [(_key(name, "A"), _key(name, "B")) for name in self._names]
+        self._keys = dict(zip(self._places, pairs, strict=True))
         self._groups = [list(own) for _, own in groupby(sorted(self._places, key=_group), key=_group)]
         self.weights: list[torch.Tensor] = []
         for own in self._groups:
@@ -149,11 +151,10 @@ class SlotBank:
         Raises:
             AdapterUnreadable: Names, shapes or values do not fit.
         """
-        pairs = [(_key(name, "A"), _key(name, "B")) for name in self._names]
-        own = [(place, pair) for place, pair in zip(self._places, pairs, strict=True) if set(pair) & set(tensors)]
+        own = [(place, pair) for place, pair in self._keys.items() if pair[0] in tensors or pair[1] in tensors]
         expected = {key for _, pair in own for key in pair}
         if set(tensors) != expected or not own:
-            odd = sorted(set(tensors) ^ (expected or {pairs[0][0]}))
+            odd = sorted(set(tensors) ^ (expected or {self._keys[self._places[0]][0]}))
             raise AdapterUnreadable(f"adapter and base differ in {len(odd)} tensors, the first is {odd[0]}")
         for key, tensor in tensors.items():
             if tensor.ndim != 2 or tensor.dtype != np.float32:
@@ -180,15 +181,38 @@ class SlotBank:
         Raises:
             AdapterUnreadable: Names, shapes or values do not fit; the slot is unchanged.
         """
-        rank = self.check(tensors)
-        with torch.no_grad():
-            for weights in [] if over else self.weights:
-                weights[slot].zero_()
-            for name, a, b in zip(self._names, *self._of(slot), strict=True):
-                if _key(name, "A") not in tensors:
-                    continue
-                a[:rank] = torch.from_numpy(np.array(tensors[_key(name, "A")]))
-                b[:, :rank] = torch.from_numpy(np.array(tensors[_key(name, "B")]))
+        self.write(slot, tensors, self.check(tensors), over=over)
+
+    def write(self, slot: int, tensors: Tensors, rank: int, *, over: bool = False) -> None:
+        """Write an adapter that was checked, as ``load`` does: a group of layers at a time, so that a GPU is sent one
+        copy a group.
+
+        Args:
+            slot: From 1.
+            tensors: What ``check`` was given.
+            rank: What it returned.
+            over: As for ``load``.
+        """
+        whole = rank == self.rank and len(tensors) == 2 * len(self._names)
+        for weights, own in zip(self.weights, self._groups, strict=True):
+            kept = weights.detach()[slot]
+            wide = torch.promote_types(torch.float32, kept.dtype)
+            if kept.device.type == "cpu" and kept.dtype == wide:
+                row = kept if whole or over else kept.zero_()
+            else:
+                row = kept.to("cpu", wide) if over else torch.zeros(kept.shape, dtype=wide)
+            self._fill(row.numpy(), own, tensors, rank)
+            if row is not kept:
+                kept.copy_(row, non_blocking=True)
+
+    def _fill(self, row: np.ndarray[Any, Any], own: Sequence[Place], tensors: Tensors, rank: int) -> None:
+        """Put what an adapter has of some layers into their group's row."""
+        for place in own:
+            key_a, key_b = self._keys[place]
+            if key_a in tensors:
+                a, b = (row[at : at + self.rank * n] for at, n in ((place.a, place.wide), (place.b, place.out)))
+                a.reshape(self.rank, -1)[:rank] = tensors[key_a]
+                b.reshape(self.rank, -1)[:rank] = tensors[key_b].T
                 if rank != self.rank:
                     b *= self.rank / rank
 

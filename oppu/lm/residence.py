@@ -55,11 +55,11 @@ class AdapterBank:
         if ref in self._slots:
             self._slots.move_to_end(ref)
             return
-        self._bank.check(tensors)
+        rank = self._bank.check(tensors)
         if not self._free:
             self._evict()
         # nobody is mapped to the slot while it is written: a write that breaks off leaves it free
-        self._bank.load(self._free[-1], tensors)
+        self._bank.write(self._free[-1], tensors, rank)
         self._slots[ref] = self._free.pop()
         self._on_event("load")
 

@@ -371,17 +371,17 @@ def test_a_write_that_breaks_off_leaves_nobody_in_its_slot(
     tensors = {name: make_adapter(base.model, at) for at, name in enumerate("abc")}
     adapters.install(ref("a"), tensors["a"])
     adapters.install(ref("b"), tensors["b"])
-    whole = bank.load
+    whole = bank.write
 
-    def half(slot: int, tensors: Any) -> None:
-        whole(slot, {name: value * 2 for name, value in tensors.items()})
+    def half(slot: int, tensors: Any, rank: int) -> None:
+        whole(slot, {name: value * 2 for name, value in tensors.items()}, rank)
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(bank, "load", half)
+    monkeypatch.setattr(bank, "write", half)
     with pytest.raises(RuntimeError):
         adapters.install(ref("c"), tensors["c"])
     assert [ref(name) in adapters for name in "abc"] == [False, True, False]
-    monkeypatch.setattr(bank, "load", whole)
+    monkeypatch.setattr(bank, "write", whole)
     for name in "ac":
         adapters.install(ref(name), tensors[name])
         with adapters.pinned([ref(name)]) as slots:
