@@ -150,6 +150,10 @@ class _Model:
     def __post_init__(self) -> None:
         self.slots = AdapterBank(self.subject.bank)
 
+    @property
+    def bank_bytes(self) -> int:
+        return self.subject.bank.bytes
+
     def resident(self, ref: AdapterRef) -> bool:
         return ref in self.slots
 

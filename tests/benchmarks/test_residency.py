@@ -7,7 +7,8 @@ from typing import Any, cast
 import pytest
 
 from benchmarks import residency
-from benchmarks.residency import growth, resident_bytes
+from benchmarks.residency import Draw, Scope, growth, measure, resident_bytes
+from benchmarks.subjects import base_named
 
 
 def test_memory_is_what_is_held_now() -> None:
@@ -31,3 +32,15 @@ def test_every_count_is_looked_up_in_a_process_of_its_own(monkeypatch: pytest.Mo
         assert cast(float, row["open_milliseconds"]) > 0
         assert cast(float, row["load_milliseconds"]) > 0
         assert abs(cast(float, row["grown_mib"])) < 64
+
+
+@pytest.mark.slow
+def test_it_runs_the_workers_own_shelf() -> None:
+    scope = Scope(slots=64, adapters=128, sets=(1, 2), tokens=(1,), draws=(Draw(0.0),), batches=3, repeats=1)
+    base = base_named("offline", device="cpu", dtype="float32")
+    rows = list(measure(base, scope, lambda _: None))
+    assert [(row["tokens"], row["users"]) for row in rows] == [(1, 64), (1, 128)]
+    for row in rows:
+        assert cast(float, row["throughput_ratio_to_resident"]) > 0
+        assert cast(float, row["late_share"]) < 1
+    assert [row["bank_hit_rate"] == 1 for row in rows] == [True, False]
