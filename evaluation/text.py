@@ -135,9 +135,10 @@ def fit_text_fusion(tables: Sequence[Foreseen]) -> TextFusion:
     Raises:
         ConfigError: No user has items after an adapter's first training.
     """
-    if not _pairs(tables, _closed(tables), adapter=True):
+    closed = _closed(tables)
+    if not _pairs(tables, closed, adapter=True):
         raise ConfigError("calibration: expected some user with more items than an adapter's first training takes")
-    return text_fusion(tables)
+    return text_fusion(tables, closed)
 
 
 def text_fusion(tables: Sequence[Foreseen], closed: frozenset[int] | None = None) -> TextFusion:

@@ -123,8 +123,7 @@ class SentenceEmbedder:
             raise ConfigError(f"model.embedder: cannot load {name!r}: {error}") from error
         half = dtype == "bfloat16" or (dtype == "auto" and fast_bfloat16(device))
         self._model: Any = model.eval().requires_grad_(False).to(torch.bfloat16 if half else torch.float32)
-        if fast_bfloat16(device):
-            Packed(self._model)
+        Packed(self._model)
         self._batch = batch
         self._dim = int(model.get_embedding_dimension())
         self._fingerprint = hashlib.sha256(digest + f"/{model.max_seq_length}".encode()).hexdigest()[:32]

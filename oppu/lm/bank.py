@@ -210,9 +210,9 @@ class SlotBank:
         for place in own:
             key_a, key_b = self._keys[place]
             if key_a in tensors:
-                a, b = (row[at : at + self.rank * n] for at, n in ((place.a, place.wide), (place.b, place.out)))
-                a.reshape(self.rank, -1)[:rank] = tensors[key_a]
-                b.reshape(self.rank, -1)[:rank] = tensors[key_b].T
+                [a], [b] = factors_of(row[None], place, self.rank)
+                a[:rank] = tensors[key_a]
+                b[:rank] = tensors[key_b].T
                 if rank != self.rank:
                     b *= self.rank / rank
 
@@ -228,9 +228,9 @@ class SlotBank:
     def read(self, slot: int) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
         """Return a slot's weights in PEFT's naming, as float32 copies in row order, as files need them."""
         found: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
-        for name, a, b in zip(self._names, *self._of(slot), strict=True):
-            for kind, factor in (("A", a), ("B", b)):
-                found[_key(name, kind)] = factor.detach().to("cpu", torch.float32, copy=True).contiguous().numpy()
+        for keys, a, b in zip(self._keys.values(), *self._of(slot), strict=True):
+            for key, factor in zip(keys, (a, b), strict=True):
+                found[key] = factor.detach().to("cpu", torch.float32, copy=True).contiguous().numpy()
         return found
 
     def _hook(self, at: int) -> Callable[[nn.Module, Any, torch.Tensor], torch.Tensor | None]:

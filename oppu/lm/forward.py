@@ -17,7 +17,6 @@ from torch import nn
 from oppu.lm.attention import one_sequence_a_row, plain_attention, unwarned
 from oppu.lm.base import LoadedBase
 from oppu.lm.encoding import Reading, Target
-from oppu.lm.hardware import fast_bfloat16
 from oppu.lm.last_block import LastBlock
 from oppu.lm.packed import Packed
 from oppu.lm.prompts import Ids
@@ -52,7 +51,7 @@ class Runner:
         """
         self.base, self._library = base, library
         unwarned(base.model)
-        self._packed = Packed(base.model) if not library and fast_bfloat16(base.device) else None
+        self._packed = None if library else Packed(base.model)
         self.tokens = _GPU_TOKENS if base.device.type == "cuda" else _CPU_TOKENS
         logits = _GPU_LOGITS if base.device.type == "cuda" else _CPU_LOGITS
         self.reads = max(1, logits // int(base.model.config.vocab_size))

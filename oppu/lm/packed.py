@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from oppu.lm.hardware import fast_bfloat16
+
 _MOST_BYTES = 2 << 30
 """Of a model's matrices: a base of a billion parameters still has its second copy."""
 
@@ -24,11 +26,12 @@ class Packed:
         """Attach to a model; what is packed already stays so.
 
         Args:
-            model: Any; of its layers those of bfloat16 on a CPU are concerned, unless they hold over 2 GiB.
+            model: Any; of its layers those of bfloat16 on a CPU that multiplies it are concerned, unless they hold over
+                2 GiB.
         """
         layers = [module for module in model.modules() if type(module) is nn.Linear and _suits(module.weight)]
-        few = sum(layer.weight.nbytes for layer in layers) <= _MOST_BYTES
-        self._layers = [layer for layer in layers if few and "forward" not in vars(layer)]
+        worth = fast_bfloat16("cpu") and sum(layer.weight.nbytes for layer in layers) <= _MOST_BYTES
+        self._layers = [layer for layer in layers if worth and "forward" not in vars(layer)]
         for layer in self._layers:
             vars(layer)["forward"] = _Product(layer)
 

@@ -3,14 +3,16 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 """Layers of one parent that read the same input, by the names that model families give them."""
+Rows = TypeVar("Rows", torch.Tensor, np.ndarray[Any, Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +54,10 @@ def _reader(name: str) -> str:
     return f"{parent}.{next((names[0] for names in _TOGETHER if own in names), own)}"
 
 
-def factors_of(weights: torch.Tensor, place: Place, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A ``[k, r, in]`` and B's transpose ``[k, r, out]`` of one layer in ``weights`` ``[k, size]``."""
-    a, b = (weights.narrow(1, at, rank * wide) for at, wide in ((place.a, place.wide), (place.b, place.out)))
-    return a.view(len(weights), rank, place.wide), b.view(len(weights), rank, place.out)
+def factors_of(weights: Rows, place: Place, rank: int) -> tuple[Rows, Rows]:
+    """Return A ``[k, r, in]`` and B's transpose ``[k, r, out]`` of one layer in ``weights`` ``[k, size]``; views."""
+    a, b = (weights[:, at : at + rank * wide] for at, wide in ((place.a, place.wide), (place.b, place.out)))
+    return a.reshape(len(weights), rank, place.wide), b.reshape(len(weights), rank, place.out)
 
 
 def spans_of(weights: torch.Tensor, spans: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
