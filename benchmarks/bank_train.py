@@ -20,6 +20,7 @@ from typing import Any
 from benchmarks.peft_training import ALPHA, ATTENTION, RANK, Job, PeftLoop, encoder_of, train_as_oppu
 from benchmarks.timing import REPEATS, Cell, Timing, interleaved, rounded
 from benchmarks.train_at_once import LOOP_USERS, USERS, Device, Train, at_once
+from evaluation.analysis_tables import FOLLOW, INCREMENTS_LESS_FULL, POLICY, RETRAINED
 from oppu.cli.demo import read_sample
 from oppu.errors import ConfigError, FatalError
 from oppu.lm.base import LoadedBase
@@ -175,13 +176,14 @@ def updates_at_once(tasks: Tasks, named: Named, device: Device | None, *, repeat
 
 
 def accuracies(results: Path | None) -> dict[str, Cell]:
-    """Read what increments and full training reach from ``oppu evaluate``'s result of ``news_categorize``.
+    """Read what increments and full training reach from the result of ``oppu evaluate news_categorize --analyses``.
 
     Args:
         results: The JSON file, if any.
 
     Returns:
-        ``accuracy``, ``accuracy_oppu`` and the lower bound of their difference; ``None``: not measured.
+        ``accuracy``, ``accuracy_oppu`` (both from the sixteenth event on, each event before it was learnt) and the
+        lower bound of their difference; ``None``: not measured.
 
     Raises:
         ConfigError: It is not such a file.
@@ -191,11 +193,11 @@ def accuracies(results: Path | None) -> dict[str, Cell]:
         return dict.fromkeys(names)
     try:
         content = json.loads(results.read_text(encoding="utf-8"))
-        test = content["tests"]["increments up to the cut - oppu"]
-        arms = content["arms"]
-        return dict(zip(names, (arms["frozen"]["query_mean"], arms["oppu"]["query_mean"], test["ci"][0]), strict=True))
+        row = content["analyses"][POLICY][0]
+        found = (row[FOLLOW]["mean"], row[RETRAINED]["mean"], row[INCREMENTS_LESS_FULL]["ci"][0])
+        return dict(zip(names, found, strict=True))
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise ConfigError(f"--results: expected a result of oppu evaluate: {error!r}") from error
+        raise ConfigError(f"--results: expected a result of oppu evaluate --analyses: {error!r}") from error
 
 
 def _subjects(tasks: Tasks, named: Named) -> Subjects:

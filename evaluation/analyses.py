@@ -1,6 +1,7 @@
 """The paper's analyses on one fold: what a history's length, format and likeness to the query do to each arm.
 
-Each gives every user's merits ``[q]`` under (analysis, row, arm), on the same held-back queries as the arms.
+Each gives every user's merits ``[q]`` under (analysis, row, arm), on the same held-back queries as the arms. What full
+training after every chunk would foresee is said of all events instead, as increments are judged.
 """
 
 import time
@@ -20,7 +21,7 @@ from evaluation.duplicates import SAME_COSINE, normal
 from evaluation.history import pasts
 from evaluation.prompting import Asked, example, examples
 from evaluation.splits import Person
-from evaluation.training import Bench, full_config, score, stage, train_once
+from evaluation.training import Bench, follow, full_config, score, stage, train_once
 from oppu.embedder import Embedder
 from oppu.lm.port import Example, TrainJob, is_bare
 from oppu.values import UserId, Vector
@@ -53,10 +54,15 @@ class Extra:
 
 @dataclass(frozen=True, slots=True)
 class Analysed:
-    """A fold's merits, and training seconds and file bytes ``[levels, 3]`` (events, seconds, bytes)."""
+    """A fold's merits, and training seconds and file bytes ``[levels, 3]`` (events, seconds, bytes).
+
+    ``retrained``: by user, scores ``[n, c]`` of all items by adapters that were trained on the whole history, as OPPU's
+    are, whenever the service would have made an increment.
+    """
 
     merits: Merits = field(repr=False)
     cost: NDArray[np.float64]
+    retrained: Mapping[str, Array] = field(repr=False)
 
 
 def analyse(study: Study, held: Mapping[str, Mapping[str, Array]], extra: Extra) -> Analysed:
@@ -77,6 +83,7 @@ def analyse(study: Study, held: Mapping[str, Mapping[str, Array]], extra: Extra)
         _shift_in_adapters(run, bench)
         _all_tasks(run, bench)
         cost = _cost(run, bench)
+        retrained = follow(bench, run.people, afresh=True).scores
     if "retrieval" in study.recipe.variants:
         with opened(study, "retrieval") as bench:
             _formats_in_prompts(run, bench)
@@ -84,7 +91,7 @@ def analyse(study: Study, held: Mapping[str, Mapping[str, Array]], extra: Extra)
     for base, arms in (("adapted", ("none", "oppu")), ("not adapted", ("unadapted", "oppu-unadapted"))):
         for label, arm in zip(("none", "oppu"), arms, strict=True):
             run.add((UNADAPTED_BASE, base, label), {p.user_id: held[p.user_id][arm] for p in run.people})
-    return Analysed(run.merits, cost)
+    return Analysed(run.merits, cost, retrained)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,16 +8,21 @@ import numpy as np
 from evaluation.analyses import ADAPTER, COST, PROMPT, WITHIN, Merits
 from evaluation.arms import Array, right
 from evaluation.experiment import Outcome
-from evaluation.splits import Person
-from evaluation.statistics import contrast, mean_interval
+from evaluation.splits import Person, clusters
+from evaluation.statistics import contrast, mean_interval, units
 from oppu.tasks import Kind
 
-BETWEEN, LENGTH = "activity between users", "by history length"
+BETWEEN, LENGTH, POLICY = "activity between users", "by history length", "increments against full training"
 BOUNDS = (0, 16, 50, 100, 200, 10**9)
 """Part users by training events, and prequential events by how many came before."""
 SHOWN = ("none", "chosen-prompt", "oppu", "chosen-oppu", "evidence", "fused")
 FOLLOW = "oppu (increments)"
 """The adapter alone as it follows the stream, in the analysis by history length."""
+RETRAINED = "oppu (trained on all so far)"
+"""As ``FOLLOW``, but in place of every increment comes OPPU's training on the whole history up to there."""
+INCREMENTS_LESS_FULL = "increments - full training"
+DIFFERENCES = {"adapter - prompt": (ADAPTER, PROMPT), INCREMENTS_LESS_FULL: (FOLLOW, RETRAINED)}
+"""What is shown of two arms where a row has both: the first less the second."""
 
 Rows = list[dict[str, Any]]
 
@@ -35,6 +40,7 @@ def analysis_rows(outcomes: Sequence[Outcome], kind: Kind) -> dict[str, Rows]:
     found = {LENGTH: _by_length(outcomes, kind), BETWEEN: _between(outcomes, kind)}
     if not outcomes[0].analysed:
         return found
+    found[POLICY] = _policies([o for o in outcomes if o.analysed], kind)
     merits = _over_seeds([_one_seed(o) for o in outcomes if o.analysed])
     for name in dict.fromkeys(key[0] for key in merits):
         own = {(row, arm): users for (analysis, row, arm), users in merits.items() if analysis == name}
@@ -84,20 +90,21 @@ def _rows(own: Mapping[tuple[str, str], Mapping[str, Array]]) -> Rows:
     return found
 
 
-def _row(name: str, arms: Mapping[str, Sequence[Array]]) -> dict[str, Any]:
-    """Return one row; where an adapter stands beside a prompt, their difference too."""
+def _row(name: str, arms: Mapping[str, Sequence[Array]], of: Sequence[int] | None = None) -> dict[str, Any]:
+    """Return one row, with the difference where two arms are to be compared; ``of`` are what users are resampled by."""
     some = next(iter(arms.values()))
+    of = range(len(some)) if of is None else of
     row: dict[str, Any] = {"row": name, "users": len(some), "queries": sum(map(len, some))}
     for arm, values in arms.items():
         row[arm] = {
             "mean": float(np.concatenate(values).mean()),
             "user_mean": float(np.mean([v.mean() for v in values])),
-            "ci": mean_interval(values, range(len(values))),
+            "ci": mean_interval(values, of),
         }
-    if set(arms) == {PROMPT, ADAPTER} and len(some) > 1:
-        pairs = zip(arms[ADAPTER], arms[PROMPT], strict=True)
-        less = contrast([a - b for a, b in pairs], range(len(some)))
-        row["adapter - prompt"] = {"mean": less.difference, "user_mean": less.user_difference, "ci": less.ci}
+    for label, (first, second) in DIFFERENCES.items():
+        if {first, second} <= set(arms) and len(some) > 1:
+            less = contrast([a - b for a, b in zip(arms[first], arms[second], strict=True)], of)
+            row[label] = {"mean": less.difference, "user_mean": less.user_difference, "ci": less.ci}
     return row
 
 
@@ -134,6 +141,26 @@ def _by_length(outcomes: Sequence[Outcome], kind: Kind) -> Rows:
         some = [at for at in range(len(outcomes[0].people)) if all(len(users[at]) for users in own.values())]
         if some:
             found.append(_row(_band(low, high), {arm: [users[at] for at in some] for arm, users in own.items()}))
+    return found
+
+
+def _policies(outcomes: Sequence[Outcome], kind: Kind) -> Rows:
+    """Compare increments with full training at the same places of the stream, on what comes before the next of them."""
+    people = outcomes[0].people
+    of, _ = units(clusters(people))
+    seeds: dict[str, list[list[Array]]] = {FOLLOW: [], RETRAINED: []}
+    for o in outcomes:
+        retrained = {user: scores for part in o.analysed for user, scores in part.retrained.items()}
+        seeds[FOLLOW].append([_merits(t.person, t.follow, kind) for t in o.tables])
+        seeds[RETRAINED].append([_merits(p, retrained[p.user_id], kind) for p in people])
+    means = {arm: [np.mean(same, axis=0) for same in zip(*every, strict=True)] for arm, every in seeds.items()}
+    found = []
+    for low, high in [(BOUNDS[1], BOUNDS[-1]), *zip(BOUNDS[1:], BOUNDS[2:], strict=False)]:
+        own = {arm: [users[low:high][~np.isnan(users[low:high])] for users in every] for arm, every in means.items()}
+        some = [at for at in range(len(people)) if len(own[FOLLOW][at])]
+        if some:
+            arms = {arm: [users[at] for at in some] for arm, users in own.items()}
+            found.append(_row(_band(low, high), arms, [of[at] for at in some]))
     return found
 
 

@@ -15,7 +15,7 @@ from evaluation.corpus import Item
 from evaluation.methods import METHODS
 from evaluation.prompting import PLAIN, Asked, Variant, example
 from evaluation.splits import Fold
-from evaluation.training import RATES, Recipe
+from evaluation.training import RATES, Recipe, chunks_of
 from evaluation.variants import ANALYSED, FURTHER, PROMPTED, RECENT, TRAINED, UNADAPTED
 from oppu.lm.adaption import AdaptConfig, adapt
 from oppu.lm.base import OFFLINE, load_base
@@ -140,7 +140,7 @@ def phases(fold: Fold, rates: Rates, chosen: Options) -> dict[str, float]:
         found["methods"] = _PEFT_FACTOR * tries
     if chosen.analyses:
         levels = sum(LEVELS) / max(LEVELS)
-        found["analyses"] = (levels + 5) * work.trained(PLAIN) + 8 * work.prompted(Asked(4))
+        found["analyses"] = (levels + 5) * work.trained(PLAIN) + 8 * work.prompted(Asked(4)) + work.retrained()
     return found
 
 
@@ -173,6 +173,14 @@ class _Work:
         """Train on every training item, then score."""
         tokens = self._tokens([i for p in self.fold.target for i in p.train], asked)
         return tokens * self.chosen.recipe.passes * self.rates.train + self.prompted(asked)
+
+    def retrained(self) -> float:
+        """Train on all items so far after every chunk, and score the next one."""
+        recipe, tokens = self.chosen.recipe, 0.0
+        for p in self.fold.target:
+            for begin, _ in chunks_of(p.items, recipe.chunk):
+                tokens += self._tokens(p.items[:begin], PLAIN) * recipe.passes * self.rates.train
+        return tokens + self._tokens([i for p in self.fold.target for i in p.items], PLAIN) * self.rates.score
 
     def judged(self) -> float:
         """Train the judges' adapters once."""

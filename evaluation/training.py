@@ -214,9 +214,7 @@ def train_once(bench: Bench, name: str, parts: Mapping[str, Sequence[Example]]) 
         some = users[first : first + _AT_ONCE]
 
         def compute(some: Sequence[str] = some) -> dict[str, NDArray[Any]]:
-            jobs = [
-                TrainJob(UserId(u), None, shuffled(parts[u], bench.seed, u), user_seed(bench.seed, u)) for u in some
-            ]
+            jobs = [_full(bench, user, parts[user]) for user in some]
             return _flat(dict(zip(some, _train(bench, jobs, config), strict=True)))
 
         weights |= _deep(stage(bench, f"{name}-{first // _AT_ONCE}", compute))
@@ -233,44 +231,55 @@ class Followed:
     heads: dict[str, dict[str, NDArray[Any]]]
 
 
-def follow(bench: Bench, people: Sequence[Person]) -> Followed:
-    """Let each user's adapter follow the stream: score a chunk, then learn it with some replay (prequential).
+def follow(bench: Bench, people: Sequence[Person], *, afresh: bool = False) -> Followed:
+    """Let each user's adapter follow the stream: score a chunk, then learn (prequential).
 
     Args:
         bench: The fold's model.
         people: Whose items, all of them.
+        afresh: Whether the paper's full training on all items so far comes after every chunk, from no adapter, in place
+            of an increment: the chunk with some replay, from the adapter there is.
 
     Returns:
         What was scored, and the adapters at the cut.
     """
-
-    def compute(some: Sequence[Person]) -> dict[str, NDArray[Any]]:
-        heads: dict[str, Tensors | None] = {p.user_id: None for p in some}
-        found: dict[str, list[NDArray[Any]]] = {p.user_id: [] for p in some}
-        frozen: dict[str, NDArray[Any]] = {}
-        chunks = {p.user_id: chunks_of(p.items, bench.recipe.chunk) for p in some}
-        for number in range(max(map(len, chunks.values()))):
-            jobs = []
-            for p in some:
-                if number >= len(chunks[p.user_id]):
-                    continue
-                begin, end = chunks[p.user_id][number]
-                head = heads[p.user_id]
-                if begin <= p.cut < end:
-                    frozen[part_key(p.user_id, FROZEN)] = score(bench.model, [example(i) for i in p.test], head)
-                    frozen |= {part_key(p.user_id, HEAD + k): np.asarray(v) for k, v in (head or {}).items()}
-                found[p.user_id].append(score(bench.model, [example(i) for i in p.items[begin:end]], head))
-                jobs.append(_increment(bench, p, begin, end, head))
-            for job, tensors in zip(jobs, _train(bench, jobs, _chunk_config(bench.recipe)), strict=True):
-                heads[str(job.user_id)] = tensors
-        return {part_key(user): _joined(parts) for user, parts in found.items()} | frozen
-
     results: dict[str, NDArray[Any]] = {}
     order = sorted(people, key=lambda p: len(p.items))  # users of like length together keep the bank full
     for first in range(0, len(order), _AT_ONCE):
-        some = order[first : first + _AT_ONCE]
-        results |= stage(bench, f"follow-{first // _AT_ONCE}", lambda some=some: compute(some))  # type: ignore[misc]
+
+        def compute(some: Sequence[Person] = order[first : first + _AT_ONCE]) -> dict[str, NDArray[Any]]:
+            return _following(bench, some, afresh=afresh)
+
+        results |= stage(bench, f"{'retrained' if afresh else 'follow'}-{first // _AT_ONCE}", compute)
     return _followed(results, [p.user_id for p in people])
+
+
+def _following(bench: Bench, some: Sequence[Person], *, afresh: bool) -> dict[str, NDArray[Any]]:
+    config = full_config(bench.recipe) if afresh else _chunk_config(bench.recipe)
+    heads: dict[str, Tensors | None] = {p.user_id: None for p in some}
+    found: dict[str, list[NDArray[Any]]] = {p.user_id: [] for p in some}
+    frozen: dict[str, NDArray[Any]] = {}
+    chunks = {p.user_id: chunks_of(p.items, bench.recipe.chunk) for p in some}
+    for number in range(max(map(len, chunks.values()))):
+        jobs = []
+        for p in some:
+            if number >= len(chunks[p.user_id]):
+                continue
+            begin, end = chunks[p.user_id][number]
+            head = heads[p.user_id]
+            if begin <= p.cut < end:
+                frozen[part_key(p.user_id, FROZEN)] = score(bench.model, [example(i) for i in p.test], head)
+                frozen |= {part_key(p.user_id, HEAD + k): np.asarray(v) for k, v in (head or {}).items()}
+            found[p.user_id].append(score(bench.model, [example(i) for i in p.items[begin:end]], head))
+            if end < len(p.items):  # nothing is asked after the last chunk
+                jobs.append(
+                    _full(bench, p.user_id, [example(i) for i in p.items[:end] if i.learnable])
+                    if afresh
+                    else _increment(bench, p, begin, end, head)
+                )
+        for job, tensors in zip(jobs, _train(bench, jobs, config), strict=True):
+            heads[str(job.user_id)] = tensors
+    return {part_key(user): _joined(parts) for user, parts in found.items()} | frozen
 
 
 def _followed(kept: Mapping[str, NDArray[Any]], users: Sequence[str]) -> Followed:
@@ -311,6 +320,10 @@ def _increment(bench: Bench, person: Person, begin: int, end: int, head: Tensors
     ]
     chance.shuffle(mixed)
     return TrainJob(UserId(person.user_id), head, tuple(map(example, mixed)), user_seed(bench.seed, person.user_id))
+
+
+def _full(bench: Bench, user: str, learnt: Sequence[Example]) -> TrainJob:
+    return TrainJob(UserId(user), None, shuffled(learnt, bench.seed, user), user_seed(bench.seed, user))
 
 
 def full_config(recipe: Recipe) -> TrainConfig:

@@ -80,7 +80,7 @@ def bank_serve(
 @with_base
 @quick
 @click.option("--repeats", type=click.IntRange(min=1), help="Rounds; 7, or with --quick 3.")
-@click.option("--results", type=click.Path(path_type=Path), help="oppu evaluate's news_categorize.json, for accuracy.")
+@click.option("--results", type=click.Path(path_type=Path), help="JSON of oppu evaluate --analyses, for accuracy.")
 @json_file
 @click.pass_obj
 def bank_train(

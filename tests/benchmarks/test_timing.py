@@ -15,6 +15,7 @@ from benchmarks.bank_train import WELL_RUN, accuracies, costs, shown
 from benchmarks.residency import ROWS, Draw, Run, compared
 from benchmarks.subjects import Peft, banked, base_named, random_adapter
 from benchmarks.timing import REPEATS, Cell, Timing, interleaved, rounded
+from evaluation.analysis_tables import FOLLOW, INCREMENTS_LESS_FULL, POLICY, RETRAINED
 from oppu.cli.bench import bench
 from oppu.errors import ConfigError
 
@@ -126,10 +127,10 @@ def test_adapters_in_peft_are_in_float32_or_in_the_bases_type() -> None:
 def test_accuracies_come_from_a_result_of_the_experiment(tmp_path: Path) -> None:
     assert set(accuracies(None).values()) == {None}
     path = tmp_path / "result.json"
-    arms = {"frozen": {"query_mean": 0.6}, "oppu": {"query_mean": 0.58}}
-    path.write_text(json.dumps({"arms": arms, "tests": {"increments up to the cut - oppu": {"ci": [-0.005, 0.03]}}}))
+    row = {FOLLOW: {"mean": 0.6}, RETRAINED: {"mean": 0.58}, INCREMENTS_LESS_FULL: {"ci": [-0.005, 0.03]}}
+    path.write_text(json.dumps({"analyses": {POLICY: [row]}}))
     assert accuracies(path) == {"accuracy": 0.6, "accuracy_oppu": 0.58, "accuracy_difference_low": -0.005}
-    for content in ("{", "{}", '{"arms": {}, "tests": {}}'):
+    for content in ("{", "{}", '{"analyses": {}}', json.dumps({"analyses": {POLICY: [{FOLLOW: row[FOLLOW]}]}})):
         path.write_text(content)
         with pytest.raises(ConfigError, match="--results"):
             accuracies(path)

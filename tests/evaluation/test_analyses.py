@@ -11,7 +11,7 @@ import pytest
 
 from evaluation import analyses
 from evaluation.analyses import ADAPTER, ALL_TASKS, COST, FORMATS, PROMPT, SHIFT, UNADAPTED_BASE, WITHIN, Extra
-from evaluation.analysis_tables import BETWEEN, LENGTH
+from evaluation.analysis_tables import BETWEEN, FOLLOW, INCREMENTS_LESS_FULL, LENGTH, POLICY, RETRAINED
 from evaluation.corpus import Item
 from evaluation.experiment import Outcome, Plan, run
 from evaluation.figures import draw
@@ -51,6 +51,7 @@ def test_each_analysis_has_its_rows(analysed: tuple[Plan, list[Outcome]]) -> Non
     assert names[UNADAPTED_BASE] == ["adapted", "not adapted"]
     assert set(names[ALL_TASKS]) == {"this task", "none", "other tasks only", "all tasks"}
     assert names[COST] == ["10"] and found[COST][0]["bytes"] > 0 and found[COST][0]["seconds"] > 0
+    assert names[POLICY] == ["16 and more", "16 to 49"]
     assert names[BETWEEN] == ["16 to 49"] and names[LENGTH] == ["0 to 15", "16 to 49"]
 
 
@@ -71,12 +72,28 @@ def test_rows_compare_the_same_users_and_queries(analysed: tuple[Plan, list[Outc
 
 
 @pytest.mark.slow
+def test_increments_stand_beside_full_training_on_the_same_events(analysed: tuple[Plan, list[Outcome]]) -> None:
+    [outcome] = analysed[1]
+    row = rows(analysed)[POLICY][0]
+    later = [(t, at) for t in outcome.tables for at in range(16, len(t.person.items))]
+    assert (row["users"], row["queries"]) == (len(outcome.tables), len(later))
+    [part] = outcome.analysed
+    for name, scores in (
+        (FOLLOW, [t.follow[at] for t, at in later]),
+        (RETRAINED, [part.retrained[t.person.user_id][at] for t, at in later]),
+    ):
+        truth = [t.person.items[at].choices.index(t.person.items[at].output) for t, at in later]
+        assert row[name]["mean"] == pytest.approx(np.mean(np.stack(scores).argmax(axis=1) == truth)), name
+    assert row[INCREMENTS_LESS_FULL]["mean"] == pytest.approx(row[FOLLOW]["mean"] - row[RETRAINED]["mean"])
+
+
+@pytest.mark.slow
 def test_page_and_figures(analysed: tuple[Plan, list[Outcome]], tmp_path: Path) -> None:
     plan, outcomes = analysed
     result = summarise(plan, outcomes, "choice", "tiny", "oppu evaluate pick")
     _, page = write(result, outcomes, "choice", tmp_path)
     text = page.read_text()
-    for name in (WITHIN, FORMATS, SHIFT, UNADAPTED_BASE, ALL_TASKS, COST, BETWEEN, LENGTH):
+    for name in (WITHIN, FORMATS, SHIFT, UNADAPTED_BASE, ALL_TASKS, COST, BETWEEN, LENGTH, POLICY):
         assert f"## {name.capitalize()}" in text
     pictures = sorted(path.name for path in (tmp_path / "figures").iterdir())
     assert pictures == ["pick-adaption.png", "pick-arms.png", "pick-length.png", "pick-within.png"]

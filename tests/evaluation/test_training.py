@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from evaluation import text, training
 from evaluation.splits import Fold, Person
-from evaluation.training import FROZEN, HEAD, MATCHED, PARTS, Bench, Recipe, follow, part_key
+from evaluation.training import FROZEN, HEAD, MATCHED, PARTS, Bench, Recipe, follow, full_config, part_key
+from oppu.lm.port import TrainConfig, TrainJob
 from tests.evaluation.world import item
 
 USERS = ("x", "x/frozen", "x/head|lora", "x/matched", "x/matched/frozen", "~x", "~x~1frozen", "x~1frozen", "a/b", "a|b")
@@ -56,6 +57,35 @@ def test_who_follows_the_stream_gets_only_what_is_his(bench: Bench) -> None:
             assert found.scores[user][:, 0].tolist() == [0.0] * 4 + [number] * 5
             assert found.frozen[user].tolist() == [[number, 0.0, 0.0]]
             assert found.heads[user]["lora"].tolist() == [number]
+
+
+@pytest.mark.parametrize("afresh", [False, True])
+def test_following_is_by_increments_or_by_all_so_far(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, *, afresh: bool
+) -> None:
+    calls: list[tuple[TrainConfig, TrainJob]] = []
+
+    def train(_: object, jobs: Sequence[TrainJob], config: TrainConfig) -> list[dict[str, NDArray[Any]]]:
+        calls.extend((config, job) for job in jobs)
+        return [{"lora": np.full(1, len(calls), dtype=np.float32)} for _ in jobs]
+
+    monkeypatch.setattr(training, "_train", train)
+    bench = replace(bench, recipe=replace(bench.recipe, replay=2))
+    person = Person("x", tuple(item("x", at) for at in range(14)), tuple(range(14)), 9)
+    found = follow(bench, [person], afresh=afresh)
+    assert found.scores["x"][:, 0].tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 2  # learnt after it was asked
+    learnt = [{example.input for example in job.examples} for _, job in calls]
+    texts = [one.input for one in person.items]
+    if afresh:
+        assert learnt == [set(texts[:4]), set(texts[:8]), set(texts[:12])]
+        assert all(config == full_config(bench.recipe) and job.parent is None for config, job in calls)
+    else:
+        assert [set(texts[begin : begin + 4]) <= own for begin, own in zip((0, 4, 8), learnt, strict=True)] == [
+            True
+        ] * 3
+        assert [len(own) for own in learnt] == [4, 6, 6]
+        assert [config.passes for config, _ in calls] == [bench.recipe.chunk_passes] * 3
+        assert [None if job.parent is None else job.parent["lora"][0] for _, job in calls] == [None, 1, 2]
 
 
 def test_what_caches_foresee_is_each_users_own(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
