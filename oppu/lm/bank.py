@@ -25,8 +25,8 @@ from oppu.lm.port import Tensors
 from oppu.lm.transfer import sent
 
 _PREFIX = "base_model.model."
-_NARROW_TOKENS = 16
-"""From so many tokens a row a CPU multiplies faster in the base's narrower type; below, converting costs more."""
+_NARROW_TOKENS = 4
+"""From so many tokens a row a CPU multiplies faster in bfloat16; fewer in float32, widened once while decoding."""
 _LOOP_ROWS = 4
 """With so many rows a run of equal slots, a product a run costs less than a copy of its adapter a row."""
 
@@ -96,9 +96,7 @@ class SlotBank:
         self.weights: list[torch.Tensor] = []
         for own in self._groups:
             weight: Any = targets[self._names[self._places.index(own[0])]].weight
-            # a CPU multiplies few rows faster in float32, and training keeps its weights in it
-            wider = trainable or weight.device.type == "cpu"
-            dtype = torch.promote_types(torch.float32, weight.dtype) if wider else weight.dtype
+            dtype = torch.promote_types(torch.float32, weight.dtype) if trainable else weight.dtype
             size = slots + 1, sum(rank * (place.wide + place.out) for place in own)
             self.weights.append(torch.zeros(size, dtype=dtype, device=weight.device, requires_grad=trainable))
         self._buffers: dict[int, torch.Tensor] = {}
@@ -320,15 +318,16 @@ class SlotBank:
             return self._cut(weights.index_select(0, mix.slots).to(own.dtype), places)
         found = mix.kept.get(asking)
         if found is None and asking in mix.kept:
-            whole = weights.detach().index_select(0, mix.slots)
+            whole = weights.detach().index_select(0, mix.slots).to(_product_type(own))
             whole[:, : places[0].b] *= self.scale
             found = mix.kept[asking] = replace(self._cut(whole, places), scale=1.0)
         if found is None:
             mix.kept[asking] = None
             found = self._cut(self._gathered(weights.detach(), mix.slots), places)
-        if own.shape[1] < _NARROW_TOKENS or own.dtype == found.a.dtype:
+        dtype = _product_type(own)
+        if found.a.dtype == dtype:
             return found
-        return _Gathered(found.a.to(own.dtype), tuple(b.to(own.dtype) for b in found.b), found.scale)
+        return _Gathered(found.a.to(dtype), tuple(b.to(dtype) for b in found.b), found.scale)
 
     def _cut(self, weights: torch.Tensor, places: Sequence[Place]) -> _Gathered:
         """Name the parts of gathered weights ``[k, size]``; views."""
@@ -349,6 +348,12 @@ class SlotBank:
         """Return one slot's A ``[r, in]`` and B ``[out, r]`` of every layer, views."""
         factors = [factors_of(self.weights[p.group][slot : slot + 1], p, self.rank) for p in self._places]
         return [a[0] for a, _ in factors], [b[0].T for _, b in factors]
+
+
+def _product_type(own: torch.Tensor) -> torch.dtype:
+    """Return the type in which rows ``[n, t, in]`` are multiplied fastest."""
+    wider = own.device.type == "cpu" and own.shape[1] < _NARROW_TOKENS
+    return torch.promote_types(torch.float32, own.dtype) if wider else own.dtype
 
 
 def _run_by_run(x: torch.Tensor, factors: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:

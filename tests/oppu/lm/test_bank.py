@@ -22,8 +22,10 @@ FAMILIES = ("llama", "qwen2", "mistral", "gemma", "gpt2", "bert")
 Make = Callable[..., Any]
 
 
-def new_bank(base: LoadedBase, slots: int = 3, rank: int = 4, alpha: float = 8.0) -> SlotBank:
-    return SlotBank(find_targets(base.model, None), slots=slots, rank=rank, alpha=alpha)
+def new_bank(
+    base: LoadedBase, slots: int = 3, rank: int = 4, alpha: float = 8.0, *, trainable: bool = False
+) -> SlotBank:
+    return SlotBank(find_targets(base.model, None), slots=slots, rank=rank, alpha=alpha, trainable=trainable)
 
 
 def config_of(base: LoadedBase, rank: int = 4, alpha: float = 8.0) -> dict[str, object]:
@@ -197,12 +199,18 @@ def test_names_that_deceive_do_not_make_one_forward_two() -> None:
         assert bank._mix is not None and list(bank._mix.kept.values()) == [None, None]
 
 
-def test_a_bfloat16_base_on_a_cpu_keeps_its_adapters_in_float32(make_base: Make, make_adapter: Make) -> None:
+def test_adapters_are_served_in_the_bases_type_and_trained_in_float32(make_base: Make, make_adapter: Make) -> None:
     base = make_base("llama", torch.bfloat16)
     tensors = make_adapter(base.model, 1)
+    training = new_bank(base, trainable=True)
+    training.load(1, tensors)
+    assert all(np.array_equal(training.read(1)[name], tensors[name]) for name in tensors)
+    training.close()
     bank = new_bank(base)
     bank.load(1, tensors)
-    assert all(np.array_equal(bank.read(1)[name], tensors[name]) for name in tensors)
+    rounded = {name: torch.from_numpy(tensors[name]).to(torch.bfloat16).float().numpy() for name in tensors}
+    assert all(np.array_equal(bank.read(1)[name], rounded[name]) for name in tensors)
+    assert 2 * bank.bytes == training.bytes
     with bank.use([1, 0]):
         mixed = run(base, ids(2))
     assert mixed.dtype == torch.bfloat16
