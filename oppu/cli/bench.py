@@ -52,9 +52,11 @@ def bank_serve(
 ) -> None:
     """A batch of many users' rows: the bank against the base alone and PEFT's two ways."""
     from benchmarks import bank_serve as work
+    from benchmarks.batch_mates import QUESTIONS, changed_by_batch_mates
     from benchmarks.subjects import base_named
     from benchmarks.timing import machine, show, write
     from benchmarks.train_at_once import on_gpu
+    from oppu.tasks import load_tasks
 
     loaded = base_named(base, device=device, dtype=dtype)
     most = users or (work.GPU_USERS if on_gpu(device) else work.USERS[-1])
@@ -73,7 +75,9 @@ def bank_serve(
     show("as many rows, more and more users", wide)
     moved = {rank: work.bytes_moved(loaded, work.ROWS, rank) for rank in scope.ranks}
     click.echo(f"adapter bytes of one batch of {work.ROWS} users, by rank: {moved}")
-    write(out, {**result, "rows": rows + wide, "adapter_bytes_by_rank": moved})
+    mates = changed_by_batch_mates(loaded, load_tasks(None), questions=2 if quick else QUESTIONS)
+    show("answers alone and among batch-mates", [mates.cells()])
+    write(out, {**result, "rows": rows + wide, "adapter_bytes_by_rank": moved, "batch_mates": mates.cells()})
 
 
 @bench.command("bank-train")

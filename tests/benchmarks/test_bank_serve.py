@@ -7,8 +7,10 @@ import torch
 
 from benchmarks import bank_serve
 from benchmarks.bank_serve import Scope, against_others, sweep_users
+from benchmarks.batch_mates import changed_by_batch_mates
 from benchmarks.subjects import banked, bare, base_named
 from oppu.lm.hardware import fast_bfloat16
+from oppu.tasks import load_tasks
 
 
 @pytest.mark.slow
@@ -26,6 +28,18 @@ def test_bank_and_peft_agree_and_every_ratio_is_there(dtype: str, monkeypatch: p
         names = ("ratio_to_base", "ratio_to_well_run_base", "ratio_to_peft_set_adapter", "ratio_to_peft_adapter_names")
         found = [row[name] for name in (names if row["rows"] == 4 else names[:2])]
         assert all(cast(float, ratio) > 0 for ratio in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_batch_mates_turn_no_answer_but_near_ties(dtype: str) -> None:
+    if dtype == "bfloat16" and not fast_bfloat16("cpu"):
+        pytest.skip("this CPU does not multiply bfloat16 itself")
+    base = base_named("offline", device="cpu", dtype=dtype)
+    found = changed_by_batch_mates(base, load_tasks(None), users=16, questions=4)
+    assert found.answers == 2 * 64
+    assert found.largest_difference <= (1e-4 if dtype == "float32" else 0.2)
+    assert found.flipped_share <= (0 if dtype == "float32" else 0.05)
 
 
 def test_the_base_that_is_compared_with_stays_as_it_comes() -> None:
