@@ -3,7 +3,8 @@
 Choices come from the record; else from a given list; else from the task, where its labels cover what may be learnt
 from; else they are what may be learnt from. Invariant: a label that occurs in a test part alone is no choice: such a
 query stays, cannot be answered rightly, and is counted. An output that is one of the choices but for case and space,
-or the same number, or names one by its place (``[2]``, ``2``) or text, is taken as that choice.
+or the same number, or names one by its place (``[2]``, ``2``) or text, is taken as that choice. Places count from 1, or
+from 0 where some item says 0 and none the number of its choices.
 """
 
 import re
@@ -104,19 +105,31 @@ def _choosable(
             raise ConfigError("--labels: a rating task expects numbers")
         items, key = [item for item in items if _are_numbers(_said(item))], _number
     placed = bool(task.labels) and not given and task.labels == _places(len(task.labels))
-    read = [_by_place(item, task) if placed and not item.choices else _by_own(item, key) for item in items]
+    first = _first_place(items)
+    read = [_by_place(item, task) if placed and not item.choices else _by_own(item, key, first) for item in items]
     fit = sorted((item for item in read if item is not None), key=lambda item: item.day)
     return _labelled(fit, task, key, learnable, given)
 
 
-def _by_own(item: Item, key: Key) -> Item | None:
-    """Spell the output as one of the item's own choices; ``None`` where it is none of them."""
+def _first_place(items: Sequence[Item]) -> int:
+    """Return what outputs call the first of an item's own choices, 1 or 0."""
+    named = [(_PLACE.fullmatch(item.output), len(item.choices)) for item in items if item.choices]
+    places = [(int(place[1]), count) for place, count in named if place]
+    from_zero = any(place == 0 for place, _ in places) and all(place < count for place, count in places)
+    return 0 if from_zero else 1
+
+
+def _by_own(item: Item, key: Key, first: int) -> Item | None:
+    """Spell the output as one of the item's own choices; ``None`` where it is none of them.
+
+    ``first`` is what outputs call the first one.
+    """
     if not item.choices or item.bare or item.output in item.choices:
         return item
     found = next((choice for choice in item.choices if key(choice) == key(item.output)), None)
     place = _PLACE.fullmatch(item.output) if key is _key else None
-    if found is None and place and 1 <= int(place[1]) <= len(item.choices):
-        found = item.choices[int(place[1]) - 1]
+    if found is None and place and 0 <= int(place[1]) - first < len(item.choices):
+        found = item.choices[int(place[1]) - first]
     return replace(item, output=found) if found is not None else None
 
 
@@ -146,17 +159,17 @@ def _by_place(item: Item, task: Task) -> Item | None:
 
 
 def _candidates(text: str) -> tuple[tuple[str, ...], list[str]]:
-    """Return the places that a text offers, at least two in order or none, and what stands at each."""
+    """Return the places that a text offers, at least two in order from 1 or 0, or none, and what stands at each."""
     marks = list(_CANDIDATE.finditer(text))
     names = tuple(f"[{mark[1]}]" for mark in marks)
-    if len(names) < 2 or names != _places(len(names)):
+    if len(names) < 2 or names not in (_places(len(names)), _places(len(names), 0)):
         return (), []
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
     return names, [text[mark.end() : end] for mark, end in zip(marks, ends, strict=True)]
 
 
-def _places(count: int) -> tuple[str, ...]:
-    return tuple(f"[{at}]" for at in range(1, count + 1))
+def _places(count: int, first: int = 1) -> tuple[str, ...]:
+    return tuple(f"[{at}]" for at in range(first, first + count))
 
 
 def _labelled(

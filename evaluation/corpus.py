@@ -7,6 +7,7 @@ not decided here but for ``load``, which takes a task as the service does.
 
 import gzip
 import json
+import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,9 @@ FEWEST_DAYS = 5
 _LEAST_DAYS = 3
 """Fewer cannot divide what a user did once the last of them is closed; what has no instants is then taken in turn."""
 _FEW_ITEMS = 5
+_MANY_ITEMS, _INSTRUCTION_WORDS = 20, 6
+"""So many inputs that all begin with so many words have an instruction there."""
+_GZIP = b"\x1f\x8b"
 
 
 class _Recorded(BehaviorEvent):
@@ -84,7 +88,7 @@ def load(path: Path, task: str, tasks: Tasks, *, outputs: Path | None = None) ->
     """Read the items of one task, oldest first, as strictly as the service takes events.
 
     Args:
-        path: Events as JSON lines (gzip by name), or a LaMP or OPPU JSON file.
+        path: Events as JSON lines, plain or gzipped, or a LaMP or OPPU JSON file.
         task: Which task's items; a benchmark's file is taken to be of it.
         tasks: The known tasks.
         outputs: LaMP's file of gold outputs.
@@ -125,18 +129,17 @@ def read(
     from evaluation.published import published
 
     try:
-        content = path.read_bytes()
-        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
+        text = _text(path)
         rows = json.loads(text) if text.lstrip().startswith("[") else None
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ConfigError(f"events: cannot read {path}: {error}") from error
     try:
-        gold = json.loads(outputs.read_text(encoding="utf-8-sig")) if outputs is not None else None
-    except (OSError, ValueError) as error:
+        gold = json.loads(_text(outputs)) if outputs is not None else None
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ConfigError(f"{option}: cannot read {outputs}: {error}") from error
     events = rows if rows and any(isinstance(row, dict) and "occurred_at" in row for row in rows) else None
     if rows is not None and events is None:
-        found = published(rows, task, gold, option)
+        found = published(rows, task, gold, option, bare)
         return replace(found, items=tuple(unique(found.items)))
     if outputs is not None:
         raise ConfigError(f"{option}: {path} is of events, which have their outputs: leave {outputs} out")
@@ -260,6 +263,12 @@ def by_user(items: Iterable[Item]) -> dict[str, list[Item]]:
     return dict(sorted(found.items()))
 
 
+def _text(path: Path) -> str:
+    """Return a file's text; what is gzipped is told by its first bytes."""
+    content = path.read_bytes()
+    return (gzip.decompress(content) if content.startswith(_GZIP) else content).decode("utf-8-sig")
+
+
 def _lines(text: str, name: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):  # a text may hold other ends of lines
         if line.strip():
@@ -269,6 +278,32 @@ def _lines(text: str, name: str) -> Iterator[tuple[int, Any]]:
                 at = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
                 where = f"events: {name} line {number}"
                 raise ConfigError(f"{where}: expected one JSON object, it does not parse{at}") from error
+
+
+def without_instructions(items: Sequence[Item]) -> tuple[list[Item], str]:
+    """Leave out what all inputs of a task begin with, as LaMP's instructions: the tasks' own prompts say it.
+
+    Args:
+        items: Of one task.
+
+    Returns:
+        The items, and what was left out: some words, whole, or nothing where there are few items or one would be left
+        without a text.
+    """
+    words = [item.input.split() for item in items if not item.query]
+    if len(words) < _MANY_ITEMS:
+        return list(items), ""
+    low, high = min(words), max(words)  # what the first and the last in order share, all share
+    same = next((at for at, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+    if same < _INSTRUCTION_WORDS or same == min(map(len, words)):
+        return list(items), ""
+    said = low[:same]
+
+    def rest(text: str) -> str:
+        own = text.split(maxsplit=same)
+        return own[same] if own[:same] == said and len(own) > same else text
+
+    return [replace(item, input=rest(item.input)) for item in items], " ".join(said)
 
 
 def _event(row: object, place: str, bare: Collection[str]) -> BehaviorEvent:

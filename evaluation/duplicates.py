@@ -1,6 +1,6 @@
 """Which texts say the same: equal, of nearly equal embedding, or sharing most of their word sequences. Pure."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -8,14 +8,23 @@ from numpy.typing import NDArray
 
 SAME_COSINE, SAME_JACCARD, GRAM = 0.95, 0.5, 8
 BLOCK = 2048
-_COMMON_GRAM = 200
-"""A gram in more items than this is a phrase of the trade and makes no two items the same."""
+_COMMON_GRAM, _COMMON_SHARE, _FEW = 200, 0.1, 20
+"""A gram in more texts than this, or than such a share of them if that is less but not few, is a phrase of the trade or
+an instruction, and makes no two of them the same."""
 
 Vectors = NDArray[np.float32]
 
 
 def same_groups(texts: Sequence[str], vectors: Vectors) -> list[int]:
-    """Return a group number for each text: equal for equal texts and near-duplicates, transitively."""
+    """Return a group number for each text: equal for equal texts and near-duplicates, transitively.
+
+    Args:
+        texts: Any.
+        vectors: ``[n, dim] float32``, of unit length, or zero where they tell nothing of the text.
+
+    Returns:
+        The first place of each one's group.
+    """
     parent = list(range(len(texts)))
 
     def root(at: int) -> int:
@@ -35,16 +44,32 @@ def normal(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def similar_grams(texts: Sequence[str]) -> Iterable[tuple[int, int]]:
-    """Yield the pairs of texts that share more than half of their eight-word sequences (Jaccard)."""
-    grams = [_grams(text) for text in texts]
+def phrases(texts: Sequence[str]) -> frozenset[int]:
+    """Return the word sequences that are so common in texts that sharing them says nothing."""
+    having = Counter(gram for text in texts for gram in _grams(text))
+    most = min(_COMMON_GRAM, max(_FEW, int(_COMMON_SHARE * len(texts))))
+    return frozenset(gram for gram, count in having.items() if count > most)
+
+
+def similar_grams(texts: Sequence[str], common: frozenset[int] | None = None) -> Iterable[tuple[int, int]]:
+    """Yield the pairs of texts that share more than half of their eight-word sequences (Jaccard).
+
+    Args:
+        texts: Any.
+        common: The sequences that say nothing; ``None``: the ``phrases`` of these texts.
+
+    Yields:
+        Places of two texts, the lower one first.
+    """
+    common = phrases(texts) if common is None else common
+    grams = [_grams(text) - common for text in texts]
     having: dict[int, list[int]] = defaultdict(list)
     for at, own in enumerate(grams):
         for gram in own:
             having[gram].append(at)
     shared: dict[tuple[int, int], int] = defaultdict(int)
     for members in having.values():
-        if 1 < len(members) <= _COMMON_GRAM:
+        if len(members) > 1:
             for k, a in enumerate(members):
                 for b in members[k + 1 :]:
                     shared[a, b] += 1
@@ -59,9 +84,17 @@ def _same_pairs(texts: Sequence[str], vectors: Vectors) -> Iterable[tuple[int, i
         if first.setdefault(text, at) != at:
             yield first[text], at
     yield from similar_grams(texts)
-    for start in range(0, len(texts), BLOCK):
-        rows, columns = np.nonzero(vectors[start : start + BLOCK] @ vectors[start:].T > SAME_COSINE)
-        yield from ((start + int(a), start + int(b)) for a, b in zip(rows, columns, strict=True) if a < b)
+    alike: dict[bytes, int] = {}
+    for at, vector in enumerate(vectors):  # equal ones first: of n of them there would be n² pairs
+        if vector.any() and alike.setdefault(vector.tobytes(), at) != at:
+            yield alike[vector.tobytes()], at
+    places = np.array(list(alike.values()), dtype=np.intp)
+    some = vectors[places]
+    for start in range(0, len(some), BLOCK):
+        rows, columns = np.nonzero(some[start : start + BLOCK] @ some[start:].T > SAME_COSINE)
+        yield from (
+            (int(places[start + a]), int(places[start + b])) for a, b in zip(rows, columns, strict=True) if a < b
+        )
 
 
 def _grams(text: str) -> set[int]:

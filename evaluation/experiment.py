@@ -16,6 +16,7 @@ from evaluation.arms import Arms, Array, Table, choice_arms, fit_each
 from evaluation.bases import Study, curve, opened
 from evaluation.budget import Progress, measured, options, phases
 from evaluation.corpus import Item, by_user
+from evaluation.duplicates import phrases
 from evaluation.history import Past, check_pasts, pasts
 from evaluation.leaks import check
 from evaluation.material import settled
@@ -67,7 +68,8 @@ class Outcome:
     ``chosen`` is each fold's choice for P1, ``curves`` each base's loss after each number of epochs by fold and
     variant, ``cut_share`` the share of recent items that did not fit the prompts, ``methods`` each PEFT method's cost,
     ``analysed`` each fold's analyses, ``left_out`` the arms that not all users had, ``repeats`` how many items of each
-    fold are left out because they say what another one says, ``shared`` whether targets learnt what others are asked.
+    fold are left out because they say what another one says, ``adapting`` how many adapt its base, ``shared`` whether
+    targets learnt what others are asked.
     """
 
     seed: int
@@ -81,6 +83,7 @@ class Outcome:
     analysed: tuple[Analysed, ...] = ()
     left_out: tuple[str, ...] = ()
     repeats: Mapping[str, int] = field(default_factory=dict)
+    adapting: Mapping[str, int] = field(default_factory=dict)
     shared: bool = False
 
 
@@ -105,12 +108,15 @@ def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, emb
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
     vectors = _embedded(plan, items, embedder)
-    stacked = np.stack([vectors[i.item_id] for i in items])
+    readable = embedder.reads([i.input for i in items])
+    told = {i.item_id: vectors[i.item_id] * known for i, known in zip(items, readable, strict=True)}
+    common = phrases([i.input for i in items])
+    stacked = np.stack([told[i.item_id] for i in items])
     folds = make_folds(items, stacked, plan.bounds, final=plan.final, sisters=sharing(items, plan.sisters))
     if plan.users is not None:
         folds = [shortened(fold, plan.users) for fold in folds[:FOLDS]]
     for fold in folds:
-        check(fold, vectors)
+        check(fold, told, common)
         queries = sum(len(p.test) for p in fold.target)
         plan.say(
             f"{fold.name}: {len(fold.adapt)} items adapt the base, {len(fold.calibrate)} users calibrate, "
@@ -305,6 +311,7 @@ def _outcome(plan: Plan, seed: int, parts: Sequence[_Part], tasks: Tasks) -> Out
         tuple(part.analysed for part in parts if part.analysed is not None),
         tuple(sorted(set.union(*ran) - common)),
         {part.fold.name: part.fold.repeats for part in parts},
+        {part.fold.name: len(part.fold.adapt) for part in parts},
         any(part.fold.shared for part in parts),
     )
 

@@ -60,9 +60,12 @@ def alone(folder: Path) -> Iterator[None]:
         folder: The run's; made where it is not there.
 
     Raises:
-        ConfigError: Another run is at work in it.
+        ConfigError: It cannot be made, or another run is at work in it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise ConfigError(f"--out: cannot make the folder {folder}: {error.strerror}") from error
     with (folder / _LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -10,33 +10,36 @@ from evaluation.splits import Fold
 from oppu.errors import ConfigError
 
 
-def check(fold: Fold, vectors: Mapping[str, Vectors]) -> None:
+def check(fold: Fold, vectors: Mapping[str, Vectors], common: frozenset[int] | None = None) -> None:
     """Look for what the split should have kept apart.
 
     Args:
         fold: What is about to be used.
-        vectors: ``[dim] float32`` unit embedding by item id.
+        vectors: ``[dim] float32`` embedding by item id, of unit length or zero.
+        common: The ``phrases`` of all items, those that the fold leaves out too; ``None``: of what is compared.
 
     Raises:
         ConfigError: Naming what lies on two sides, or is not in order.
     """
-    problems = [*_sides(fold, vectors), *_orders(fold)]
+    problems = [*_sides(fold, vectors, common), *_orders(fold)]
     if problems:
         raise ConfigError(*dict.fromkeys(f"split: {problem}" for problem in problems))
 
 
-def _sides(fold: Fold, vectors: Mapping[str, Vectors]) -> Iterable[str]:
+def _sides(fold: Fold, vectors: Mapping[str, Vectors], common: frozenset[int] | None) -> Iterable[str]:
     held = [i for p in fold.target for i in p.test]
     learnt, calibrate = [i for p in fold.target for i in p.train], [i for p in fold.calibrate for i in p.items]
     rest = calibrate if fold.shared else [*learnt, *calibrate]  # what nobody may learn who is asked by others
     own, used = [*held, *rest], [*rest, *fold.adapt]
-    near = _near(held, rest, fold.adapt)
+    near = _near(held, rest, fold.adapt, common=common)
     if near & {(0, 1), (0, 2)} or _overlap(held, used, vectors):
         yield "an item of some test part, or a near-duplicate, is also learnt or calibrated on"
-    if fold.shared and any((0, 1) in _near(p.test, p.train) or _overlap(p.test, p.train, vectors) for p in fold.target):
+    if fold.shared and any(
+        (0, 1) in _near(p.test, p.train, common=common) or _overlap(p.test, p.train, vectors) for p in fold.target
+    ):
         yield "an item of a user's test part, or a near-duplicate, is also in his training part"
-    written = {normal(item.input) for item in (*learnt, *used) if item.bare}
-    if any(normal(item.output) in written for item in held):
+    written, said = [item.input for item in (*learnt, *used) if item.bare], [item.output for item in held]
+    if {*map(normal, written)} & {*map(normal, said)} or (written and (0, 1) in _near_texts(written, said)):
         yield "what a user is asked for is learnt as a text without an output"
     if any(normal(item.input) in fold.held for item in (*learnt, *used)):
         yield "an item of a sister task's test part is learnt or calibrated on"
@@ -62,10 +65,14 @@ def _users(items: Iterable[Item]) -> set[str]:
     return {item.user_id for item in items}
 
 
-def _near(*parts: Sequence[Item]) -> set[tuple[int, int]]:
+def _near(*parts: Sequence[Item], common: frozenset[int] | None) -> set[tuple[int, int]]:
     """Return which parts, by number, share near-duplicates by their word sequences."""
+    return _near_texts(*([item.input for item in part] for part in parts), common=common)
+
+
+def _near_texts(*parts: Sequence[str], common: frozenset[int] | None = None) -> set[tuple[int, int]]:
     of = [number for number, part in enumerate(parts) for _ in part]
-    pairs = similar_grams([item.input for part in parts for item in part])
+    pairs = similar_grams([text for part in parts for text in part], common)
     return {(min(of[a], of[b]), max(of[a], of[b])) for a, b in pairs}
 
 

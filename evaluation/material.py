@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from evaluation.answers import read_labels, settle
-from evaluation.corpus import Found, Item, by_user, in_time, read, unique
+from evaluation.corpus import Found, Item, by_user, in_time, read, unique, without_instructions
 from evaluation.published import read_profiles
 from evaluation.roles import Bounds, reachable
 from evaluation.splits import not_tested, sharing
@@ -14,6 +14,9 @@ from oppu.errors import ConfigError
 from oppu.tasks import Task, Tasks
 
 logger = logging.getLogger(__name__)
+
+_NAMED = 8
+"""Tasks that are named where the wanted one is not there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +67,23 @@ def gather(files: Files, task: Task, bounds: Bounds, *, final: bool, bare: Colle
     """
     bare = {*bare, *([task.name] if task.bare_history else [])}
     events = read(files.events, task.name, outputs=files.outputs, bare=bare)
-    own = [item for item in events.items if item.task == task.name]
+    own = _of_task(events, task, final=final)
     population, others = _population(files, task, {item.user_id for item in own}, bare)
     every = [*events.items, *(item for file in files.sisters for item in read(file, task.name, bare=bare).items)]
     ordered, (own, others, rest) = in_time(own, others, [item for item in every if item.task != task.name])
-    bounds = replace(bounds, population=frozenset(item.user_id for item in others))
-    bounds = reachable(by_user(own), bounds)
+    asking = {item.user_id for item in own if item.query}
+    unasked = {item.user_id for item in own} - asking if final and asking else set[str]()
+    asked = replace(bounds, population=frozenset(i.user_id for i in others), unasked=frozenset(unasked))
     labels = read_labels(files.labels) if files.labels is not None else None
+    every, instruction = without_instructions(unique([*own, *others]))
+    rest = [item for part in _by_task(rest) for item in without_instructions(part)[0]]
     rest = sorted(rest, key=lambda item: item.day)
-    sisters = sharing([*own, *others], rest)
-    made = settle(unique([*own, *others]), task, lambda items: not_tested(items, sisters, bounds, final=final), labels)
+    sisters = sharing(every, rest)
+    bounds = reachable(by_user(every), asked)
+    made = settle(every, task, lambda items: not_tested(items, sisters, bounds, final=final), labels)
+    fit = reachable(by_user(made.items), asked)  # what does not fit the task is nobody's history
+    if fit != bounds:
+        made = settle(every, task, lambda items: not_tested(items, sisters, fit, final=final), labels)
     profiles = read_profiles(files.profiles) if files.profiles is not None else {}
     users = {item.user_id for item in made.items}
     if profiles and not users & set(profiles):
@@ -84,14 +94,16 @@ def gather(files: Files, task: Task, bounds: Bounds, *, final: bool, bare: Colle
         "queries_without_output": events.unanswered,
         "population_queries_without_output": population.unanswered,
         "users": len(users),
-        "population_users": len(bounds.population),
+        "population_users": len(fit.population),
         "ordered_by": ordered,
         "sister_tasks": sorted({item.task for item in sisters}),
         "profiles": "written" if profiles else "statistics",
-        "population_before_test": bounds.before_test,
-        "min_target": bounds.target,
+        "population_before_test": fit.before_test,
+        "min_target": fit.target,
     }
-    return Material(made.items, tuple(rest), tuple(sisters), profiles, bounds, notes)
+    if instruction:
+        notes["instruction_left_out"] = instruction
+    return Material(made.items, tuple(rest), tuple(sisters), profiles, fit, notes)
 
 
 def settled(others: Sequence[Item], tasks: Tasks, bounds: Bounds, *, final: bool) -> list[Item]:
@@ -116,6 +128,24 @@ def settled(others: Sequence[Item], tasks: Tasks, bounds: Bounds, *, final: bool
             continue
         found += [item for item in made.items if item.learnable]
     return sorted(found, key=lambda item: item.day)
+
+
+def _of_task(events: Found, task: Task, *, final: bool) -> list[Item]:
+    """Return a file's items of the task, that must have some, and with ``final`` something to ask."""
+    own = [item for item in events.items if item.task == task.name]
+    if not own and events.items:
+        there = ", ".join(sorted({item.task for item in events.items})[:_NAMED])
+        raise ConfigError(f"events: expected some item of task {task.name}; the file has some of {there}")
+    if final and events.unanswered and not any(item.query for item in own):
+        raise ConfigError(
+            f"events: none of its {events.unanswered} queries has an output (--outputs), and --final asks those; "
+            "without it the ends of the histories are asked about"
+        )
+    return own
+
+
+def _by_task(items: Sequence[Item]) -> list[list[Item]]:
+    return [[item for item in items if item.task == name] for name in dict.fromkeys(item.task for item in items)]
 
 
 def _population(files: Files, task: Task, targets: set[str], bare: Collection[str]) -> tuple[Found, list[Item]]:

@@ -9,7 +9,8 @@ a day, in order. Queries lose the instruction before the text, which a task's pr
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -19,6 +20,7 @@ from evaluation.corpus import FIRST_DAY, Found, Item
 from oppu.errors import ConfigError
 
 _NUMBERED = re.compile(r"(\d{4})(?:\.0)?(?:-(\d{1,2})(?:-(\d{1,2})(?:[ T].*)?)?)?")
+_COMPACT = re.compile(r"(?:19|20)\d{6}")
 _TWEETED = re.compile(r"[A-Z][a-z]{2} ([A-Z][a-z]{2} \d{1,2}) [\d:]{8} (?:[A-Z+\-\d]+ )?(\d{4})")
 _OUTPUT_FIELDS = ("output", "gold", "score", "category", "tag", "title", "citation")
 _INPUT_FIELDS = ("input", "text", "abstract", "description", "title")
@@ -52,7 +54,9 @@ _LAYOUTS: Mapping[str, _Layout] = {
 }
 
 
-def published(rows: object, task: str, gold: object = None, option: str = "--outputs") -> Found:
+def published(
+    rows: object, task: str, gold: object = None, option: str = "--outputs", bare: Collection[str] | None = None
+) -> Found:
     """Turn a published file's content into items.
 
     Args:
@@ -60,12 +64,13 @@ def published(rows: object, task: str, gold: object = None, option: str = "--out
         task: Which task it is of.
         gold: The parsed file of outputs, if there is one.
         option: What that is named by.
+        bare: The tasks whose histories may hold no output at all; ``None``: any.
 
     Returns:
         The items, user by user, each user's in order of day; what has no text, or asks without an output, left out.
 
     Raises:
-        ConfigError: Naming entry and field; or no output of ``gold`` is of a question.
+        ConfigError: Naming entry and field; or no output of ``gold`` is of a question; or no history has an output.
     """
     answers = _answers(gold, option)
     asked_ids: set[str] = set()
@@ -75,7 +80,9 @@ def published(rows: object, task: str, gold: object = None, option: str = "--out
         if not isinstance(row, Mapping) or not isinstance(row.get("profile"), Sequence):
             raise ConfigError(f"events: entry {number}: expected an object with profile")
         user = str(row.get("user_id", row.get("id", number)))
-        entries = row["query"] if isinstance(row.get("query"), Sequence) else [row] if "input" in row else []
+        given = row.get("query")
+        given = [given] if isinstance(given, Mapping) else given
+        entries = given if isinstance(given, Sequence) else [row] if "input" in row else []
         asked = [(at, e) for at, e in enumerate(entries) if isinstance(e, Mapping) and _filled(e.get("input"))]
         asked_ids.update(str(e["id"]) for _, e in asked if "id" in e)
         history = _history(row["profile"], user, task)
@@ -85,7 +92,11 @@ def published(rows: object, task: str, gold: object = None, option: str = "--out
         made.setdefault(user, {}).update((item.item_id, item) for item in (*history, *queries))
     if gold is not None and not asked_ids & set(answers):
         raise ConfigError(f"{option}: none of its {len(answers)} ids is of a question of the events: another split's?")
-    return Found(tuple(item for own in made.values() for item in own.values()), blank, unanswered)
+    found = tuple(item for own in made.values() for item in own.values())
+    layout, learnt = _LAYOUTS.get(task), [item for item in found if not item.query]
+    if bare is not None and task not in bare and layout is not None and learnt and all(item.bare for item in learnt):
+        raise ConfigError(f"events: profile: expected entries with {layout.output}, none of {len(learnt)} has it")
+    return Found(found, blank, unanswered)
 
 
 def read_profiles(path: Path) -> dict[str, str]:
@@ -120,10 +131,13 @@ def _history(entries: Sequence[Any], user: str, task: str) -> list[Item]:
     if None in days:
         days = [FIRST_DAY + timedelta(days=at) for at in range(len(entries))]
     made = []
+    names: Counter[str] = Counter()
     for at, (entry, day) in enumerate(zip(entries, days, strict=True)):
         name, pair = f"{user}/{_identity(entry, user, at)}", _pair(entry, user, task)
+        names[name] += 1
         if pair is not None:
-            made.append(Item(name, user, task, day or FIRST_DAY, *pair))
+            again = f"#{names[name]}" if names[name] > 1 else ""  # the file's ids need not tell entries apart
+            made.append(Item(name + again, user, task, day or FIRST_DAY, *pair))
     return sorted(made, key=lambda item: item.day)
 
 
@@ -208,6 +222,8 @@ def _date(text: str) -> date:
     """Read a year, a month or a day however padded, a time behind it, seconds since 1970, or as tweets are dated."""
     if found := _NUMBERED.fullmatch(text):
         return date(int(found[1]), int(found[2] or 1), int(found[3] or 1))
+    if _COMPACT.fullmatch(text):
+        return datetime.strptime(text, "%Y%m%d").date()
     if text.isdecimal():
         return datetime.fromtimestamp(int(text), UTC).date()
     if found := _TWEETED.fullmatch(text):

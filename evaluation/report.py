@@ -99,6 +99,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
         "chosen": [asdict(choice) for o in outcomes for choice in o.chosen],
         "adaption": {f"seed {o.seed}, {name}": list(losses) for o in outcomes for name, losses in o.curves.items()},
         "repeats_left_out": dict(outcomes[0].repeats),
+        "items_that_adapt_the_base": dict(outcomes[0].adapting),
         "shared_items": outcomes[0].shared,
         "left_out": sorted({name for o in outcomes for name in o.left_out}),
         "recent_history_cut_share": outcomes[0].cut_share,
@@ -166,6 +167,9 @@ def markdown(result: Mapping[str, Any]) -> str:
             "**Users act on the same things: who is asked about one has not learnt it, but others may have.**",
             "",
         ]
+    bare = [name for name, count in result["items_that_adapt_the_base"].items() if not count]
+    if bare:
+        lines += [f"**There was nothing to adapt the base on in: {', '.join(bare)}; it is there as it came.**", ""]
     part = "held-back last fifth" if result["final"] else "development part (the last fifth stays closed)"
     lines += [
         f"{result['users']} users, {result['queries']} queries, {part}; metric: {result['metric']}; "

@@ -20,6 +20,7 @@ class Bounds:
     """Who can be what: least number of items; few targets are crossed, each fold leaving some out.
 
     ``population`` names users who are never targets; where there are any, all others are targets or nothing.
+    ``unasked`` are never targets either, for want of a query with an output; else they are like all others.
     ``before_test`` keeps of the adapt items those from before the earliest target's test part. Without ``strict`` the
     bound on targets is lowered where too few reach it (``reachable``).
     """
@@ -30,6 +31,11 @@ class Bounds:
     population: frozenset[str] = field(default=frozenset(), repr=False)
     before_test: bool = False
     strict: bool = True
+    unasked: frozenset[str] = field(default=frozenset(), repr=False)
+
+    def able(self, user: str, items: Sequence[Item]) -> bool:
+        """Whether a user with these items is a target."""
+        return len(items) >= self.target and user not in self.population | self.unasked
 
 
 def reachable(people: Mapping[str, Sequence[Item]], bounds: Bounds) -> Bounds:
@@ -66,13 +72,13 @@ def roles(people: Mapping[str, list[Item]], most: Mapping[str, int], bounds: Bou
     Raises:
         ConfigError: Nobody can be a target; the message says which bound would do.
     """
-    targets = [u for u, own in people.items() if len(own) >= bounds.target and u not in bounds.population]
+    targets = [u for u, own in people.items() if bounds.able(u, own)]
     if not targets:
         raise ConfigError(_too_few(people, bounds))
     if bounds.population:
         others = {u: _role(u, most[u], bounds) for u in people if u in bounds.population}
     else:
-        others = {u: _role(u, most[u], bounds) for u in people if most[u] < bounds.target}
+        others = {u: _role(u, most[u], bounds) for u in people if most[u] < bounds.target or u in bounds.unasked}
     alone = not {"adapt", "calibrate"} <= set(others.values())
     crossed = len(targets) > 1 and (len(targets) < bounds.folds_below or alone)
     if bounds.population or not crossed:
@@ -104,7 +110,7 @@ def some_users(items: Sequence[Item], bounds: Bounds, *, users: int, adapt_items
         The items of the users who come first by name, in the given order.
     """
     people = by_user(items)
-    targets = [u for u, own in people.items() if len(own) >= bounds.target and u not in bounds.population]
+    targets = [u for u, own in people.items() if bounds.able(u, own)]
     rest = bounds.population or people
     others = {u: _role(u, len(own), bounds) for u, own in people.items() if u not in targets and u in rest}
     kept = {*targets[: max(users, bounds.folds_below)], *[u for u, r in others.items() if r == "calibrate"][:users]}
@@ -129,7 +135,8 @@ def _plain(user: str) -> str:
 
 def _counts(people: Mapping[str, Sequence[Item]], bounds: Bounds) -> list[int]:
     """Return the numbers of items of those who may be targets, the most first."""
-    return sorted((len(own) for user, own in people.items() if user not in bounds.population), reverse=True)
+    barred = bounds.population | bounds.unasked
+    return sorted((len(own) for user, own in people.items() if user not in barred), reverse=True)
 
 
 def _helpful(counts: Sequence[int]) -> int:

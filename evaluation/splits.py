@@ -3,8 +3,9 @@
 Users fall by hash and number of items into adapt, calibrate and target. Invariants: items that say the same (equal
 text, near-duplicates) form one group, and a group lies on one side only: a target's test wins over calibrate, that
 over a target's training part, that over adapt; what loses is dropped. Within a user a group's first item is kept.
-Where users act on the same few things, as on films, that would leave targets nothing to learn: then a target may learn
-what others are asked about, which none of his arms but controls can see, and controls leave out what he is asked about.
+Where users act on the same few things, as on films, that would leave targets or the base nothing to learn: then a
+target may learn what others are asked about, which none of his arms but controls can see, controls leave out what he is
+asked about, and of the things that calibrate users and others have in common every second one adapts the base.
 Role and cut of a user are those of all tasks that share its items (sister tasks), so that an article lies on the same
 side whichever task is asked about.
 """
@@ -16,13 +17,13 @@ from datetime import date
 from enum import IntEnum
 
 from evaluation.corpus import Item, by_user
-from evaluation.duplicates import Vectors, normal, same_groups
+from evaluation.duplicates import Vectors, normal, same_groups, similar_grams
 from evaluation.roles import Bounds, roles
 from oppu.errors import ConfigError
 
 TRAIN_SHARE = 0.8
 MOST_LOST = 0.5
-"""Of targets' training items, to other users' sides: past it they are shared things."""
+"""Of targets' training items, or of what adapts the base, to other users' sides: past it they are shared things."""
 
 
 class Side(IntEnum):
@@ -60,7 +61,8 @@ class Fold:
 
     ``held`` are the normalised inputs of sister tasks' test parts; ``before`` the day that all of ``adapt`` precedes,
     where that was asked for; ``repeats`` is how many items stand in no part, for they say what another one says, of
-    which ``lost`` is the share of targets' training items; ``shared``: targets may learn what others are asked about.
+    which ``lost`` is the share of targets' training items, or of ``adapt`` if that is more; ``shared``: targets may
+    learn what others are asked about.
     """
 
     name: str
@@ -113,7 +115,7 @@ def make_folds(
 
     Args:
         items: Of one task, oldest first.
-        vectors: ``[n, dim] float32`` unit embeddings of the inputs.
+        vectors: ``[n, dim] float32`` embeddings of the inputs, of unit length, or zero where they tell nothing.
         bounds: Who can be what.
         final: Whether the last fifth is opened; else it does not exist, and the fifth before it is held back.
         sisters: Items of other tasks with some of the same inputs.
@@ -169,7 +171,7 @@ def not_tested(items: Sequence[Item], sisters: Sequence[Item], bounds: Bounds, *
     days = _days(items, sisters, final=final)
     found: list[Item] = []
     for user, own in by_user(items).items():
-        mine = days[user] if user not in bounds.population and len(own) >= bounds.target else _ALL
+        mine = days[user] if bounds.able(user, own) else _ALL
         found += [item for item in mine.opened(own) if not mine.tested(item)]
     return found
 
@@ -201,12 +203,22 @@ def clusters(people: Sequence[Person]) -> list[int]:
 
 
 def _grouped(items: Sequence[Item], vectors: Vectors) -> dict[str, int]:
-    """Return each item's group; a text without an output is the same as what has it for an output."""
+    """Return each item's group; a text without an output is the same as what has it, or nearly it, for an output."""
     found = same_groups([item.input for item in items], vectors)
-    written = {normal(item.input): group for item, group in zip(items, found, strict=True) if item.bare}
-    pairs = [(group, written.get(normal(item.output))) for item, group in zip(items, found, strict=True)]
-    joined = {group: other for group, other in pairs if other is not None}
+    written = [(item.input, group) for item, group in zip(items, found, strict=True) if item.bare]
+    said = [(item.output, group) for item, group in zip(items, found, strict=True) if not item.bare]
+    groups = {normal(text): group for text, group in written}
+    pairs = [(group, groups[normal(text)]) for text, group in said if normal(text) in groups]
+    joined = dict(pairs) | (dict(_nearly(written, said)) if written else {})
     return {item.item_id: joined.get(group, group) for item, group in zip(items, found, strict=True)}
+
+
+def _nearly(written: Sequence[tuple[str, int]], said: Sequence[tuple[str, int]]) -> Iterable[tuple[int, int]]:
+    """Yield the groups of an output and of a text that share most of their word sequences."""
+    both = [*written, *said]
+    for a, b in similar_grams([text for text, _ in both]):
+        if a < len(written) <= b:
+            yield both[b][1], both[a][1]
 
 
 def _days(items: Sequence[Item], sisters: Sequence[Item], *, final: bool) -> dict[str, _Days]:
@@ -252,17 +264,22 @@ def _fold(name: str, world: _World, role: Mapping[str, str], *, shared: bool = F
         sides[group] = max(sides[group], own)
         mine[item.user_id, group] = max(mine[item.user_id, group], own)
 
+    adapting = {world.groups[item.item_id] for item, side in placed if side == Side.ADAPT}
+
     def stays(item: Item, side: Side, *, shared: bool) -> bool:
-        wins = sides[world.groups[item.item_id]]
+        group = world.groups[item.item_id]
+        wins = sides[group]
         if shared and side == Side.TRAIN:
-            return mine[item.user_id, world.groups[item.item_id]] == side
+            return mine[item.user_id, group] == side
+        if shared and wins == Side.CALIBRATE and group in adapting and group % 2:
+            wins = Side.ADAPT
         return wins == side or (shared and (side, wins) == (Side.ADAPT, Side.TRAIN))
 
     stay = {
         which: _first_of_group([(i, side) for i, side in placed if stays(i, side, shared=which)], world.groups)
         for which in (False, True)
     }
-    learnt = {which: sum(side == Side.TRAIN for _, side in own) for which, own in stay.items()}
+    left = {which: Counter(side for _, side in own) for which, own in stay.items()}
     kept = by_user(item for item, _ in stay[shared])
     side_of = {item.item_id: side for item, side in placed}
 
@@ -279,7 +296,9 @@ def _fold(name: str, world: _World, role: Mapping[str, str], *, shared: bool = F
     able = tuple(p for p in chosen["target"] if 0 < p.cut < len(p.items))
     repeats = len(placed) - sum(map(len, kept.values()))
     calibrate = tuple(p for p in chosen["calibrate"] if p.items)
-    lost = 1 - learnt[False] / max(1, learnt[True])
+    lost = max(
+        1 - left[False][side] / left[True][side] if left[True][side] else 0.0 for side in (Side.TRAIN, Side.ADAPT)
+    )
     made = Fold(name, tuple(adapt), calibrate, able, held, repeats=repeats, lost=lost, shared=shared)
     return _before_test(made) if world.bounds.before_test and able else made
 

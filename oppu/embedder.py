@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ OFFLINE = "offline"
 _BATCH = 32
 """Texts of one forward: sorted by length within a call, so that short ones are not padded to the longest of all."""
 _HASH_BLOCK_BYTES = 1 << 20
+_WORD_LIST = "WordPiece"
 _CONTENT = (
     "**/*.safetensors",
     "**/config.json",
@@ -46,6 +48,10 @@ class Embedder(Protocol):
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return ``[len(texts), dim] float32``, each row of unit length."""
+        ...
+
+    def reads(self, texts: Sequence[str]) -> NDArray[np.bool_]:
+        """Return which texts are in a script that it knows ``[len(texts)]``: of others likeness says nothing."""
         ...
 
 
@@ -77,6 +83,10 @@ class HashEmbedder:
             if not row.any():
                 row[0] = 1.0
         return vectors
+
+    def reads(self, texts: Sequence[str]) -> NDArray[np.bool_]:
+        """Return that all of them are read ``[len(texts)]``."""
+        return np.ones(len(texts), dtype=np.bool_)
 
 
 class SentenceEmbedder:
@@ -125,6 +135,7 @@ class SentenceEmbedder:
         self._model: Any = model.eval().requires_grad_(False).to(torch.bfloat16 if half else torch.float32)
         Packed(self._model)
         self._batch = batch
+        self._kinds: dict[int, str] = {}
         self._dim = int(model.get_embedding_dimension())
         self._fingerprint = hashlib.sha256(digest + f"/{model.max_seq_length}".encode()).hexdigest()[:32]
         logger.info("embedder %s loaded, fingerprint %s", name, self._fingerprint)
@@ -153,6 +164,32 @@ class SentenceEmbedder:
         vectors = np.ascontiguousarray(found, dtype=np.float32)
         unit: NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         return unit
+
+    def reads(self, texts: Sequence[str]) -> NDArray[np.bool_]:
+        """Return which texts are in a script that it knows ``[len(texts)]``.
+
+        Not those of which half the pieces or more are unknown, or single letters beyond ASCII, which is all that a word
+        list has of scripts it was not made for. A text of signs alone counts as not read.
+        """
+        tokenizer = self._model.tokenizer
+        found = []
+        for pieces in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []:
+            known = Counter(self._kind(piece) for piece in pieces)
+            found.append(known["word"] > known["letter"])
+        return np.array(found, dtype=np.bool_)
+
+    def _kind(self, piece: int) -> str:
+        """Tell a piece of a text: ``word``, ``letter`` where it says as much as nothing, or ``sign``."""
+        if not self._kinds:
+            tokenizer = self._model.tokenizer
+            words = type(tokenizer.backend_tokenizer.model).__name__ == _WORD_LIST
+            for name, number in tokenizer.get_vocab().items():
+                text = name.removeprefix("##") if words else name
+                letter = words and len(text) == 1 and not text.isascii() and text.isalpha()
+                sign = words and not any(map(str.isalnum, text))
+                self._kinds[number] = "letter" if letter else "sign" if sign else "word"
+            self._kinds[tokenizer.unk_token_id] = "letter"
+        return self._kinds.get(piece, "word")
 
 
 def _folder(name: str) -> Path:

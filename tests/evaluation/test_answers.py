@@ -30,6 +30,23 @@ def answers(done: Settled) -> list[str]:
     return [i.output for i in done.items]
 
 
+@pytest.mark.parametrize("brackets", [True, False])
+def test_places_may_count_from_0(brackets: bool) -> None:
+    said = ["[0]", "[1]"] if brackets else ["0", "1"]
+    done = settled([said[0], said[1], said[1]], choices=("one thing", "another"))
+    assert answers(done) == ["one thing", "another", "another"]
+    first = settled(["1", "2"], choices=("one thing", "another"))  # nobody says 0
+    assert answers(first) == ["one thing", "another"]
+    assert answers(settled(["0", "2", "1"], choices=("one thing", "another"))) == ["another", "one thing"]
+
+
+def test_candidates_may_be_numbered_from_0() -> None:
+    both = 'a paper [0]: "One Thing" [1]: "Another"'
+    done = settled(["[0]", "1", "Another"], TASKS["citation"], input=both)
+    assert answers(done) == ["[0]", "[1]", "[1]"]
+    assert {i.choices for i in done.items} == {("[0]", "[1]")}
+
+
 class TestLabels:
     def test_they_come_from_what_may_be_learnt_alone(self) -> None:
         done = settled(["b", "a", "b", "late"], tests=1)

@@ -54,6 +54,17 @@ def test_what_does_not_fit_is_named(tmp_path: Path, row: dict[str, Any], words: 
         load(lines(tmp_path / "e.jsonl", [row]), "news_categorize", TASKS)
 
 
+def test_gzip_is_told_by_its_content_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    path, plain = tmp_path / "events.data", lines(tmp_path / "e.jsonl", [event(n) for n in range(1, 5)])
+    path.write_bytes(gzip.compress(plain.read_bytes()))
+    assert read(path, "news_headline") == read(plain, "news_headline")
+    whole = path.read_bytes()
+    for damaged in (whole[:-9], whole[:20] + bytes(12) + whole[32:], whole[:12]):
+        path.write_bytes(damaged)
+        with pytest.raises(ConfigError, match="events: cannot read"):
+            read(path, "news_headline")
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read"):
         load(tmp_path / "none.jsonl", "news_categorize", TASKS)

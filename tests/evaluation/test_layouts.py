@@ -55,6 +55,32 @@ def test_a_query_loses_its_instruction(task: str, asked: str, kept: str) -> None
     assert entries(task, {"text": "x"}, input=asked)[1].input == kept
 
 
+def test_entries_that_share_an_id_are_all_kept() -> None:
+    profile = [{"id": "1", "text": f"review {n}", "score": "4"} for n in range(3)]
+    made = published([{"user_id": "u", "profile": profile, "query": []}], "product_rating").items
+    assert [i.input for i in made] == ["review 0", "review 1", "review 2"]
+    assert len({i.item_id for i in made}) == 3
+
+
+def test_a_single_query_need_not_be_a_list() -> None:
+    row = {"user_id": 7, "profile": [{"text": "x", "score": "4"}], "query": {"id": "9", "input": "q", "gold": "5"}}
+    assert [i.output for i in published([row], "product_rating").items if i.query] == ["5"]
+
+
+@pytest.mark.parametrize(
+    ("task", "entry", "name"),
+    [
+        ("movie_tagging", {"description": "plot", "tags": "comedy"}, "tag"),
+        ("product_rating", {"text": "review", "rating": "4"}, "score"),
+        ("news_headline", {"text": "body", "headline": "head"}, "title"),
+    ],
+)
+def test_histories_that_name_their_outputs_otherwise_are_refused(task: str, entry: dict[str, str], name: str) -> None:
+    rows = [{"user_id": 7, "profile": [entry], "query": [{"id": "9", "input": "q", "gold": "g"}]}]
+    with pytest.raises(ConfigError, match=f"profile: expected entries with {name}, none of 1 has it"):
+        published(rows, task, bare=("citation",))
+
+
 def test_queries_are_of_one_day_after_the_history() -> None:
     profile = [{"id": "2", "text": "b", "score": "2", "date": "2019-03-02"}, {"id": "1", "text": "a", "score": "1",
                "date": "2019-03-01"}]  # fmt: skip
@@ -76,6 +102,7 @@ def test_queries_are_of_one_day_after_the_history() -> None:
         ("2013-05-03 10:00:00 UTC", date(2013, 5, 3)),
         ("2013-05-03T10:00:00+02:00", date(2013, 5, 3)),
         ("1367575200", date(2013, 5, 3)),
+        ("20130503", date(2013, 5, 3)),
         ("Mon Apr 06 22:19:45 PDT 2009", date(2009, 4, 6)),
     ],
 )

@@ -1,5 +1,7 @@
 """What a run is made of: sister tasks from one file or two, notes, and a work folder that keeps to its inputs."""
 
+import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from evaluation.splits import make_folds
 from oppu.errors import ConfigError
 from oppu.settings import Settings
 from oppu.tasks import load_tasks
+from tests.evaluation.layouts import history
 from tests.evaluation.makers import Row, lines, rows
 from tests.evaluation.world import stacked
 
@@ -76,6 +79,69 @@ def test_a_population_file_may_share_ids_and_users(tmp_path: Path) -> None:
 def test_no_events_of_the_task_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected some item of task citation"):
         material(Files(lines(tmp_path / "e.jsonl", both()["news_headline"])), "citation")
+
+
+def test_the_tasks_that_are_there_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="task citation; the file has some of news_headline"):
+        material(Files(lines(tmp_path / "e.jsonl", rows("news_headline", {"t0": 3}))), "citation")
+
+
+def test_an_instruction_that_all_inputs_begin_with_is_left_out(tmp_path: Path) -> None:
+    asked = "Which tag does this movie relate to? Just answer with the tag. description:"
+    plain = rows("movie_tagging", COUNTS)
+    given = [row | {"input": f"{asked} {row['input']}"} for row in plain]
+    one, other = (
+        material(Files(lines(tmp_path / name, own)), "movie_tagging") for name, own in (("a", plain), ("b", given))
+    )
+    assert one.items == other.items
+    assert (other.notes.pop("instruction_left_out"), other.notes) == (asked, one.notes)
+    short = [row | {"input": f"This film is about {row['input']}"} for row in plain]
+    kept = material(Files(lines(tmp_path / "c", short)), "movie_tagging")
+    assert [i.input for i in kept.items] == [f"This film is about {i.input}" for i in one.items]
+
+
+def test_the_bound_on_targets_counts_what_fits_the_task(tmp_path: Path) -> None:
+    events = rows("product_rating", {f"t{n}": 50 for n in range(12)})
+    events = [row | {"output": "N/A"} if row["event_id"].endswith("-3") else row for row in events]
+    found = gather(
+        Files(lines(tmp_path / "e.jsonl", events)), TASKS["product_rating"], Bounds(strict=False), final=True
+    )
+    assert found.notes["items_left_out"] == 12 and found.notes["min_target"] == 49
+    assert make_folds(found.items, stacked(found.items), found.bounds, final=True)
+
+
+class TestQueriesWithoutOutputs:
+    def users(self, path: Path, known: int) -> Files:
+        chance = random.Random(0)
+        made = [
+            {
+                "user_id": f"u{n}",
+                "profile": history("product_rating", chance, 24),
+                "query": [{"id": f"q{n}", "input": f"review: {n}"} | ({"gold": "4"} if n < known else {})],
+            }
+            for n in range(4)
+        ]
+        path.write_text(json.dumps(made))
+        return Files(path)
+
+    def test_none_has_one_and_the_final_run_says_so(self, tmp_path: Path) -> None:
+        files = self.users(tmp_path / "u.json", 0)
+        with pytest.raises(ConfigError, match=r"none of its 4 queries has an output \(--outputs\)"):
+            material(files, "product_rating")
+        assert gather(files, TASKS["product_rating"], BOUNDS, final=False).items
+
+    def test_who_has_none_is_not_asked_but_may_adapt_the_base(self, tmp_path: Path) -> None:
+        found = material(self.users(tmp_path / "u.json", 3), "product_rating", folds_below=12)
+        made = make_folds(found.items, stacked(found.items), found.bounds, final=True)
+        assert {p.user_id for fold in made for p in fold.target} == {"u0", "u1", "u2"}
+        assert all(i.query for fold in made for p in fold.target for i in p.test)
+        assert all("u3" in {i.user_id for i in fold.adapt} for fold in made)
+
+
+def test_a_work_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="--out: cannot make the folder"), inputs.alone(tmp_path / "file" / "run"):
+        raise AssertionError("it cannot be there")
 
 
 def test_a_folder_keeps_to_what_it_began_with(tmp_path: Path) -> None:

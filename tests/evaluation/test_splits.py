@@ -8,7 +8,7 @@ import pytest
 
 from evaluation import controls, splits
 from evaluation.corpus import Item, by_user
-from evaluation.duplicates import normal, same_groups
+from evaluation.duplicates import normal, phrases, same_groups
 from evaluation.leaks import check
 from evaluation.roles import Bounds, reachable, some_users
 from evaluation.splits import Fold, Person, clusters, cut_index, make_folds, not_tested
@@ -108,6 +108,30 @@ class TestOneSide:
         assert groups[0] == groups[1] and groups[3] == groups[4]
         assert len(set(groups)) == 3
 
+    def test_what_nearly_all_texts_say_makes_no_two_of_them_the_same(self) -> None:
+        asked = "Which tag fits this film best? Answer with the tag alone and nothing before or behind it, please:"
+        texts = [f"{asked} " + " ".join(f"w{at}x{k}" for k in range(12)) for at in range(60)]
+        texts += [f"{texts[0]} and more"]
+        found = same_groups(texts, np.eye(len(texts), dtype=np.float32))
+        assert len(set(found)) == 60 and found[0] == found[60]
+
+    @pytest.mark.parametrize("counts", [dict.fromkeys("abcdef", 30), dict.fromkeys("abcdef", 40)])
+    def test_dividing_and_checking_agree_on_what_all_texts_say(self, counts: dict[str, int]) -> None:
+        cue = "answer with one tag alone and nothing before or behind it"
+        items = [replace(i, input=f"{i.input} {cue}") for i in people(counts)]
+        common = phrases([i.input for i in items])
+        for final in (False, True):
+            made = make_folds(items, stacked(items), replace(BOUNDS, folds_below=12), final=final)
+            assert all(fold.repeats == 0 for fold in made)
+            for fold in made:
+                check(fold, vectors(items), common)
+
+    def test_equal_vectors_are_one_group_and_empty_ones_say_nothing(self) -> None:
+        rows = np.zeros((6, 4), dtype=np.float32)
+        rows[[1, 3, 5], 0] = 1
+        found = same_groups([f"text {at}" for at in range(6)], rows)
+        assert found == [0, 1, 2, 1, 4, 1]
+
     def test_a_repeat_within_a_user_is_kept_once_and_across_the_cut_only_behind_it(self) -> None:
         again = [item("t0", at, text="again and again", day=day) for at, day in ((101, 3), (102, 4))]
         across = [item("t1", at, text="once before", day=day) for at, day in ((101, 3), (102, 99))]
@@ -178,6 +202,20 @@ class TestPlantedLeaks:
         first, second, *rest = fold.target
         mixed = replace(first, items=(replace(second.items[0], day=first.items[0].day), *first.items[1:]))
         self.refused(replace(fold, target=(mixed, *rest)), own, "another user's item")
+
+    def test_what_is_asked_for_nearly_as_a_text_without_an_output(self) -> None:
+        said = " ".join(f"said{k}" for k in range(12))
+        items = people(COUNTS)
+        late = next(i for i in items if i.item_id == "t0/pick/24")
+        changed = {late.item_id: replace(late, output=said, choices=())}
+        written = replace(item("t0", 3, text=f"{said} https://example.org/1", task="again"), output="", choices=())
+        items = [changed.get(i.item_id, i) for i in sorted([*items, written], key=lambda i: i.day)]
+        fold, own = only(items), dict(vectors(items))
+        assert written.item_id not in {i.item_id for p in fold.target for i in p.train}
+        check(fold, own)
+        first, *rest = fold.target
+        leak = replace(first, items=(written, *first.items[4:]), groups=(0, *first.groups[4:]), cut=first.cut - 3)
+        self.refused(replace(fold, target=(leak, *rest)), own, "learnt as a text without an output")
 
     def test_calibration_on_adapted_users(self) -> None:
         fold, own = self.sound()
@@ -403,6 +441,23 @@ class TestSharedThings:
         leak = replace(first, items=(repeated, *first.items[1:]))
         with pytest.raises(ConfigError, match="his training part"):
             check(replace(fold, target=(leak, *rest)), own)
+
+    def test_so_are_things_that_would_leave_nothing_to_adapt_a_base_on(self) -> None:
+        chance = np.random.default_rng(0)
+        items = [
+            item(f"t{user}", at, text=" ".join(f"thing{thing}x{k}" for k in range(12)))
+            for user in range(30)
+            for at, thing in enumerate(chance.permutation(150)[:60])
+        ]
+        items = sorted(items, key=lambda i: i.day)
+        made = make_folds(items, stacked(items), Bounds(), final=True)
+        assert all(fold.shared for fold in made) and min(len(fold.adapt) for fold in made) > 250
+        for fold in made:
+            assert len(fold.calibrate) == 6 and min(len(p.items) for p in fold.calibrate) > 8
+            chosen = {normal(i.input) for p in fold.calibrate for i in p.items}
+            asked = {normal(i.input) for p in fold.target for i in p.test}
+            assert not (asked | chosen) & {normal(i.input) for i in fold.adapt}
+            check(fold, vectors(items))
 
     def test_controls_leave_out_what_is_asked_about(self) -> None:
         _, fold = self.made()

@@ -45,6 +45,21 @@ def test_fingerprint_follows_content_not_path(offline: SentenceEmbedder, tmp_pat
     assert SentenceEmbedder(str(folder)).fingerprint != offline.fingerprint
 
 
+def test_it_says_which_scripts_it_reads(offline: SentenceEmbedder) -> None:
+    read = ["So tired of this rain", "café naïve, 5/5 🙂", "7 out of 10", "la vie est belle"]
+    not_read = [
+        "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35\u0e04\u0e23\u0e31\u0e1a",
+        "🙂🙂🔥",
+        "今天天气很好",
+        "오늘 날씨가 좋다",
+        "...",
+        "",
+    ]
+    assert offline.reads(read).tolist() == [True] * len(read)
+    assert offline.reads(not_read).tolist() == [False] * len(not_read)
+    assert offline.reads([]).shape == (0,)
+
+
 def test_faults_name_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("/no/such/folder", "oppu/none", str(tmp_path)):
