@@ -39,7 +39,9 @@ def _sides(fold: Fold, vectors: Mapping[str, Vectors], common: frozenset[int] | 
     ):
         yield "an item of a user's test part, or a near-duplicate, is also in his training part"
     written, said = [item.input for item in (*learnt, *used) if item.bare], [item.output for item in held]
-    if {*map(normal, written)} & {*map(normal, said)} or (written and (0, 1) in _near_texts(written, said)):
+    if {*map(normal, written)} & {*map(normal, said)} or (
+        written and (0, 1) in _near_texts(written, said, common=common)
+    ):
         yield "what a user is asked for is learnt as a text without an output"
     if any(normal(item.input) in fold.held for item in (*learnt, *used)):
         yield "an item of a sister task's test part is learnt or calibrated on"

@@ -17,7 +17,7 @@ from datetime import date
 from enum import IntEnum
 
 from evaluation.corpus import Item, by_user
-from evaluation.duplicates import Vectors, normal, same_groups, similar_grams
+from evaluation.duplicates import Vectors, normal, phrases, same_groups, similar_grams
 from evaluation.roles import Bounds, roles
 from oppu.errors import ConfigError
 
@@ -209,14 +209,16 @@ def _grouped(items: Sequence[Item], vectors: Vectors) -> dict[str, int]:
     said = [(item.output, group) for item, group in zip(items, found, strict=True) if not item.bare]
     groups = {normal(text): group for text, group in written}
     pairs = [(group, groups[normal(text)]) for text, group in said if normal(text) in groups]
-    joined = dict(pairs) | (dict(_nearly(written, said)) if written else {})
+    joined = dict(pairs) | (dict(_nearly(written, said, phrases([i.input for i in items]))) if written else {})
     return {item.item_id: joined.get(group, group) for item, group in zip(items, found, strict=True)}
 
 
-def _nearly(written: Sequence[tuple[str, int]], said: Sequence[tuple[str, int]]) -> Iterable[tuple[int, int]]:
+def _nearly(
+    written: Sequence[tuple[str, int]], said: Sequence[tuple[str, int]], common: frozenset[int]
+) -> Iterable[tuple[int, int]]:
     """Yield the groups of an output and of a text that share most of their word sequences."""
     both = [*written, *said]
-    for a, b in similar_grams([text for text, _ in both]):
+    for a, b in similar_grams([text for text, _ in both], common):
         if a < len(written) <= b:
             yield both[b][1], both[a][1]
 
