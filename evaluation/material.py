@@ -84,6 +84,11 @@ def gather(files: Files, task: Task, bounds: Bounds, *, final: bool, bare: Colle
     fit = reachable(by_user(made.items), asked)  # what does not fit the task is nobody's history
     if fit != bounds:
         made = settle(every, task, lambda items: not_tested(items, sisters, fit, final=final), labels)
+    if all(item.bare for item in made.items) and not all(item.bare for item in every):
+        raise ConfigError(
+            f"events: output: expected {' or '.join(task.labels)}, the place of a candidate such as '[1]: …' of the "
+            f"input, or choices beside it, for task {task.name}; none of {len(every)} items has one"
+        )
     profiles = read_profiles(files.profiles) if files.profiles is not None else {}
     users = {item.user_id for item in made.items}
     if profiles and not users & set(profiles):

@@ -266,14 +266,15 @@ def _fold(name: str, world: _World, role: Mapping[str, str], *, shared: bool = F
         sides[group] = max(sides[group], own)
         mine[item.user_id, group] = max(mine[item.user_id, group], own)
 
-    adapting = {world.groups[item.item_id] for item, side in placed if side == Side.ADAPT}
+    adapting = sorted({world.groups[item.item_id] for item, side in placed if side == Side.ADAPT})
+    second = frozenset(adapting[1::2])
 
     def stays(item: Item, side: Side, *, shared: bool) -> bool:
         group = world.groups[item.item_id]
         wins = sides[group]
         if shared and side == Side.TRAIN:
             return mine[item.user_id, group] == side
-        if shared and wins == Side.CALIBRATE and group in adapting and group % 2:
+        if shared and wins == Side.CALIBRATE and group in second:
             wins = Side.ADAPT
         return wins == side or (shared and (side, wins) == (Side.ADAPT, Side.TRAIN))
 

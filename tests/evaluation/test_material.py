@@ -100,6 +100,13 @@ def test_an_instruction_that_all_inputs_begin_with_is_left_out(tmp_path: Path) -
     assert [i.input for i in kept.items] == [f"This film is about {i.input}" for i in one.items]
 
 
+@pytest.mark.parametrize("output", ["A", "the cited title"])
+def test_where_no_output_is_a_place_it_says_what_is_expected(tmp_path: Path, output: str) -> None:
+    events = [row | {"input": "a paper on rivers", "output": output} for row in rows("citation", COUNTS)]
+    with pytest.raises(ConfigError, match=r"output: expected \[1\] or \[2\], the place .* none of \d+ items has one"):
+        material(Files(lines(tmp_path / "e.jsonl", events)), "citation")
+
+
 def test_the_bound_on_targets_counts_what_fits_the_task(tmp_path: Path) -> None:
     events = rows("product_rating", {f"t{n}": 50 for n in range(12)})
     events = [row | {"output": "N/A"} if row["event_id"].endswith("-3") else row for row in events]

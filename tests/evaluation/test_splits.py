@@ -444,10 +444,11 @@ class TestSharedThings:
 
     def test_so_are_things_that_would_leave_nothing_to_adapt_a_base_on(self) -> None:
         chance = np.random.default_rng(0)
+        drawn = {user: chance.permutation(150)[:60] for user in range(30)}
         items = [
             item(f"t{user}", at, text=" ".join(f"thing{thing}x{k}" for k in range(12)))
-            for user in range(30)
-            for at, thing in enumerate(chance.permutation(150)[:60])
+            for user, things in drawn.items()
+            for at, thing in enumerate(things)
         ]
         items = sorted(items, key=lambda i: i.day)
         made = make_folds(items, stacked(items), Bounds(), final=True)
@@ -457,6 +458,14 @@ class TestSharedThings:
             chosen = {normal(i.input) for p in fold.calibrate for i in p.items}
             asked = {normal(i.input) for p in fold.target for i in p.test}
             assert not (asked | chosen) & {normal(i.input) for i in fold.adapt}
+            check(fold, vectors(items))
+
+    def test_where_all_do_the_same_in_the_same_order_the_base_has_half_of_it(self) -> None:
+        items = people({f"t{n:02}": 40 for n in range(14)})
+        items = [replace(i, input=f"thing {i.day} " * 6) for i in items]
+        made = make_folds(items, stacked(items), Bounds(target=40), final=True)
+        assert all(fold.shared and {i.day.day % 2 for i in fold.adapt} and len(fold.adapt) >= 100 for fold in made)
+        for fold in made:
             check(fold, vectors(items))
 
     def test_controls_leave_out_what_is_asked_about(self) -> None:
