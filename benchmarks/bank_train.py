@@ -182,8 +182,8 @@ def accuracies(results: Path | None) -> dict[str, Cell]:
         results: The JSON file, if any.
 
     Returns:
-        ``accuracy``, ``accuracy_oppu`` (both from the sixteenth event on, each event before it was learnt) and the
-        lower bound of their difference; ``None``: not measured.
+        ``accuracy``, ``accuracy_oppu`` (both after the sixteenth event, each event before it was learnt) and the lower
+        bound of their difference; ``None``: not measured, or too few users for a bound.
 
     Raises:
         ConfigError: It is not such a file.
@@ -194,7 +194,8 @@ def accuracies(results: Path | None) -> dict[str, Cell]:
     try:
         content = json.loads(results.read_text(encoding="utf-8"))
         row = content["analyses"][POLICY][0]
-        found = (row[FOLLOW]["mean"], row[RETRAINED]["mean"], row[INCREMENTS_LESS_FULL]["ci"][0])
+        interval = row.get(INCREMENTS_LESS_FULL, {}).get("ci")
+        found = (row[FOLLOW]["mean"], row[RETRAINED]["mean"], interval[0] if interval else None)
         return dict(zip(names, found, strict=True))
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise ConfigError(f"--results: expected a result of oppu evaluate --analyses: {error!r}") from error

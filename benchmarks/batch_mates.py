@@ -20,8 +20,8 @@ from oppu.settings import ModelSettings, UpdaterSettings
 from oppu.tasks import Tasks
 from oppu.values import UserId
 
-USERS, QUESTIONS = 64, 16
-"""So many rows a batch, each another user's, and so many batches."""
+QUESTIONS = 16
+"""Of each user: as many batches, each with a row of every user."""
 LEARNT = 16
 
 
@@ -39,9 +39,7 @@ class Changed:
         return asdict(self)
 
 
-def changed_by_batch_mates(
-    base: LoadedBase, tasks: Tasks, *, users: int = USERS, questions: int = QUESTIONS
-) -> Changed:
+def changed_by_batch_mates(base: LoadedBase, tasks: Tasks, *, users: int, questions: int) -> Changed:
     """Ask alone and among others.
 
     Args:
@@ -54,7 +52,7 @@ def changed_by_batch_mates(
         What differed.
 
     Raises:
-        FatalError: A user's training diverged.
+        FatalError: A user's training diverged, or scores are not finite.
     """
     model = TorchModel(replace(base, model=copy.deepcopy(base.model)), tasks, settings=ModelSettings(), slots=users)
     rows = _rows(model, tasks, users, questions)
@@ -65,6 +63,8 @@ def changed_by_batch_mates(
         for first in range(0, len(order), users):
             some = order[first : first + users]
             for at, result in zip(some, model.answer([rows[at] for at in some]), strict=True):
+                if not np.isfinite(result.scores).all():
+                    raise FatalError("an answer's scores are not finite")
                 largest = max(largest, float(np.abs(result.scores - alone[at]).max()))
                 flipped += int(result.scores.argmax() != alone[at].argmax())
                 answers += 1

@@ -145,14 +145,21 @@ def _by_length(outcomes: Sequence[Outcome], kind: Kind) -> Rows:
 
 
 def _policies(outcomes: Sequence[Outcome], kind: Kind) -> Rows:
-    """Compare increments with full training at the same places of the stream, on what comes before the next of them."""
+    """Compare increments with full training at the same places of the stream, on what comes before the next of them.
+
+    Events before the first of them are in no row: both say there what the base says.
+    """
     people = outcomes[0].people
     of, _ = units(clusters(people))
     seeds: dict[str, list[list[Array]]] = {FOLLOW: [], RETRAINED: []}
     for o in outcomes:
         retrained = {user: scores for part in o.analysed for user, scores in part.retrained.items()}
-        seeds[FOLLOW].append([_merits(t.person, t.follow, kind) for t in o.tables])
-        seeds[RETRAINED].append([_merits(p, retrained[p.user_id], kind) for p in people])
+        both = {FOLLOW: [t.follow for t in o.tables], RETRAINED: [retrained[p.user_id] for p in people]}
+        for arm, scores in both.items():
+            merits = [_merits(p, s, kind) for p, s in zip(people, scores, strict=True)]
+            seeds[arm].append(
+                [np.where(np.arange(len(m)) < t.adapted, np.nan, m) for m, t in zip(merits, o.tables, strict=True)]
+            )
     means = {arm: [np.mean(same, axis=0) for same in zip(*every, strict=True)] for arm, every in seeds.items()}
     found = []
     for low, high in [(BOUNDS[1], BOUNDS[-1]), *zip(BOUNDS[1:], BOUNDS[2:], strict=False)]:

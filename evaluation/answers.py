@@ -105,16 +105,26 @@ def _choosable(
             raise ConfigError("--labels: a rating task expects numbers")
         items, key = [item for item in items if _are_numbers(_said(item))], _number
     placed = bool(task.labels) and not given and task.labels == _places(len(task.labels))
-    first = _first_place(items)
-    read = [_by_place(item, task) if placed and not item.choices else _by_own(item, key, first) for item in items]
+    own = _first_place((item.output, item.choices) for item in items if item.choices)
+    bare = _first_place(
+        (item.output, task.labels) for item in items if not item.choices and not _candidates(item.input)[0]
+    )
+    read = [
+        _by_place(item, _places(len(task.labels), bare), task.answer)
+        if placed and not item.choices
+        else _by_own(item, key, own)
+        for item in items
+    ]
     fit = sorted((item for item in read if item is not None), key=lambda item: item.day)
     return _labelled(fit, task, key, learnable, given)
 
 
-def _first_place(items: Sequence[Item]) -> int:
-    """Return what outputs call the first of an item's own choices, 1 or 0."""
-    named = [(_PLACE.fullmatch(item.output), len(item.choices)) for item in items if item.choices]
-    places = [(int(place[1]), count) for place, count in named if place]
+def _first_place(said: Iterable[tuple[str, Sequence[str]]]) -> int:
+    """Return what outputs call the first of their choices, 1 or 0; those that are choices word for word say nothing."""
+    named = [(_PLACE.fullmatch(output), offered) for output, offered in said]
+    places = [
+        (int(m[1]), len(offered)) for m, offered in named if m and (m[0] not in offered or _PLACE.fullmatch(offered[0]))
+    ]
     from_zero = any(place == 0 for place, _ in places) and all(place < count for place, count in places)
     return 0 if from_zero else 1
 
@@ -133,14 +143,14 @@ def _by_own(item: Item, key: Key, first: int) -> Item | None:
     return replace(item, output=found) if found is not None else None
 
 
-def _by_place(item: Item, task: Task) -> Item | None:
+def _by_place(item: Item, usual: tuple[str, ...], cue: str) -> Item | None:
     """Read the candidates ``[1]: …`` of the input, and the output as the place of one of them, or what stands there.
 
-    ``None`` where it is none of those that are offered. What asks nothing (a paper and one that it cites) is a text of
-    the user's own.
+    ``None`` where it is none of those that are offered, ``usual`` ones where the input has none. What asks nothing (a
+    paper and one that it cites) is a text of the user's own, with ``cue`` between them.
     """
     names, texts = _candidates(item.input)
-    offered = names or task.labels
+    offered = names or usual
     if item.bare:
         return replace(item, choices=offered)
     place = _PLACE.fullmatch(item.output)
@@ -153,9 +163,9 @@ def _by_place(item: Item, task: Task) -> Item | None:
         found = next((name for name in offered if name[1:-1] in leading.groups()), None)
     if found is not None:
         return replace(item, choices=offered, output=found)
-    if names:
+    if names or place:
         return None
-    return replace(item, choices=offered, input=f"{item.input} {task.answer} {item.output}", output="")
+    return replace(item, choices=offered, input=f"{item.input} {cue} {item.output}", output="")
 
 
 def _candidates(text: str) -> tuple[tuple[str, ...], list[str]]:

@@ -2,25 +2,27 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
 SAME_COSINE, SAME_JACCARD, GRAM = 0.95, 0.5, 8
 BLOCK = 2048
-_COMMON_GRAM, _COMMON_SHARE, _FEW = 200, 0.1, 20
+_COMMON_GRAM, _COMMON_SHARE, _FEW = 200, 1 / 3, 20
 """A gram in more texts than this, or than such a share of them if that is less but not few, is a phrase of the trade or
 an instruction, and makes no two of them the same."""
 
 Vectors = NDArray[np.float32]
 
 
-def same_groups(texts: Sequence[str], vectors: Vectors) -> list[int]:
+def same_groups(texts: Sequence[str], vectors: Vectors, more: Iterable[tuple[int, int]] = ()) -> list[int]:
     """Return a group number for each text: equal for equal texts and near-duplicates, transitively.
 
     Args:
         texts: Any.
         vectors: ``[n, dim] float32``, of unit length, or zero where they tell nothing of the text.
+        more: Places of two texts that are the same for another reason.
 
     Returns:
         The first place of each one's group.
@@ -33,7 +35,7 @@ def same_groups(texts: Sequence[str], vectors: Vectors) -> list[int]:
             at = parent[at]
         return at
 
-    for a, b in _same_pairs(texts, vectors):
+    for a, b in chain(_same_pairs(texts, vectors), more):
         low, high = sorted((root(a), root(b)))
         parent[high] = low
     return [root(at) for at in range(len(texts))]
@@ -74,8 +76,37 @@ def similar_grams(texts: Sequence[str], common: frozenset[int] | None = None) ->
                 for b in members[k + 1 :]:
                     shared[a, b] += 1
     for (a, b), both in shared.items():
-        if both > SAME_JACCARD * (len(grams[a]) + len(grams[b]) - both):
+        if _alike(both, grams[a], grams[b]):
             yield a, b
+
+
+def same_between(left: Sequence[str], right: Sequence[str], common: frozenset[int]) -> Iterable[tuple[int, int]]:
+    """Yield which texts of two lists are equal, or share more than half of their eight-word sequences.
+
+    Args:
+        left: Any.
+        right: Any.
+        common: The sequences that say nothing, as of ``phrases``.
+
+    Yields:
+        A place in each.
+    """
+    equal: dict[str, list[int]] = defaultdict(list)
+    having: dict[int, list[int]] = defaultdict(list)
+    grams = [_grams(text) - common for text in left]
+    for at, (text, own) in enumerate(zip(left, grams, strict=True)):
+        equal[normal(text)].append(at)
+        for gram in own:
+            having[gram].append(at)
+    for at, text in enumerate(right):
+        own = _grams(text) - common
+        shared = Counter(other for gram in own for other in having.get(gram, ()))
+        near = {other for other, both in shared.items() if _alike(both, grams[other], own)}
+        yield from ((other, at) for other in sorted(near.union(equal.get(normal(text), ()))))
+
+
+def _alike(both: int, one: set[int], other: set[int]) -> bool:
+    return both > SAME_JACCARD * (len(one) + len(other) - both)
 
 
 def _same_pairs(texts: Sequence[str], vectors: Vectors) -> Iterable[tuple[int, int]]:

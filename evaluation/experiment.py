@@ -68,8 +68,8 @@ class Outcome:
     ``chosen`` is each fold's choice for P1, ``curves`` each base's loss after each number of epochs by fold and
     variant, ``cut_share`` the share of recent items that did not fit the prompts, ``methods`` each PEFT method's cost,
     ``analysed`` each fold's analyses, ``left_out`` the arms that not all users had, ``repeats`` how many items of each
-    fold are left out because they say what another one says, ``adapting`` how many adapt its base, ``shared`` whether
-    targets learnt what others are asked.
+    fold are left out because they say what another one says, ``adapting`` how many adapt its base, ``unread`` how many
+    are in a script that the embedder does not know, ``shared`` whether targets learnt what others are asked.
     """
 
     seed: int
@@ -84,6 +84,7 @@ class Outcome:
     left_out: tuple[str, ...] = ()
     repeats: Mapping[str, int] = field(default_factory=dict)
     adapting: Mapping[str, int] = field(default_factory=dict)
+    unread: int = 0
     shared: bool = False
 
 
@@ -109,6 +110,10 @@ def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, emb
     plan.folder.mkdir(parents=True, exist_ok=True)
     vectors = _embedded(plan, items, embedder)
     readable = embedder.reads([i.input for i in items])
+    if not readable.all():
+        plan.say(
+            f"{(~readable).sum()} items are in a script that the embedder does not know: compared by their words alone"
+        )
     told = {i.item_id: vectors[i.item_id] * known for i, known in zip(items, readable, strict=True)}
     common = phrases([i.input for i in items])
     stacked = np.stack([told[i.item_id] for i in items])
@@ -134,7 +139,7 @@ def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, emb
     further = replace(plan, all_arms=False, methods=False, analyses=False)
     for seed in plan.seeds[1:]:
         outcomes.append(_outcome(plan, seed, world.seed(further, seed, outcomes[0].chosen), tasks))
-    return outcomes
+    return [replace(outcome, unread=int((~readable).sum())) for outcome in outcomes]
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,9 +64,10 @@ def alone(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise ConfigError(f"--out: cannot make the folder {folder}: {error.strerror}") from error
-    with (folder / _LOCK).open("w") as lock:
+        lock = (folder / _LOCK).open("w")
+    except OSError as error:
+        raise ConfigError(f"--out: cannot write in the folder {folder}: {error.strerror}") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from evaluation.corpus import Item
-from evaluation.duplicates import BLOCK, SAME_COSINE, Vectors, normal, similar_grams
+from evaluation.duplicates import BLOCK, SAME_COSINE, Vectors, normal, phrases, same_between, similar_grams
 from evaluation.splits import Fold
 from oppu.errors import ConfigError
 
@@ -38,10 +38,8 @@ def _sides(fold: Fold, vectors: Mapping[str, Vectors], common: frozenset[int] | 
         (0, 1) in _near(p.test, p.train, common=common) or _overlap(p.test, p.train, vectors) for p in fold.target
     ):
         yield "an item of a user's test part, or a near-duplicate, is also in his training part"
-    written, said = [item.input for item in (*learnt, *used) if item.bare], [item.output for item in held]
-    if {*map(normal, written)} & {*map(normal, said)} or (
-        written and (0, 1) in _near_texts(written, said, common=common)
-    ):
+    asked = [(p.test, [*p.train, *used]) for p in fold.target] if fold.shared else [(held, [*learnt, *used])]
+    if any(_written(texts, questions, common) for questions, texts in asked):
         yield "what a user is asked for is learnt as a text without an output"
     if any(normal(item.input) in fold.held for item in (*learnt, *used)):
         yield "an item of a sister task's test part is learnt or calibrated on"
@@ -67,14 +65,17 @@ def _users(items: Iterable[Item]) -> set[str]:
     return {item.user_id for item in items}
 
 
+def _written(texts: Sequence[Item], questions: Sequence[Item], common: frozenset[int] | None) -> bool:
+    """Whether what is asked for, or nearly that, is among the texts without an output."""
+    bare = [item.input for item in texts if item.bare]
+    said = [item.output for item in questions] if bare else []
+    return any(True for _ in same_between(bare, said, phrases(bare) if common is None else common))
+
+
 def _near(*parts: Sequence[Item], common: frozenset[int] | None) -> set[tuple[int, int]]:
     """Return which parts, by number, share near-duplicates by their word sequences."""
-    return _near_texts(*([item.input for item in part] for part in parts), common=common)
-
-
-def _near_texts(*parts: Sequence[str], common: frozenset[int] | None = None) -> set[tuple[int, int]]:
     of = [number for number, part in enumerate(parts) for _ in part]
-    pairs = similar_grams([text for part in parts for text in part], common)
+    pairs = similar_grams([item.input for part in parts for item in part], common)
     return {(min(of[a], of[b]), max(of[a], of[b])) for a, b in pairs}
 
 

@@ -75,8 +75,10 @@ def gather(files: Files, task: Task, bounds: Bounds, *, final: bool, bare: Colle
     unasked = {item.user_id for item in own} - asking if final and asking else set[str]()
     asked = replace(bounds, population=frozenset(i.user_id for i in others), unasked=frozenset(unasked))
     labels = read_labels(files.labels) if files.labels is not None else None
-    every, instruction = without_instructions(unique([*own, *others]))
-    rest = [item for part in _by_task(rest) for item in without_instructions(part)[0]]
+    every, instruction = unique([*own, *others]), ""
+    if not sharing(every, rest):  # texts that tasks have in common stay as they are in both
+        every, instruction = without_instructions(every)
+        rest = [item for part in _by_task(rest) for item in without_instructions(part)[0]]
     rest = sorted(rest, key=lambda item: item.day)
     sisters = sharing(every, rest)
     bounds = reachable(by_user(every), asked)
@@ -84,7 +86,7 @@ def gather(files: Files, task: Task, bounds: Bounds, *, final: bool, bare: Colle
     fit = reachable(by_user(made.items), asked)  # what does not fit the task is nobody's history
     if fit != bounds:
         made = settle(every, task, lambda items: not_tested(items, sisters, fit, final=final), labels)
-    if all(item.bare for item in made.items) and not all(item.bare for item in every):
+    if task.kind == "choice" and all(item.bare for item in made.items) and not all(item.bare for item in every):
         raise ConfigError(
             f"events: output: expected {' or '.join(task.labels)}, the place of a candidate such as '[1]: …' of the "
             f"input, or choices beside it, for task {task.name}; none of {len(every)} items has one"

@@ -163,7 +163,9 @@ def _queries(
     found = []
     for at, entry, output in known:
         name = f"{user}/{_identity(entry, user, at)}"
-        name = f"{name}?" if name in taken else name
+        while name in taken:
+            name += "?"
+        taken.add(name)
         if output:
             found.append(Item(name, user, task, day, _asked(str(entry["input"]), task), output, query=True))
     return found

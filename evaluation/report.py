@@ -100,6 +100,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
         "adaption": {f"seed {o.seed}, {name}": list(losses) for o in outcomes for name, losses in o.curves.items()},
         "repeats_left_out": dict(outcomes[0].repeats),
         "items_that_adapt_the_base": dict(outcomes[0].adapting),
+        "items_in_unread_scripts": outcomes[0].unread,
         "shared_items": outcomes[0].shared,
         "left_out": sorted({name for o in outcomes for name in o.left_out}),
         "recent_history_cut_share": outcomes[0].cut_share,

@@ -17,7 +17,7 @@ from datetime import date
 from enum import IntEnum
 
 from evaluation.corpus import Item, by_user
-from evaluation.duplicates import Vectors, normal, phrases, same_groups, similar_grams
+from evaluation.duplicates import Vectors, normal, phrases, same_between, same_groups
 from evaluation.roles import Bounds, roles
 from oppu.errors import ConfigError
 
@@ -204,23 +204,12 @@ def clusters(people: Sequence[Person]) -> list[int]:
 
 def _grouped(items: Sequence[Item], vectors: Vectors) -> dict[str, int]:
     """Return each item's group; a text without an output is the same as what has it, or nearly it, for an output."""
-    found = same_groups([item.input for item in items], vectors)
-    written = [(item.input, group) for item, group in zip(items, found, strict=True) if item.bare]
-    said = [(item.output, group) for item, group in zip(items, found, strict=True) if not item.bare]
-    groups = {normal(text): group for text, group in written}
-    pairs = [(group, groups[normal(text)]) for text, group in said if normal(text) in groups]
-    joined = dict(pairs) | (dict(_nearly(written, said, phrases([i.input for i in items]))) if written else {})
-    return {item.item_id: joined.get(group, group) for item, group in zip(items, found, strict=True)}
-
-
-def _nearly(
-    written: Sequence[tuple[str, int]], said: Sequence[tuple[str, int]], common: frozenset[int]
-) -> Iterable[tuple[int, int]]:
-    """Yield the groups of an output and of a text that share most of their word sequences."""
-    both = [*written, *said]
-    for a, b in similar_grams([text for text, _ in both], common):
-        if a < len(written) <= b:
-            yield both[b][1], both[a][1]
+    texts = [item.input for item in items]
+    written = [at for at, item in enumerate(items) if item.bare]
+    said = [at for at, item in enumerate(items) if not item.bare] if written else []
+    alike = same_between([texts[at] for at in written], [items[at].output for at in said], phrases(texts))
+    found = same_groups(texts, vectors, [(written[a], said[b]) for a, b in alike])
+    return {item.item_id: group for item, group in zip(items, found, strict=True)}
 
 
 def _days(items: Sequence[Item], sisters: Sequence[Item], *, final: bool) -> dict[str, _Days]:
@@ -266,8 +255,8 @@ def _fold(name: str, world: _World, role: Mapping[str, str], *, shared: bool = F
         sides[group] = max(sides[group], own)
         mine[item.user_id, group] = max(mine[item.user_id, group], own)
 
-    adapting = sorted({world.groups[item.item_id] for item, side in placed if side == Side.ADAPT})
-    second = frozenset(adapting[1::2])
+    adapting = {world.groups[item.item_id] for item, side in placed if side == Side.ADAPT}
+    second = frozenset(sorted(group for group in adapting if sides[group] == Side.CALIBRATE)[1::2])
 
     def stays(item: Item, side: Side, *, shared: bool) -> bool:
         group = world.groups[item.item_id]

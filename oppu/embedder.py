@@ -169,9 +169,14 @@ class SentenceEmbedder:
         """Return which texts are in a script that it knows ``[len(texts)]``.
 
         Not those of which half the pieces or more are unknown, or single letters beyond ASCII, which is all that a word
-        list has of scripts it was not made for. A text of signs alone counts as not read.
+        list has of scripts it was not made for. A text of signs alone counts as not read. What has no tokenizer of
+        transformers' is taken to read everything.
         """
+        from transformers import PreTrainedTokenizerBase
+
         tokenizer = self._model.tokenizer
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            return np.ones(len(texts), dtype=np.bool_)
         found = []
         for pieces in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []:
             known = Counter(self._kind(piece) for piece in pieces)
@@ -182,7 +187,8 @@ class SentenceEmbedder:
         """Tell a piece of a text: ``word``, ``letter`` where it says as much as nothing, or ``sign``."""
         if not self._kinds:
             tokenizer = self._model.tokenizer
-            words = type(tokenizer.backend_tokenizer.model).__name__ == _WORD_LIST
+            backend = getattr(tokenizer, "backend_tokenizer", None)
+            words = backend is not None and type(backend.model).__name__ == _WORD_LIST
             for name, number in tokenizer.get_vocab().items():
                 text = name.removeprefix("##") if words else name
                 letter = words and len(text) == 1 and not text.isascii() and text.isalpha()

@@ -123,7 +123,7 @@ class ModelSettings(_Section):
     embedder: str = Field("offline", description="sentence-transformers id or path; 'offline' = packaged MiniLM.")
     device: str = Field("cpu", description="Torch device: cpu, cuda, cuda:1 …")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Of base and embedder; adapters stay float32. auto: bfloat16 where the hardware has it."
+        "auto", description="Of base, embedder and served adapters. auto: bfloat16 where the hardware has it."
     )
     threads: int | None = Field(None, ge=1, description="Torch threads; none = all cores.")
     max_tokens: int = Field(256, ge=32, description="Prompt length; evidence is cut first, the query never.")

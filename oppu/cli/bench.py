@@ -75,7 +75,8 @@ def bank_serve(
     show("as many rows, more and more users", wide)
     moved = {rank: work.bytes_moved(loaded, work.ROWS, rank) for rank in scope.ranks}
     click.echo(f"adapter bytes of one batch of {work.ROWS} users, by rank: {moved}")
-    mates = changed_by_batch_mates(loaded, load_tasks(None), questions=2 if quick else QUESTIONS)
+    users, questions = (16, 2) if quick else (work.ROWS, QUESTIONS)
+    mates = changed_by_batch_mates(loaded, load_tasks(None), users=users, questions=questions)
     show("answers alone and among batch-mates", [mates.cells()])
     write(out, {**result, "rows": rows + wide, "adapter_bytes_by_rank": moved, "batch_mates": mates.cells()})
 

@@ -99,7 +99,7 @@ class SlotBank:
             dtype = torch.promote_types(torch.float32, weight.dtype) if trainable else weight.dtype
             size = slots + 1, sum(rank * (place.wide + place.out) for place in own)
             self.weights.append(torch.zeros(size, dtype=dtype, device=weight.device, requires_grad=trainable))
-        self._buffers: dict[int, torch.Tensor] = {}
+        self._buffers: dict[tuple[int, torch.dtype], torch.Tensor] = {}
         self._hooks = [module.register_forward_hook(self._hook(at)) for at, module in enumerate(targets.values())]
 
     @property
@@ -339,9 +339,10 @@ class SlotBank:
 
     def _gathered(self, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Gather into memory that every group of this size uses again."""
-        buffer = self._buffers.get(weights.shape[1])
+        kind = weights.shape[1], weights.dtype
+        buffer = self._buffers.get(kind)
         if buffer is None or len(buffer) < len(chosen):
-            buffer = self._buffers[weights.shape[1]] = weights.new_empty(len(chosen), weights.shape[1])
+            buffer = self._buffers[kind] = weights.new_empty(len(chosen), weights.shape[1])
         return torch.index_select(weights, 0, chosen, out=buffer[: len(chosen)])
 
     def _of(self, slot: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from benchmarks import bank_serve, residency
 from benchmarks.bank_serve import fastest
 from benchmarks.bank_train import WELL_RUN, accuracies, costs, shown
+from benchmarks.batch_mates import Changed
 from benchmarks.residency import ROWS, Draw, Run, compared
 from benchmarks.subjects import Peft, banked, base_named, random_adapter
 from benchmarks.timing import REPEATS, Cell, Timing, interleaved, rounded
@@ -75,6 +76,7 @@ def test_parts_of_a_benchmark_run_alone(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     monkeypatch.setattr("benchmarks.subjects.base_named", lambda *_, **__: None)
     monkeypatch.setattr(bank_serve, "bytes_moved", lambda *_: 0)
+    monkeypatch.setattr("benchmarks.batch_mates.changed_by_batch_mates", lambda *_, **__: Changed(0, 0.0, 0.0))
     monkeypatch.setattr(residency, "growth", lambda *_: [])
     for module, name in ((bank_serve, "against_others"), (bank_serve, "sweep_users"), (residency, "measure")):
         monkeypatch.setattr(module, name, kept)
@@ -91,6 +93,7 @@ def test_parts_of_a_benchmark_run_alone(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_the_rows_of_serving_vary_length_and_distinct_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, few in {"ROWS": 2, "WIDE_ROWS": 4, "DECODED": 2, "SWITCHED": 1, "CACHED": 4}.items():
         monkeypatch.setattr(bank_serve, name, few)
+    monkeypatch.setattr("benchmarks.batch_mates.changed_by_batch_mates", lambda *_, **__: Changed(64, 0.0, 1e-6))
     out = tmp_path / "out.json"
     options = ["--quick", "--users", "4", "--tokens", "8", "--tokens", "1", "--dtype", "bfloat16", "--json", str(out)]
     command = ["bank-serve", *options]

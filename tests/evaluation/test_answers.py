@@ -47,6 +47,15 @@ def test_candidates_may_be_numbered_from_0() -> None:
     assert {i.choices for i in done.items} == {("[0]", "[1]")}
 
 
+def test_places_count_from_0_where_the_input_shows_no_candidates_too() -> None:
+    done = settled(["[0]", "[1]", "1"], TASKS["citation"], input="a paper on rivers")
+    assert answers(done) == ["[0]", "[1]", "[1]"] and {i.choices for i in done.items} == {("[0]", "[1]")}
+    mixed = settled(["[0]", "[1]", "[2]"], TASKS["citation"], input="a paper on rivers")
+    assert answers(mixed) == ["[1]", "[2]"] and mixed.notes["items_left_out"] == 1
+    numbers = settled(["0", "2"], choices=("2", "0"))  # choices themselves, no places
+    assert answers(numbers) == ["0", "2"]
+
+
 class TestLabels:
     def test_they_come_from_what_may_be_learnt_alone(self) -> None:
         done = settled(["b", "a", "b", "late"], tests=1)

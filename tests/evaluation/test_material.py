@@ -100,6 +100,23 @@ def test_an_instruction_that_all_inputs_begin_with_is_left_out(tmp_path: Path) -
     assert [i.input for i in kept.items] == [f"This film is about {i.input}" for i in one.items]
 
 
+@pytest.mark.parametrize("count", [24, 15])
+def test_tasks_that_share_their_texts_keep_what_these_begin_with(tmp_path: Path, count: int) -> None:
+    made = both(news_headline=set(range(count, 24)))
+    story = "The following text is a news story of ours: "
+    every = [row | {"input": story + row["input"]} for own in made.values() for row in own]
+    found = material(Files(lines(tmp_path / "e.jsonl", every)), "news_categorize")
+    assert found.notes["sister_tasks"] == ["news_headline"] and "instruction_left_out" not in found.notes
+    cues = {
+        "news_categorize": "Name the category of this text: ",
+        "news_headline": "Write a headline for this one text: ",
+    }
+    asked = [row | {"input": cues[task] + row["input"]} for task, own in made.items() for row in own]
+    found = material(Files(lines(tmp_path / "a.jsonl", asked)), "news_categorize")
+    assert found.notes["sister_tasks"] == ["news_headline"]
+    assert found.notes["instruction_left_out"] == "Name the category of this text:"
+
+
 @pytest.mark.parametrize("output", ["A", "the cited title"])
 def test_where_no_output_is_a_place_it_says_what_is_expected(tmp_path: Path, output: str) -> None:
     events = [row | {"input": "a paper on rivers", "output": output} for row in rows("citation", COUNTS)]
@@ -147,7 +164,7 @@ class TestQueriesWithoutOutputs:
 
 def test_a_work_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="--out: cannot make the folder"), inputs.alone(tmp_path / "file" / "run"):
+    with pytest.raises(ConfigError, match="--out: cannot write in the folder"), inputs.alone(tmp_path / "file" / "run"):
         raise AssertionError("it cannot be there")
 
 

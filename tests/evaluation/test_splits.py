@@ -115,16 +115,19 @@ class TestOneSide:
         found = same_groups(texts, np.eye(len(texts), dtype=np.float32))
         assert len(set(found)) == 60 and found[0] == found[60]
 
-    @pytest.mark.parametrize("counts", [dict.fromkeys("abcdef", 30), dict.fromkeys("abcdef", 40)])
-    def test_dividing_and_checking_agree_on_what_all_texts_say(self, counts: dict[str, int]) -> None:
-        cue = "answer with one tag alone and nothing before or behind it"
-        items = [replace(i, input=f"{i.input} {cue}") for i in people(counts)]
-        common = phrases([i.input for i in items])
-        for final in (False, True):
-            made = make_folds(items, stacked(items), replace(BOUNDS, folds_below=12), final=final)
-            assert all(fold.repeats == 0 for fold in made)
-            for fold in made:
-                check(fold, vectors(items), common)
+    def test_dividing_and_checking_agree_on_what_many_texts_say(self) -> None:
+        cue = " ".join(f"instruction{k}" for k in range(40))
+        asked = [i for i in people(dict.fromkeys("abcdefg", 100)) if i.day.day % 10 in (1, 4, 7)]  # over 200 of them
+        some = {i.item_id for i in asked}
+        items = [
+            replace(i, input=f"{i.input} {cue}") if i.item_id in some else i
+            for i in people(dict.fromkeys("abcdefg", 100))
+        ]
+        [fold, *_] = make_folds(items, stacked(items), Bounds(), final=False)
+        assert len(some) > 200 and fold.repeats == 0
+        check(fold, vectors(items), phrases([i.input for i in items]))
+        with pytest.raises(ConfigError, match="near-duplicate"):
+            check(fold, vectors(items))  # of the fold's own items fewer have it than make a phrase
 
     def test_equal_vectors_are_one_group_and_empty_ones_say_nothing(self) -> None:
         rows = np.zeros((6, 4), dtype=np.float32)
@@ -175,7 +178,7 @@ class TestPlantedLeaks:
         self.refused(replace(fold, target=(replace(first, items=tuple(items)), *rest)), own, "not later")
 
     def test_near_duplicates_across_the_cut(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(splits, "same_groups", lambda texts, rows: list(range(len(texts))))
+        monkeypatch.setattr(splits, "same_groups", lambda texts, rows, more: list(range(len(texts))))
         items = people(COUNTS)
         own = dict(vectors(items))
         test = next(i for i in items if i.item_id == "t0/pick/24")
@@ -185,7 +188,7 @@ class TestPlantedLeaks:
         self.refused(fold, own, "near-duplicate")
 
     def test_a_co_authors_paper(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(splits, "same_groups", lambda texts, rows: list(range(len(texts))))
+        monkeypatch.setattr(splits, "same_groups", lambda texts, rows, more: list(range(len(texts))))
         items = people(COUNTS)
         text = next(i for i in items if i.item_id == "t0/pick/24").input
         items = sorted([*items, item("t1", 1, text=text, task="again")], key=lambda i: i.day)
@@ -216,6 +219,21 @@ class TestPlantedLeaks:
         first, *rest = fold.target
         leak = replace(first, items=(written, *first.items[4:]), groups=(0, *first.groups[4:]), cut=first.cut - 3)
         self.refused(replace(fold, target=(leak, *rest)), own, "learnt as a text without an output")
+
+    def test_one_output_may_be_near_several_texts(self) -> None:
+        said = [f"said{k}" for k in range(16)]
+        items = people(COUNTS)
+        late = next(i for i in items if i.item_id == "t0/pick/24")
+        asked = replace(late, output=" ".join(said), choices=())
+        texts = (" ".join([*said[:14], "x", "y"]), " ".join(["u", "v", *said[2:]]))
+        bare = [
+            replace(item("t0", at, text=text, task="again"), output="", choices=())
+            for at, text in zip((3, 5), texts, strict=True)
+        ]
+        items = sorted([*(asked if i is late else i for i in items), *bare], key=lambda i: i.day)
+        fold = only(items)
+        assert not {i.item_id for i in bare} & {i.item_id for p in fold.target for i in p.train}
+        check(fold, vectors(items))
 
     def test_calibration_on_adapted_users(self) -> None:
         fold, own = self.sound()
@@ -400,7 +418,7 @@ def test_the_layouts_own_queries_are_the_test_part() -> None:
 
 
 def test_word_sequences_across_the_cut_are_seen_without_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(splits, "same_groups", lambda texts, rows: list(range(len(texts))))
+    monkeypatch.setattr(splits, "same_groups", lambda texts, rows, more: list(range(len(texts))))
     items = people(COUNTS)
     text = next(i for i in items if i.item_id == "t0/pick/24").input
     items = sorted([*items, item("t1", 1, text=text + " and more", task="again")], key=lambda i: i.day)
@@ -464,9 +482,24 @@ class TestSharedThings:
         items = people({f"t{n:02}": 40 for n in range(14)})
         items = [replace(i, input=f"thing {i.day} " * 6) for i in items]
         made = make_folds(items, stacked(items), Bounds(target=40), final=True)
-        assert all(fold.shared and {i.day.day % 2 for i in fold.adapt} and len(fold.adapt) >= 100 for fold in made)
         for fold in made:
+            adapting = {normal(i.input) for i in fold.adapt}
+            chosen = {normal(i.input) for p in fold.calibrate for i in p.items}
+            assert fold.shared and (len(adapting), len(chosen)) == (16, 16)
             check(fold, vectors(items))
+
+    def test_it_is_every_second_of_what_calibrate_users_have_in_common_with_others(self) -> None:
+        items = people({"t0": 25, "t1": 25})
+        for at in range(14):
+            items.append(item("c11", at))  # one who adapts the base does something of his own before each of them
+            thing = " ".join(f"thing{at}x{k}" for k in range(12))
+            items += [item(f"c{n}", at, text=thing) for n in range(10)]
+        items = sorted(items, key=lambda i: i.day)
+        [fold] = make_folds(items, stacked(items), BOUNDS, final=True)
+        chosen = {normal(i.input) for p in fold.calibrate for i in p.items}
+        common = {normal(i.input) for i in fold.adapt if i.user_id != "c11"}
+        assert fold.shared and (len(chosen), len(common)) == (7, 7) and not chosen & common
+        check(fold, vectors(items))
 
     def test_controls_leave_out_what_is_asked_about(self) -> None:
         _, fold = self.made()
