@@ -15,7 +15,7 @@ from evaluation.experiment import Outcome, Plan
 from evaluation.figures import draw
 from evaluation.methods import PREFIX
 from evaluation.presets import whole
-from evaluation.sections import between, sections
+from evaluation.sections import between, sections, worst_rows
 from evaluation.splits import Person, clusters
 from evaluation.statistics import (
     CASE_STUDY_BELOW,
@@ -24,6 +24,7 @@ from evaluation.statistics import (
     block_interval,
     contrast,
     holm,
+    max_t,
     mean_interval,
     units,
 )
@@ -38,6 +39,7 @@ P2_VOLUME, P2_PERMUTED = "P2 oppu - volume", "P2 oppu - permuted"
 P3 = "P3 fused - evidence, after the 16th event"
 PRIMARY = (P1, P2_VOLUME, P2_PERMUTED, P3)
 """What is tested, Holm's adjustment over them; all else is exploratory (protocol section 4)."""
+FUSED_LESS = "fused - "
 SEEDS = 3
 """Of base and adapters, before anything counts as shown (protocol section 4)."""
 METRICS: Mapping[Kind, str] = {
@@ -66,6 +68,9 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
     arms = {name: _measured([o for o in outcomes if name in o.arms.held], name, of, kind) for name in merits[0]}
     differences = _differences(merits) | _prequential(outcomes, kind)
     tests = {name: _tested(parts, of) for name, parts in differences.items()}
+    lost = max_t(
+        {n: parts for n, parts in differences.items() if n.startswith(FUSED_LESS) and n[len(FUSED_LESS) :] in arms}, of
+    )
     ran = {name: sum({a, b} <= set(m) for m in merits) for name, (a, b) in _pairs(merits[0]).items()}
     runs = [o.arms.texts for o in outcomes]
     if kind == "text":
@@ -89,7 +94,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
         "tests": {
             name: asdict(c)
             | {"without_single_label": _of_many_labels(differences.get(name, []), people)}
-            | {"holm_p": adjusted.get(name), "seeds": ran.get(name, len(outcomes))}
+            | {"holm_p": adjusted.get(name), "max_t_p": lost.get(name), "seeds": ran.get(name, len(outcomes))}
             | (_case(differences.get(name, []), people) if few else {})
             for name, c in tests.items()
         },
@@ -181,7 +186,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     ]
     lines += _arm_rows(result["arms"])
     claimed = text_report.table(result["arms"], result["rouge_beats_lead"])
-    parts = [*lines, claimed, *_test_rows(result["tests"]), *_user_rows(result["tests"])]
+    parts = [*lines, claimed, *_test_rows(result["tests"]), *worst_rows(result["tests"]), *_user_rows(result["tests"])]
     return "\n".join(parts) + "\n" + sections(result)
 
 
@@ -277,7 +282,7 @@ def _pairs(merits: Collection[str]) -> dict[str, tuple[str, str]]:
             if f"{c}+prior" in merits
         }
     if "fused" in merits:
-        pairs |= {f"fused - {c}": ("fused", c) for c in merits if c != "fused"}
+        pairs |= {f"{FUSED_LESS}{c}": ("fused", c) for c in merits if c != "fused"}
     return pairs
 
 

@@ -48,6 +48,18 @@ def _adaption(result: Mapping[str, Any]) -> str:
     return "".join(lines)
 
 
+def worst_rows(tests: Mapping[str, Any]) -> list[str]:
+    """Say of the arm that ``fused`` stands worst against whether that is a loss, judged as the worst of all."""
+    judged = {name: t["max_t_p"] for name, t in tests.items() if t["max_t_p"] is not None}
+    if not judged:
+        return []
+    name = min(judged, key=lambda one: judged[one])
+    said = (
+        f"{tests[name]['difference']:+.4f}, one-sided p {judged[name]:.3f} by max-T bootstrap over {len(judged)} arms"
+    )
+    return ["", f"The arm that fused stands worst against: {name.removeprefix('fused - ')} ({said})."]
+
+
 def _chooser(choice: Mapping[str, Any], first_seed: int) -> str:
     if choice["merits"]:
         return "calibrate users"

@@ -1,6 +1,6 @@
 """Intervals and tests over users (protocol section 4). Letters: u users, q queries."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,6 +134,34 @@ def holm(p: Sequence[float]) -> list[float]:
         worst = max(worst, min(1.0, (len(p) - rank) * p[at]))
         adjusted[at] = worst
     return [float(x) for x in adjusted]
+
+
+def max_t(differences: Mapping[str, Sequence[Array]], clusters: Sequence[int], seed: int = 0) -> dict[str, float]:
+    """Return how likely so large a loss were in any of several contrasts, if none of them had one (max-T bootstrap).
+
+    What is picked because it came out worst is judged by the worst of all contrasts in each resample (Westfall and
+    Young, Resampling-Based Multiple Testing, 1993, single step).
+
+    Args:
+        differences: By contrast, each user's per-query differences; negative is a loss.
+        clusters: Each user's cluster number; users of one cluster are resampled together.
+        seed: Of the resamples.
+
+    Returns:
+        One-sided p by contrast; 1 for all of them where there are too few clusters to resample.
+    """
+    names, of_user = np.unique(np.asarray(clusters), return_inverse=True)
+    if len(names) < LEAST_CLUSTERS or not differences:
+        return dict.fromkeys(differences, 1.0)
+    sums = np.array([[d.sum() for d in users] for users in differences.values()])
+    counts = np.array([len(d) for d in next(iter(differences.values()))], dtype=np.float64)
+    means = sums.sum(axis=1) / counts.sum()
+    chance = np.random.default_rng(seed)
+    drawn = chance.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)[:, of_user]
+    moved = means - (drawn @ sums.T) / (drawn @ counts)[:, None]
+    errors = np.maximum(moved.std(axis=0), np.finfo(np.float64).tiny)
+    worst = (moved / errors).max(axis=1)
+    return {name: float((worst >= -t).mean()) for name, t in zip(differences, means / errors, strict=True)}
 
 
 def mean_interval(values: Sequence[Array], clusters: Sequence[int], seed: int = 0) -> Interval:

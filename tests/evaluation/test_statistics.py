@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evaluation.statistics import BY_CLUSTERS, BY_USERS, contrast, holm, mean_interval, sign_flip, units
+from evaluation.statistics import BY_CLUSTERS, BY_USERS, contrast, holm, max_t, mean_interval, sign_flip, units
 
 
 def test_sign_flip_is_exact_for_few_users() -> None:
@@ -103,3 +103,26 @@ def test_where_all_share_items_there_is_an_interval_all_the_same_and_p_flips_use
     assert contrast(users, [0] * 12).ci is None
     shared = contrast(users, units([0] * 12)[0])
     assert shared.ci is not None and shared.detectable > 0 and shared.p == apart.p
+
+
+class TestMaxT:
+    def drawn(self, seed: int, contrasts: int, shift: float = 0.0) -> dict[str, list[np.ndarray]]:
+        """Forty users of ten queries; the first contrast loses ``shift`` of a standard deviation."""
+        chance = np.random.default_rng(seed)
+        return {
+            f"c{k}": [chance.normal(-shift if k == 0 else 0.0, size=10) for _ in range(40)] for k in range(contrasts)
+        }
+
+    def test_a_clear_loss_is_one_among_many_and_the_others_are_none(self) -> None:
+        found = max_t(self.drawn(0, 25, shift=0.4), range(40))
+        assert found.pop("c0") < 0.001 and min(found.values()) > 0.05
+
+    def test_the_worst_of_many_is_not_a_loss_for_being_the_worst(self) -> None:
+        least = [min(max_t(self.drawn(seed, 25), range(40)).values()) for seed in range(1, 41)]
+        alone = [min(max_t({n: d}, range(40))[n] for n, d in self.drawn(seed, 25).items()) for seed in range(1, 21)]
+        assert np.mean(np.array(least) < 0.05) <= 0.15 and np.mean(np.array(alone) < 0.05) >= 0.5
+
+    def test_gains_and_ties_are_no_losses(self) -> None:
+        found = max_t({"gain": [np.ones(3)] * 5, "tie": [np.zeros(3)] * 5}, range(5))
+        assert found["gain"] == 1.0 and found["tie"] > 0.05
+        assert max_t({"two users": [-np.ones(3)] * 2}, range(2)) == {"two users": 1.0}

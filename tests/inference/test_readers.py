@@ -45,7 +45,7 @@ def test_results_and_errors_arrive(readers: Readers) -> None:
 def test_as_many_hung_reads_as_readers_starve_nobody(readers: Readers, gate: threading.Event) -> None:
     hung = [readers.submit(gate.wait, LONG) for _ in range(2)]
     assert readers.submit(abs, -1).result(LONG) == 1
-    assert readers.lost == 2
+    assert until(lambda: readers.lost == 2)
     gate.set()
     assert all(future.result(LONG) for future in hung)
     assert until(lambda: readers.lost == 0)
