@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from inference.blending import DEFAULT, TextFusion, caches, load_text_fusion
+from inference.blending import DEFAULT, MARGIN, TextFusion, caches, load_text_fusion
 from oppu.errors import ConfigError
 from oppu.lm.blend import EXPERTS, shares
 from oppu.values import Event, EventId, UserId
@@ -39,12 +39,12 @@ def test_an_adapter_that_hurts_its_user_gives_its_weight_to_the_base() -> None:
     def share(earned: float) -> dict[str, float]:
         return shares(DEFAULT.weights(256, adapter=True, earned=earned), dict.fromkeys(EXPERTS, 1))
 
-    before, after = share(0.0), share(-5.0)
+    before, after = share(0.0), share(-6.0)
     assert before["adapter"] > 0.2 and after["adapter"] < 0.03
     assert after["base"] + after["adapter"] == pytest.approx(before["base"] + before["adapter"])
     assert all(after[name] == pytest.approx(before[name]) for name in EXPERTS if name not in ("base", "adapter"))
-    assert DEFAULT.adapter_share(256, -5.0) == after["adapter"] < DEFAULT.adapter_share(256, -1.0) < before["adapter"]
-    assert share(2.0) == before
+    assert DEFAULT.adapter_share(256, -6.0) == after["adapter"] < DEFAULT.adapter_share(256, -2.0) < before["adapter"]
+    assert share(2.0) == share(-MARGIN) == before
     assert DEFAULT.weights(256, adapter=False, earned=-5.0) == DEFAULT.weights(256, adapter=False)
 
 
