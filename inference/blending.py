@@ -23,7 +23,7 @@ FILE = "text_fusion.json"
 
 MARGIN = 1.0
 """Log odds that an adapter may lose before it loses weight: a text's gain is a sum over its tokens, and less than that
-is noise. Chosen of 0, 0.5, 1, 2 and 4 on development data: from here on weighing costs an adapter that helps nothing."""
+is noise. Chosen of 0, 0.5, 1, 2 and 4 on development data: from here on weighing costs nothing where adapters help."""
 
 Coefficients = Mapping[str, tuple[float, float, float]]
 """By expert, of its log weight: level, slope over ``length``, and what each further matched token adds."""
