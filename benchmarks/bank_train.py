@@ -157,7 +157,7 @@ def updates_at_once(tasks: Tasks, named: Named, device: Device | None, *, repeat
     Returns:
         As ``train_at_once.at_once``.
     """
-    config = _update_config()
+    config = update_config()
 
     def bank(dtype: str) -> Train:
         settings = ModelSettings(lora_rank=RANK, lora_alpha=ALPHA)
@@ -249,7 +249,7 @@ def _turnover(model: TorchModel, tasks: Tasks, mixed: tuple[int, int, int]) -> d
 
 def _updates(subjects: Subjects, tasks: Tasks, named: Named) -> dict[str, Callable[[], object]]:
     """An update with 16 new events on 200: all of them again, or the new ones beside some older ones."""
-    own, config = UpdaterSettings(), _update_config()
+    own, config = UpdaterSettings(), update_config()
     plain = named("float32")
     encoder = encoder_of(plain, tasks)
     whole, part = jobs_of(1, HISTORY + NEW, tasks), jobs_of(own.users_per_tick, NEW + own.replay, tasks)
@@ -274,7 +274,8 @@ def _banked(model: TorchModel, jobs: Sequence[Job], config: TrainConfig) -> floa
     return math.fsum(result.mean_loss for result in done) / len(done)
 
 
-def _update_config() -> TrainConfig:
+def update_config() -> TrainConfig:
+    """Return how the service trains an increment."""
     own = UpdaterSettings()
     return TrainConfig(own.learning_rate, own.weight_decay, own.passes, own.batch)
 

@@ -10,19 +10,18 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.bank_train import jobs_of
+from benchmarks.bank_train import NEW, jobs_of, update_config
 from benchmarks.timing import Cell
 from oppu.errors import FatalError
 from oppu.lm.base import LoadedBase
 from oppu.lm.model import TorchModel
-from oppu.lm.port import AdapterRef, Row, TrainConfig, TrainJob
-from oppu.settings import ModelSettings, UpdaterSettings
+from oppu.lm.port import AdapterRef, Row, TrainJob
+from oppu.settings import ModelSettings
 from oppu.tasks import Tasks
 from oppu.values import UserId
 
 QUESTIONS = 16
 """Of each user: as many batches, each with a row of every user."""
-LEARNT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +73,15 @@ def changed_by_batch_mates(base: LoadedBase, tasks: Tasks, *, users: int, questi
 
 def _rows(model: TorchModel, tasks: Tasks, users: int, questions: int) -> list[Row]:
     """Train every user's adapter on some events, and ask about later ones; neighbours are different users."""
-    own = UpdaterSettings()
-    histories = jobs_of(users, LEARNT + questions, tasks)
-    jobs = [TrainJob(UserId(f"u{at}"), None, history[:LEARNT], at) for at, history in enumerate(histories)]
-    config = TrainConfig(own.learning_rate, own.weight_decay, own.passes, own.batch)
+    histories = jobs_of(users, NEW + questions, tasks)
+    jobs = [TrainJob(UserId(f"u{at}"), None, history[:NEW], at) for at, history in enumerate(histories)]
     refs = [AdapterRef(job.user_id, 0, 1) for job in jobs]
-    for ref, trained in zip(refs, model.train(jobs, config, heartbeat=lambda: None), strict=True):
+    for ref, trained in zip(refs, model.train(jobs, update_config(), heartbeat=lambda: None), strict=True):
         if trained.tensors is None:
             raise FatalError(f"the adapter of {ref.user_id} did not stay finite")
         model.install(ref, trained.tensors)
     return [
         Row(one.task, one.input, choices=one.choices, adapter=ref)
         for number in range(questions)
-        for ref, one in zip(refs, (history[LEARNT + number] for history in histories), strict=True)
+        for ref, one in zip(refs, (history[NEW + number] for history in histories), strict=True)
     ]

@@ -128,20 +128,11 @@ def _between(outcomes: Sequence[Outcome], kind: Kind) -> Rows:
 
 def _by_length(outcomes: Sequence[Outcome], kind: Kind) -> Rows:
     """Part all events of the stream, each answered before it was learnt, by the user's events before it."""
-    streams: dict[str, list[list[Array]]] = {}
-    for o in outcomes:
-        own = {"none": [t.base for t in o.tables], FOLLOW: [t.follow for t in o.tables], **o.arms.stream}
-        for arm, scores in own.items():
-            merits = [_merits(p, s, kind) for p, s in zip(o.people, scores, strict=True)]
-            streams.setdefault(arm, []).append(merits)
-    means = {arm: [np.mean(same, axis=0) for same in zip(*seeds, strict=True)] for arm, seeds in streams.items()}
-    found = []
-    for low, high in zip(BOUNDS, BOUNDS[1:], strict=False):
-        own = {arm: [users[low:high][~np.isnan(users[low:high])] for users in every] for arm, every in means.items()}
-        some = [at for at in range(len(outcomes[0].people)) if all(len(users[at]) for users in own.values())]
-        if some:
-            found.append(_row(_band(low, high), {arm: [users[at] for at in some] for arm, users in own.items()}))
-    return found
+    streams = [
+        {"none": [t.base for t in o.tables], FOLLOW: [t.follow for t in o.tables], **o.arms.stream} for o in outcomes
+    ]
+    merits = [_merits_of(o, own, kind) for o, own in zip(outcomes, streams, strict=True)]
+    return _banded(merits, tuple(zip(BOUNDS, BOUNDS[1:], strict=False)), range(len(outcomes[0].people)))
 
 
 def _policies(outcomes: Sequence[Outcome], kind: Kind) -> Rows:
@@ -149,26 +140,38 @@ def _policies(outcomes: Sequence[Outcome], kind: Kind) -> Rows:
 
     Events before the first of them are in no row: both say there what the base says.
     """
-    people = outcomes[0].people
-    of, _ = units(clusters(people))
-    seeds: dict[str, list[list[Array]]] = {FOLLOW: [], RETRAINED: []}
+    merits = []
     for o in outcomes:
         retrained = {user: scores for part in o.analysed for user, scores in part.retrained.items()}
-        both = {FOLLOW: [t.follow for t in o.tables], RETRAINED: [retrained[p.user_id] for p in people]}
-        for arm, scores in both.items():
-            merits = [_merits(p, s, kind) for p, s in zip(people, scores, strict=True)]
-            seeds[arm].append(
-                [np.where(np.arange(len(m)) < t.adapted, np.nan, m) for m, t in zip(merits, o.tables, strict=True)]
-            )
-    means = {arm: [np.mean(same, axis=0) for same in zip(*every, strict=True)] for arm, every in seeds.items()}
+        both = {FOLLOW: [t.follow for t in o.tables], RETRAINED: [retrained[p.user_id] for p in o.people]}
+        merits.append(_merits_of(o, both, kind))
+        for users in merits[-1].values():
+            for table, own in zip(o.tables, users, strict=True):
+                own[: table.adapted] = np.nan
+    bands = ((BOUNDS[1], BOUNDS[-1]), *zip(BOUNDS[1:], BOUNDS[2:], strict=False))
+    return _banded(merits, bands, units(clusters(outcomes[0].people))[0])
+
+
+def _banded(
+    seeds: Sequence[Mapping[str, Sequence[Array]]], bands: Sequence[tuple[int, int]], of: Sequence[int]
+) -> Rows:
+    """Return a row a band of the events before an item, over the seeds' mean merits ``[n]`` by arm and user."""
+    means = {arm: [np.mean(same, axis=0) for same in zip(*(s[arm] for s in seeds), strict=True)] for arm in seeds[0]}
     found = []
-    for low, high in [(BOUNDS[1], BOUNDS[-1]), *zip(BOUNDS[1:], BOUNDS[2:], strict=False)]:
+    for low, high in bands:
         own = {arm: [users[low:high][~np.isnan(users[low:high])] for users in every] for arm, every in means.items()}
-        some = [at for at in range(len(people)) if len(own[FOLLOW][at])]
+        some = [at for at in range(len(of)) if all(len(users[at]) for users in own.values())]
         if some:
             arms = {arm: [users[at] for at in some] for arm, users in own.items()}
             found.append(_row(_band(low, high), arms, [of[at] for at in some]))
     return found
+
+
+def _merits_of(outcome: Outcome, streams: Mapping[str, Sequence[Array]], kind: Kind) -> dict[str, list[Array]]:
+    return {
+        arm: [_merits(p, s, kind) for p, s in zip(outcome.people, scores, strict=True)]
+        for arm, scores in streams.items()
+    }
 
 
 def _merits(person: Person, scores: Array, kind: Kind) -> Array:

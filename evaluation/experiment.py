@@ -1,11 +1,8 @@
 """The whole experiment of one task: split, adapt, train, score, compare; every stage kept, so that a kill costs one."""
 
 import hashlib
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +127,7 @@ def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, emb
         )
     inputs.keep(plan.folder, items, plan.bounds, settings, _more(plan, tasks.require(plan.task)))
     if plan.final:
-        _log_opening(plan)
+        inputs.opened(plan.folder, {"task": plan.task, "recipe": plan.recipe.digest(), **asdict(plan.recipe)})
     _announce(plan, folds, items, settings, tasks)
     pasts_of = [_pasts(fold, vectors, embedder, settings, plan.profiles) for fold in folds]
     others = settled(plan.sisters, tasks, plan.bounds, final=plan.final) if plan.analyses else []
@@ -379,17 +376,6 @@ def _embedded(plan: Plan, items: Sequence[Item], embedder: Embedder) -> dict[str
             np.save(file, embedder.embed([item.input for item in items]))
         part.replace(path)
     return {item.item_id: row for item, row in zip(items, np.load(path), strict=True)}
-
-
-def _log_opening(plan: Plan) -> None:
-    line = {
-        "at": datetime.now(UTC).isoformat(),
-        "task": plan.task,
-        "recipe": plan.recipe.digest(),
-        **asdict(plan.recipe),
-    }
-    with (plan.folder / "final.log").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, sort_keys=True) + os.linesep)
 
 
 def _joined(parts: Sequence[Arms]) -> Arms:

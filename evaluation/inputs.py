@@ -3,8 +3,10 @@
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 from evaluation.corpus import Item
@@ -12,7 +14,7 @@ from evaluation.roles import Bounds
 from oppu.errors import ConfigError
 from oppu.settings import Settings
 
-_FILE, _LOCK = "inputs.json", "lock"
+_FILE, _LOCK, _OPENINGS = "inputs.json", "lock", "final.log"
 _OF_THE_MACHINE = {"device", "dtype", "threads"}
 
 
@@ -50,6 +52,18 @@ def keep(
             raise ConfigError(f"--out: {folder} holds results of other {', '.join(other)}: name another folder")
     else:
         write_whole(path, json.dumps(now, indent=1) + "\n")
+
+
+def opened(folder: Path, what: Mapping[str, object]) -> None:
+    """Write down that the held-back part was opened, when, and by what.
+
+    Args:
+        folder: The run's.
+        what: Task and recipe.
+    """
+    line = {"at": datetime.now(UTC).isoformat(), **what}
+    with (folder / _OPENINGS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, sort_keys=True) + os.linesep)
 
 
 @contextmanager

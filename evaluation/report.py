@@ -68,9 +68,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
     arms = {name: _measured([o for o in outcomes if name in o.arms.held], name, of, kind) for name in merits[0]}
     differences = _differences(merits) | _prequential(outcomes, kind)
     tests = {name: _tested(parts, of) for name, parts in differences.items()}
-    lost = max_t(
-        {n: parts for n, parts in differences.items() if n.startswith(FUSED_LESS) and n[len(FUSED_LESS) :] in arms}, of
-    )
+    lost = max_t({name: parts for arm in arms if (parts := differences.get(name := f"{FUSED_LESS}{arm}"))}, of)
     ran = {name: sum({a, b} <= set(m) for m in merits) for name, (a, b) in _pairs(merits[0]).items()}
     runs = [o.arms.texts for o in outcomes]
     if kind == "text":

@@ -33,9 +33,14 @@ class Bounds:
     strict: bool = True
     unasked: frozenset[str] = field(default=frozenset(), repr=False)
 
+    @property
+    def barred(self) -> frozenset[str]:
+        """Who is never a target."""
+        return self.population | self.unasked
+
     def able(self, user: str, items: Sequence[Item]) -> bool:
         """Whether a user with these items is a target."""
-        return len(items) >= self.target and user not in self.population | self.unasked
+        return len(items) >= self.target and user not in self.barred
 
 
 def reachable(people: Mapping[str, Sequence[Item]], bounds: Bounds) -> Bounds:
@@ -135,8 +140,7 @@ def _plain(user: str) -> str:
 
 def _counts(people: Mapping[str, Sequence[Item]], bounds: Bounds) -> list[int]:
     """Return the numbers of items of those who may be targets, the most first."""
-    barred = bounds.population | bounds.unasked
-    return sorted((len(own) for user, own in people.items() if user not in barred), reverse=True)
+    return sorted((len(own) for user, own in people.items() if user not in bounds.barred), reverse=True)
 
 
 def _helpful(counts: Sequence[int]) -> int:

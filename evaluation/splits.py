@@ -288,11 +288,13 @@ def _fold(name: str, world: _World, role: Mapping[str, str], *, shared: bool = F
     able = tuple(p for p in chosen["target"] if 0 < p.cut < len(p.items))
     repeats = len(placed) - sum(map(len, kept.values()))
     calibrate = tuple(p for p in chosen["calibrate"] if p.items)
-    lost = max(
-        1 - left[False][side] / left[True][side] if left[True][side] else 0.0 for side in (Side.TRAIN, Side.ADAPT)
-    )
+    lost = max(_lost(left[False][side], left[True][side]) for side in (Side.TRAIN, Side.ADAPT))
     made = Fold(name, tuple(adapt), calibrate, able, held, repeats=repeats, lost=lost, shared=shared)
     return _before_test(made) if world.bounds.before_test and able else made
+
+
+def _lost(kept: int, of: int) -> float:
+    return 1 - kept / of if of else 0.0
 
 
 def _held_elsewhere(world: _World, role: Mapping[str, str]) -> frozenset[str]:

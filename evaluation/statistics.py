@@ -150,14 +150,12 @@ def max_t(differences: Mapping[str, Sequence[Array]], clusters: Sequence[int], s
     Returns:
         One-sided p by contrast; 1 for all of them where there are too few clusters to resample.
     """
-    names, of_user = np.unique(np.asarray(clusters), return_inverse=True)
-    if len(names) < LEAST_CLUSTERS or not differences:
+    drawn = _resampled(clusters, seed)
+    if drawn is None or not differences:
         return dict.fromkeys(differences, 1.0)
     sums = np.array([[d.sum() for d in users] for users in differences.values()])
     counts = np.array([len(d) for d in next(iter(differences.values()))], dtype=np.float64)
     means = sums.sum(axis=1) / counts.sum()
-    chance = np.random.default_rng(seed)
-    drawn = chance.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)[:, of_user]
     moved = means - (drawn @ sums.T) / (drawn @ counts)[:, None]
     errors = np.maximum(moved.std(axis=0), np.finfo(np.float64).tiny)
     worst = (moved / errors).max(axis=1)
@@ -192,16 +190,25 @@ def block_interval(values: Array, seed: int = 0) -> tuple[float, float]:
 
 def _intervals(sums: Array, counts: Array, clusters: Sequence[int], seed: int) -> tuple[Interval, Interval, float]:
     """Return the intervals over queries and over users, and the standard error of the latter (NaN without)."""
-    names, of_user = np.unique(np.asarray(clusters), return_inverse=True)
-    if len(names) < LEAST_CLUSTERS:
+    drawn = _resampled(clusters, seed)
+    if drawn is None:
         return None, None, float("nan")
-    chance = np.random.default_rng(seed)
-    drawn = chance.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)[:, of_user]
     over_queries = (drawn @ sums) / (drawn @ counts)
     over_users = (drawn @ (sums / counts)) / drawn.sum(axis=1)
     # a resample of n clusters varies by (n - 1) / n of what another sample would
-    error = over_users.std() * np.sqrt(len(names) / (len(names) - 1))
+    count = len(set(clusters))
+    error = over_users.std() * np.sqrt(count / (count - 1))
     return _bounds(over_queries), _bounds(over_users), float(error)
+
+
+def _resampled(clusters: Sequence[int], seed: int) -> NDArray[np.int64] | None:
+    """Return how often each user is drawn in each resample of clusters; ``None`` where there are too few of them."""
+    names, of_user = np.unique(np.asarray(clusters), return_inverse=True)
+    if len(names) < LEAST_CLUSTERS:
+        return None
+    chance = np.random.default_rng(seed)
+    drawn: NDArray[np.int64] = chance.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
+    return drawn[:, of_user]
 
 
 def _bounds(values: Array) -> tuple[float, float]:
