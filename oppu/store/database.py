@@ -6,8 +6,10 @@ that may pass become ``TransientError``; faults of ours (bad SQL, broken constra
 """
 
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +28,7 @@ CHUNK = 400
 """Rows of one IN list or VALUES: far below SQLite's 32,766 variables, and quick to plan on PostgreSQL."""
 
 _IDLE_TRANSACTION_SECONDS = 60  # a stopped worker must not hold its row locks for ever
-_SQLITE_ERROR = 1  # SQLite's code of bad SQL and missing tables, which it calls operational errors
+_BETWEEN_TRIES_SECONDS = 0.01
 _READ_ONLY = "25006"  # PostgreSQL's state of a server that is being failed over
 _WRITE = "oppu_write"
 _REGISTER_LOCK = 0x6F707075  # "oppu"
@@ -167,14 +169,16 @@ def _may_pass(error: exc.SQLAlchemyError) -> bool:
         return False
     if error.connection_invalidated or getattr(error.orig, "sqlstate", None) == _READ_ONLY:
         return True
-    return isinstance(error, exc.OperationalError) and getattr(error.orig, "sqlite_errorcode", None) != _SQLITE_ERROR
+    # SQLite calls bad SQL and missing tables operational errors too
+    bad_sql = getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR
+    return isinstance(error, exc.OperationalError) and not bad_sql
 
 
 def _engine(url: URL, busy_timeout_seconds: float) -> Engine:
     common: dict[str, Any] = {"hide_parameters": True, "pool_timeout": busy_timeout_seconds}
     if url.get_backend_name() == "sqlite":
         engine = create_engine(url, connect_args={"timeout": busy_timeout_seconds}, **common)
-        event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "connect", partial(_prepare_sqlite, patience=busy_timeout_seconds))
         event.listen(engine, "begin", _begin_sqlite)
         return engine
     options = (
@@ -188,10 +192,28 @@ def _engine(url: URL, busy_timeout_seconds: float) -> Engine:
         raise ConfigError("store.url: PostgreSQL needs psycopg: pip install 'oppu[postgres]'") from error
 
 
-def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
+def _prepare_sqlite(connection: sqlite3.Connection, _record: Any, *, patience: float) -> None:
     connection.isolation_level = None  # transactions begin in _begin_sqlite, not behind our back
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    _write_ahead(connection, patience)
+    for pragma in ("synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _write_ahead(connection: sqlite3.Connection, patience: float) -> None:
+    """Set the file's journal mode, waiting for others: SQLite's own busy timeout does not hold for this change.
+
+    Two who find a new file at once both read it and both want it alone: SQLite refuses one of them at once.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY  # the low byte of an extended code
+            if not busy or time.monotonic() > deadline:
+                raise
+            time.sleep(_BETWEEN_TRIES_SECONDS)
 
 
 def _begin_sqlite(connection: Connection) -> None:

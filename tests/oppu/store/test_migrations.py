@@ -1,7 +1,9 @@
 """Schema versions: a store of another version is refused, and migrations make exactly the declared tables."""
 
+import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 from alembic import command
@@ -77,6 +79,38 @@ def test_several_at_once_migrate_once(empty: StoreSettings) -> None:
     patient = empty.model_copy(update={"busy_timeout_seconds": 20.0})
     with ThreadPoolExecutor(3) as pool:
         assert set(pool.map(migrate, [patient] * 3)) == {expected_version()}
+
+
+def test_several_at_once_meet_a_new_file(tmp_path: Path) -> None:
+    """All want the journal's mode changed: SQLite refuses such a one without waiting, about one time in twenty."""
+
+    def first_write(database: Database) -> None:
+        together.wait()
+        with database.write():
+            pass
+
+    for attempt in range(40):
+        url = f"sqlite:///{tmp_path}/{attempt}.db"
+        databases = [Database(StoreSettings(url=url, busy_timeout_seconds=20.0)) for _ in range(8)]
+        together = Barrier(len(databases))
+        with ThreadPoolExecutor(len(databases)) as pool:
+            list(pool.map(first_write, databases))
+        for database in databases:
+            database.close()
+
+
+def test_a_new_file_that_stays_locked(tmp_path: Path) -> None:
+    holder = sqlite3.connect(tmp_path / "history.db", isolation_level=None)
+    holder.execute("CREATE TABLE theirs (x INTEGER)")
+    holder.execute("BEGIN EXCLUSIVE")
+    database = Database(StoreSettings(url=f"sqlite:///{tmp_path}/history.db", busy_timeout_seconds=0.1))
+    with pytest.raises(TransientError, match="locked"), database.write():
+        pass
+    holder.execute("COMMIT")
+    with database.write() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
+    database.close()
+    holder.close()
 
 
 def test_a_failed_migration_leaves_nothing(empty: StoreSettings, opener: Opener) -> None:
