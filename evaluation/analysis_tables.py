@@ -37,14 +37,16 @@ def analysis_rows(outcomes: Sequence[Outcome], kind: Kind) -> dict[str, Rows]:
     Returns:
         Rows by analysis: ``row``, ``users``, ``queries``, and by arm ``mean``, ``user_mean``, ``ci``.
     """
-    found = {LENGTH: _by_length(outcomes, kind), BETWEEN: _between(outcomes, kind)}
+    of = units(clusters(outcomes[0].people))[0]
+    found = {LENGTH: _by_length(outcomes, kind, of), BETWEEN: _between(outcomes, kind, of)}
     if not outcomes[0].analysed:
         return found
-    found[POLICY] = _policies([o for o in outcomes if o.analysed], kind)
+    found[POLICY] = _policies([o for o in outcomes if o.analysed], kind, of)
+    unit = {person.user_id: own for person, own in zip(outcomes[0].people, of, strict=True)}
     merits = _over_seeds([_one_seed(o) for o in outcomes if o.analysed])
     for name in dict.fromkeys(key[0] for key in merits):
         own = {(row, arm): users for (analysis, row, arm), users in merits.items() if analysis == name}
-        found[name] = _rows(_same_users(own) if name == WITHIN else own)
+        found[name] = _rows(_same_users(own) if name == WITHIN else own, unit)
     found[COST] = [
         {"row": str(int(events)), "seconds": float(seconds), "bytes": int(size)}
         for events, seconds, size in max((a.cost for a in outcomes[0].analysed), key=len)
@@ -80,20 +82,22 @@ def _same_users(own: Mapping[tuple[str, str], Mapping[str, Array]]) -> dict[tupl
     return {key: {u: own[key][u] for u in own[most]} for key in order}
 
 
-def _rows(own: Mapping[tuple[str, str], Mapping[str, Array]]) -> Rows:
+def _rows(own: Mapping[tuple[str, str], Mapping[str, Array]], unit: Mapping[str, int]) -> Rows:
+    """Return the rows of an analysis, each over the users who have all of its arms; ``unit`` is what each is resampled
+    with."""
     found = []
     for row in dict.fromkeys(key[0] for key in own):
         arms = {arm: users for (name, arm), users in own.items() if name == row}
         common = [u for u in next(iter(arms.values())) if all(u in users for users in arms.values())]
         if common:
-            found.append(_row(row, {arm: [users[u] for u in common] for arm, users in arms.items()}))
+            values = {arm: [users[u] for u in common] for arm, users in arms.items()}
+            found.append(_row(row, values, [unit[u] for u in common]))
     return found
 
 
-def _row(name: str, arms: Mapping[str, Sequence[Array]], of: Sequence[int] | None = None) -> dict[str, Any]:
+def _row(name: str, arms: Mapping[str, Sequence[Array]], of: Sequence[int]) -> dict[str, Any]:
     """Return one row, with the difference where two arms are to be compared; ``of`` are what users are resampled by."""
     some = next(iter(arms.values()))
-    of = range(len(some)) if of is None else of
     row: dict[str, Any] = {"row": name, "users": len(some), "queries": sum(map(len, some))}
     for arm, values in arms.items():
         row[arm] = {
@@ -108,7 +112,7 @@ def _row(name: str, arms: Mapping[str, Sequence[Array]], of: Sequence[int] | Non
     return row
 
 
-def _between(outcomes: Sequence[Outcome], kind: Kind) -> Rows:
+def _between(outcomes: Sequence[Outcome], kind: Kind, of: Sequence[int]) -> Rows:
     """Part the users by how many events they trained on."""
     people, found = outcomes[0].people, []
     arms = [arm for arm in SHOWN if arm in outcomes[0].arms.held]
@@ -122,20 +126,20 @@ def _between(outcomes: Sequence[Outcome], kind: Kind) -> Rows:
                 ]
                 for arm in arms
             }
-            found.append(_row(_band(low, high), values))
+            found.append(_row(_band(low, high), values, [of[at] for at in some]))
     return found
 
 
-def _by_length(outcomes: Sequence[Outcome], kind: Kind) -> Rows:
+def _by_length(outcomes: Sequence[Outcome], kind: Kind, of: Sequence[int]) -> Rows:
     """Part all events of the stream, each answered before it was learnt, by the user's events before it."""
     streams = [
         {"none": [t.base for t in o.tables], FOLLOW: [t.follow for t in o.tables], **o.arms.stream} for o in outcomes
     ]
     merits = [_merits_of(o, own, kind) for o, own in zip(outcomes, streams, strict=True)]
-    return _banded(merits, tuple(zip(BOUNDS, BOUNDS[1:], strict=False)), range(len(outcomes[0].people)))
+    return _banded(merits, tuple(zip(BOUNDS, BOUNDS[1:], strict=False)), of)
 
 
-def _policies(outcomes: Sequence[Outcome], kind: Kind) -> Rows:
+def _policies(outcomes: Sequence[Outcome], kind: Kind, of: Sequence[int]) -> Rows:
     """Compare increments with full training at the same places of the stream, on what comes before the next of them.
 
     Events before the first of them are in no row: both say there what the base says.
@@ -149,7 +153,7 @@ def _policies(outcomes: Sequence[Outcome], kind: Kind) -> Rows:
             for table, own in zip(o.tables, users, strict=True):
                 own[: table.adapted] = np.nan
     bands = ((BOUNDS[1], BOUNDS[-1]), *zip(BOUNDS[1:], BOUNDS[2:], strict=False))
-    return _banded(merits, bands, units(clusters(outcomes[0].people))[0])
+    return _banded(merits, bands, of)
 
 
 def _banded(

@@ -3,7 +3,8 @@
 Choices come from the record; else from a given list; else from the task, where its labels cover what may be learnt
 from; else they are what may be learnt from. Invariant: a label that occurs in a test part alone is no choice: such a
 query stays, cannot be answered rightly, and is counted. An output that is one of the choices but for case and space,
-or the same number, or names one by its place (``[2]``, ``2``) or text, is taken as that choice. Places count from 1, or
+or the same number, or names one by its place (``[2]``, ``2``) or text, is taken as that choice. A rating may bring its
+unit or scale (``4 stars``, ``4/5``, ``4,5``), which is left out. Places count from 1, or
 from 0 where some item says 0 and none the number of its choices.
 """
 
@@ -19,6 +20,7 @@ from oppu.tasks import Task
 
 _PLACE = re.compile(r"\[?(\d{1,4})\]?")
 _LEADING = re.compile(r"(?:\[(\d{1,4})\]|\((\d{1,4})\)|(\d{1,4})[.:)])(?!\d)")
+_RATED = re.compile(r"\s*(\d+)(?:[.,](\d+))?\s*(?:stars?|points?|out of \d+|/\s*\d+|\u2605+)?\s*", re.IGNORECASE)
 _BETWEEN = "\"'\u201c\u201d.,; "
 """What separates candidates, and is no part of them."""
 _CANDIDATE = re.compile(r"\[(\d{1,4})\]\s*:")
@@ -52,6 +54,8 @@ def settle(items: Sequence[Item], task: Task, learnable: Learnable, given: Seque
     Raises:
         ConfigError: Nothing is left, or there are not two labels.
     """
+    if task.kind == "rating":
+        items = [_without_unit(item) for item in items]
     if task.kind == "text":
         made, source = [replace(item, choices=()) for item in items], "none"
     else:
@@ -107,7 +111,7 @@ def _choosable(
     placed = bool(task.labels) and not given and task.labels == _places(len(task.labels))
     own = _first_place((item.output, item.choices) for item in items if item.choices)
     bare = _first_place(
-        (item.output, task.labels) for item in items if not item.choices and not _candidates(item.input)[0]
+        (item.output, task.labels) for item in items if not item.choices and not candidates(item.input)[0]
     )
     read = [
         _by_place(item, _places(len(task.labels), bare), task.answer)
@@ -149,7 +153,7 @@ def _by_place(item: Item, usual: tuple[str, ...], cue: str) -> Item | None:
     ``None`` where it is none of those that are offered, ``usual`` ones where the input has none. What asks nothing (a
     paper and one that it cites) is a text of the user's own, with ``cue`` between them.
     """
-    names, texts = _candidates(item.input)
+    names, texts = candidates(item.input)
     offered = names or usual
     if item.bare:
         return replace(item, choices=offered)
@@ -168,7 +172,7 @@ def _by_place(item: Item, usual: tuple[str, ...], cue: str) -> Item | None:
     return replace(item, choices=offered, input=f"{item.input} {cue} {item.output}", output="")
 
 
-def _candidates(text: str) -> tuple[tuple[str, ...], list[str]]:
+def candidates(text: str) -> tuple[tuple[str, ...], list[str]]:
     """Return the places that a text offers, at least two in order from 1 or 0, or none, and what stands at each."""
     marks = list(_CANDIDATE.finditer(text))
     names = tuple(f"[{mark[1]}]" for mark in marks)
@@ -217,6 +221,16 @@ def _commonest(outputs: Sequence[str], labels: Sequence[str], key: Key) -> list[
 
 def _key(text: str, around: str = "\"'") -> object:
     return " ".join(text.casefold().split()).strip(around)
+
+
+def _without_unit(item: Item) -> Item:
+    return replace(item, output=_figure(item.output), choices=tuple(map(_figure, item.choices)))
+
+
+def _figure(text: str) -> str:
+    """Return a rating's number; the text as it is where it is one already, or is none."""
+    found = None if _are_numbers([text]) else _RATED.fullmatch(text)
+    return found[1] + (f".{found[2]}" if found[2] else "") if found else text
 
 
 def _number(text: str) -> object:

@@ -82,8 +82,8 @@ def adapted(study: Study, variant: Variant) -> Path:
 
     Each number of epochs is a run of its own, whose rate decays to zero; the curve is kept in ``base.json``. The
     loss is taken at its best temperature, since fusion scales a base's scores anyhow, and in the variant's prompts.
-    Without ``base_search`` of the recipe the last number of epochs is the only one; a run's further seeds take the
-    number that its first one found.
+    Without ``base_search`` of the recipe, or with nobody to judge, the last number of epochs is the only one; a run's
+    further seeds take the number that its first one found.
 
     Args:
         study: Whose adapt items are learnt; the loss of its calibrate items decides.
@@ -95,41 +95,48 @@ def adapted(study: Study, variant: Variant) -> Path:
     if not study.fold.adapt:
         study.say(f"base {variant}: nobody's items to adapt it on, it is used as it is")
         return Path(study.settings.model.base)
-    folder, first, last = study.folder / f"base-{variant}", *_tried(study, variant)
-    if (folder / CURVE).exists():
-        losses = _kept(folder)
-        return folder / str(first + losses.index(min(losses)))
-    folder.mkdir(exist_ok=True)
     judged = _judged(study, variant)
-    losses = []
+    folder, (first, last) = study.folder / f"base-{variant}", _tried(study, variant, judged)
+    if (folder / CURVE).exists():
+        return folder / str(first + _least(_kept(folder)))
+    folder.mkdir(exist_ok=True)
+    losses: list[float] = []
     for epochs in range(first, last + 1):
         out = folder / str(epochs)
         if not (out / RECIPE).exists():
             adapt_once(study, _learnt(study, variant), out, epochs, f"base {variant}")
+        if not judged:
+            study.say(f"base {variant}: {epochs} epochs, no calibrate user has what to judge them by")
+            break
         own = study.settings.model.model_copy(update={"base": str(out)})
         model = TorchModel(load_base(own), study.tasks, settings=own, slots=1)
-        losses.append(_tempered_loss(model, judged) if judged else -float(epochs))
+        losses.append(_tempered_loss(model, judged))
         model.close()
         study.say(f"base {variant}: {epochs} epochs, calibrate users' loss {losses[-1]:.4f}")
         if losses[-1] > min(losses):
             break
     write_whole(folder / CURVE, json.dumps({"calibrate_loss_by_epochs": losses}) + "\n")
-    return folder / str(first + losses.index(min(losses)))
+    return folder / str(first + _least(losses))
 
 
-def _tried(study: Study, variant: Variant) -> tuple[int, int]:
+def _tried(study: Study, variant: Variant, judged: Sequence[Example]) -> tuple[int, int]:
     """Return the least and the largest number of epochs to try."""
-    if study.searches:
+    if study.searches and judged:
         return 1, study.recipe.base_epochs
-    if study.searched is None or not study.recipe.base_search:
+    losses = _kept(study.searched / f"base-{variant}") if study.searched is not None else []
+    if not losses or not study.recipe.base_search:
         return study.recipe.base_epochs, study.recipe.base_epochs
-    losses = _kept(study.searched / f"base-{variant}")
-    best = 1 + losses.index(min(losses))
+    best = 1 + _least(losses)
     return best, best
 
 
+def _least(losses: Sequence[float]) -> int:
+    """Return where the least loss stands, of none at the beginning."""
+    return losses.index(min(losses)) if losses else 0
+
+
 def curve(study: Study, variant: Variant) -> list[float]:
-    """Return the calibrate users' loss after 1, 2, … epochs; empty where no number was searched for."""
+    """Return the calibrate users' loss after 1, 2, … epochs; empty where no number was searched for or judged."""
     if not study.fold.adapt or not study.searches:
         return []
     return _kept(study.folder / f"base-{variant}")

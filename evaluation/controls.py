@@ -16,7 +16,7 @@ def permuted(person: Person, seed: int) -> list[Item]:
     """
     paired = [item for item in person.train if not item.bare]
     chance = _chance(seed, person.user_id)
-    if len({item.choices for item in paired}) > 1:
+    if len({frozenset(item.choices) for item in paired}) > 1:
         outputs = [chance.choice(item.choices) for item in paired]  # a shuffle of places changes none if all are alike
     else:
         outputs = [item.output for item in paired]

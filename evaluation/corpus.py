@@ -16,9 +16,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 
-from oppu.errors import ConfigError, InvalidRecord
+from oppu.errors import ConfigError, InvalidRecord, Reason
 from oppu.tasks import Tasks
 from oppu.wire import BehaviorEvent, check_version, refusal
 
@@ -29,15 +29,27 @@ FEWEST_DAYS = 5
 _LEAST_DAYS = 3
 """Fewer cannot divide what a user did once the last of them is closed; what has no instants is then taken in turn."""
 _FEW_ITEMS = 5
+_NAMED = 10
+"""So many of a file's faults are said at once."""
 _MANY_ITEMS, _INSTRUCTION_WORDS = 20, 6
 """So many inputs that all begin with so many words have an instruction there."""
 _GZIP = b"\x1f\x8b"
 
 
 class _Recorded(BehaviorEvent):
-    """An event of a file: a history may hold texts without an output."""
+    """An event of a file: a history may hold texts without an output; a rating may be a number, choices be empty."""
 
     output: str = ""
+
+    @field_validator("output", mode="before")
+    @classmethod
+    def _as_text(cls, value: object) -> object:
+        return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _none_if_empty(cls, value: object) -> object:
+        return value or None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +57,7 @@ class Item:
     """One thing a user did. ``day`` orders and separates; ``moment`` is when within it, where that is known.
 
     ``choices`` are empty for texts; a blank ``output`` means that there is no pair, only the text in ``input``;
-    ``query`` that the layout itself holds the item back as a question.
+    ``query`` that the layout itself holds the item back as a question; not ``dated`` that its day only says its place.
     """
 
     item_id: str
@@ -57,6 +69,7 @@ class Item:
     choices: tuple[str, ...] = field(default=(), repr=False)
     query: bool = False
     moment: datetime | None = field(default=None, repr=False, compare=False)
+    dated: bool = field(default=True, repr=False, compare=False)
 
     @property
     def bare(self) -> bool:
@@ -143,9 +156,8 @@ def read(
         return replace(found, items=tuple(unique(found.items)))
     if outputs is not None:
         raise ConfigError(f"{option}: {path} is of events, which have their outputs: leave {outputs} out")
-    placed = enumerate(events) if events is not None else _lines(text, path.name)
-    word = "entry" if events is not None else "line"
-    return Found(tuple(unique(of_events(_event(row, f"{path.name} {word} {at}", bare) for at, row in placed))))
+    placed = enumerate(events) if events is not None else _lines(text)
+    return Found(tuple(unique(of_events(_checked(placed, path.name, "line" if events is None else "entry", bare)))))
 
 
 def of_events(events: Iterable[BehaviorEvent]) -> list[Item]:
@@ -170,7 +182,7 @@ def in_time(*parts: Sequence[Item]) -> tuple[str, list[list[Item]]]:
     moments = [item.moment for item in every if item.moment is not None]
     days = _usual([i.day for i in own if not i.query] for own in _long(every))
     if days >= (FEWEST_DAYS if len(moments) == len(every) else _LEAST_DAYS):
-        return "days", [list(part) for part in parts]
+        return "days" if all(item.dated for item in every) else "order in the file", [list(part) for part in parts]
     if len(moments) < len(every):
         return "order in the file", [_in_turn(part) for part in parts]
     if _usual([i.moment for i in own] for own in _long(every)) >= FEWEST_DAYS:
@@ -178,7 +190,8 @@ def in_time(*parts: Sequence[Item]) -> tuple[str, list[list[Item]]]:
         numbers, name = iter([rank[moment] for moment in moments]), "instants"
     else:
         numbers, name = iter(range(1, len(every) + 1)), "order in the file"
-    return name, [[replace(item, day=date.fromordinal(next(numbers))) for item in part] for part in parts]
+    dated = name == "instants"
+    return name, [[replace(item, day=date.fromordinal(next(numbers)), dated=dated) for item in part] for part in parts]
 
 
 def _in_turn(items: Sequence[Item]) -> list[Item]:
@@ -188,7 +201,8 @@ def _in_turn(items: Sequence[Item]) -> list[Item]:
     found = []
     for item in items:
         key = item.user_id, item.task
-        found.append(replace(item, day=FIRST_DAY + timedelta(days=behind[key] if item.query else seen[key])))
+        day = FIRST_DAY + timedelta(days=behind[key] if item.query else seen[key])
+        found.append(replace(item, day=day, dated=False))
         seen[key] += 1
     return found
 
@@ -205,7 +219,10 @@ def _usual(values: Iterable[Sequence[object]]) -> float:
 
 
 def unique(items: Iterable[Item]) -> list[Item]:
-    """Keep one of a user's items that are equal, and give what shares an id with others one of its own."""
+    """Keep one of a user's items that are equal, and give what shares an id with others one of its own.
+
+    Halves of characters, as where a text was cut, become question marks: no file can hold them.
+    """
     first = dict.fromkeys(items)
     count = Counter((item.task, item.item_id) for item in first)
     own: Counter[tuple[str, str, str]] = Counter()
@@ -219,8 +236,9 @@ def unique(items: Iterable[Item]) -> list[Item]:
             replace(
                 item,
                 item_id=item.item_id if count[item.task, item.item_id] == 1 else json.dumps(names),
-                output=item.output.strip(),
-                choices=tuple(choice.strip() for choice in item.choices),
+                input=_whole(item.input),
+                output=_whole(item.output).strip(),
+                choices=tuple(_whole(choice).strip() for choice in item.choices),
             )
         )
     return found
@@ -269,15 +287,37 @@ def _text(path: Path) -> str:
     return (gzip.decompress(content) if content.startswith(_GZIP) else content).decode("utf-8-sig")
 
 
-def _lines(text: str, name: str) -> Iterator[tuple[int, Any]]:
+def _whole(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _lines(text: str) -> Iterator[tuple[int, Any]]:
+    """Return the numbers and contents of the lines that are not blank; of what does not parse, the error."""
     for number, line in enumerate(text.split("\n"), start=1):  # a text may hold other ends of lines
         if line.strip():
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
                 at = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
-                where = f"events: {name} line {number}"
-                raise ConfigError(f"{where}: expected one JSON object, it does not parse{at}") from error
+                yield number, InvalidRecord(Reason.INVALID_RECORD, f"expected one JSON object, it does not parse{at}")
+
+
+def _checked(
+    placed: Iterable[tuple[int, object]], name: str, word: str, bare: Collection[str]
+) -> Iterator[BehaviorEvent]:
+    """Check all events; the first of those that will not do are refused together."""
+    refused: list[str] = []
+    for at, row in placed:
+        try:
+            event = _event(row, bare)
+        except InvalidRecord as error:
+            refused.append(f"events: {name} {word} {at}: {error.message}")
+            if len(refused) == _NAMED:
+                break
+        else:
+            yield event
+    if refused:
+        raise ConfigError(*refused)
 
 
 def without_instructions(items: Sequence[Item]) -> tuple[list[Item], str]:
@@ -306,21 +346,21 @@ def without_instructions(items: Sequence[Item]) -> tuple[list[Item], str]:
     return [replace(item, input=rest(item.input)) for item in items], " ".join(said)
 
 
-def _event(row: object, place: str, bare: Collection[str]) -> BehaviorEvent:
+def _event(row: object, bare: Collection[str]) -> BehaviorEvent:
     """Check an event as the service does, but that a history of the ``bare`` tasks may lack outputs."""
+    if isinstance(row, InvalidRecord):
+        raise row
     if not isinstance(row, Mapping):
-        raise ConfigError(f"events: {place}: expected a JSON object")
+        raise InvalidRecord(Reason.INVALID_RECORD, "expected a JSON object")
     try:
         check_version(row)
         event = _Recorded.model_validate(row)
         event.occurred_at.astimezone(UTC)
-    except InvalidRecord as error:
-        raise ConfigError(f"events: {place}: {error.message}") from error
     except ValidationError as error:
-        raise ConfigError(f"events: {place}: {refusal(error).message}") from error
+        raise refusal(error) from error
     except OverflowError as error:
-        raise ConfigError(f"events: {place}: occurred_at: out of range") from error
+        raise InvalidRecord(Reason.INVALID_RECORD, "occurred_at: out of range") from error
     if not event.output.strip() and event.task not in bare:
         only = f", which only {', '.join(sorted(bare))} may lack" if bare else ""
-        raise ConfigError(f"events: {place}: output: expected text that is not blank{only}")
+        raise InvalidRecord(Reason.INVALID_RECORD, f"output: expected text that is not blank{only}")
     return event

@@ -65,8 +65,9 @@ class Outcome:
     ``chosen`` is each fold's choice for P1, ``curves`` each base's loss after each number of epochs by fold and
     variant, ``cut_share`` the share of recent items that did not fit the prompts, ``methods`` each PEFT method's cost,
     ``analysed`` each fold's analyses, ``left_out`` the arms that not all users had, ``repeats`` how many items of each
-    fold are left out because they say what another one says, ``adapting`` how many adapt its base, ``unread`` how many
-    are in a script that the embedder does not know, ``shared`` whether targets learnt what others are asked.
+    fold are left out because they say what another one says, ``adapting`` how many adapt its base, ``judging`` how many
+    users choose on it, ``unread`` how many items are in a script that the embedder does not know, ``shared`` whether
+    targets learnt what others are asked.
     """
 
     seed: int
@@ -81,6 +82,7 @@ class Outcome:
     left_out: tuple[str, ...] = ()
     repeats: Mapping[str, int] = field(default_factory=dict)
     adapting: Mapping[str, int] = field(default_factory=dict)
+    judging: Mapping[str, int] = field(default_factory=dict)
     unread: int = 0
     shared: bool = False
 
@@ -207,6 +209,7 @@ class _Part:
     methods: dict[str, MethodResult]
     analysed: Analysed | None
     fold: Fold
+    judging: int
 
 
 def _pasts(
@@ -257,7 +260,8 @@ def _fold(plan: Plan, study: Study, extra: Extra) -> _Part:
         study.done("analyses")
     curves = {str(variant): losses for variant in plan.recipe.variants if (losses := curve(study, variant))}
     others, chosen = [tables[p.user_id] for p in fold.calibrate], replace(variants.chosen, rates=rates)
-    return _Part(targets, others, arms, chosen, curves, variants.cut_share, methods, analysed, fold)
+    judging = len(judges(study))
+    return _Part(targets, others, arms, chosen, curves, variants.cut_share, methods, analysed, fold, judging)
 
 
 def _table(
@@ -314,7 +318,8 @@ def _outcome(plan: Plan, seed: int, parts: Sequence[_Part], tasks: Tasks) -> Out
         tuple(sorted(set.union(*ran) - common)),
         {part.fold.name: part.fold.repeats for part in parts},
         {part.fold.name: len(part.fold.adapt) for part in parts},
-        any(part.fold.shared for part in parts),
+        {part.fold.name: part.judging for part in parts},
+        shared=any(part.fold.shared for part in parts),
     )
 
 
@@ -368,8 +373,10 @@ def _add_strangers(study: Study, bench: Bench, held: Mapping[str, dict[str, Arra
 
 
 def _embedded(plan: Plan, items: Sequence[Item], embedder: Embedder) -> dict[str, Vector]:
-    content = hashlib.sha256("\0".join(f"{i.item_id}\0{i.input}" for i in items).encode()).hexdigest()[:12]
-    path = plan.folder / f"vectors-{content}.npy"
+    content = hashlib.sha256(embedder.fingerprint.encode())
+    for item in items:
+        content.update(f"\0{item.item_id}\0{item.input}".encode())
+    path = plan.folder / f"vectors-{content.hexdigest()[:12]}.npy"
     if not path.exists():
         part = path.with_suffix(".part")
         with part.open("wb") as file:

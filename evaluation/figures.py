@@ -19,12 +19,13 @@ _APART = 0.04
 """Between the intervals of two arms, in rows."""
 
 
-def draw(result: Mapping[str, Any], folder: Path) -> dict[str, str]:
+def draw(result: Mapping[str, Any], folder: Path, page: str) -> dict[str, str]:
     """Draw what a result has rows for.
 
     Args:
         result: The fields of ``TASK.json``.
         folder: Where the page lies; pictures go to its ``figures``.
+        page: Its name, which theirs begin with.
 
     Returns:
         Each picture's path from the page by title; none where matplotlib (extra ``dev``) is not installed.
@@ -43,7 +44,7 @@ def draw(result: Mapping[str, Any], folder: Path) -> dict[str, str]:
         paint(axes)
         axes.set_title(f"{title}\n{result['task']}" + ("" if result["evidence"] else " (shortened: not evidence)"))
         axes.grid(alpha=0.3)
-        found[title] = f"figures/{result['task']}-{name}.png"
+        found[title] = f"figures/{page}-{name}.png"
         figure.savefig(folder / found[title], dpi=_DOTS, metadata={"Software": None})
         plt.close(figure)
     return found

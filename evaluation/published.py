@@ -128,7 +128,8 @@ def read_profiles(path: Path) -> dict[str, str]:
 
 def _history(entries: Sequence[Any], user: str, task: str) -> list[Item]:
     days = [_day(entry, user) for entry in entries]
-    if None in days:
+    dated = None not in days
+    if not dated:
         days = [FIRST_DAY + timedelta(days=at) for at in range(len(entries))]
     made = []
     names: Counter[str] = Counter()
@@ -137,7 +138,7 @@ def _history(entries: Sequence[Any], user: str, task: str) -> list[Item]:
         names[name] += 1
         if pair is not None:
             again = f"#{names[name]}" if names[name] > 1 else ""  # the file's ids need not tell entries apart
-            made.append(Item(name + again, user, task, day or FIRST_DAY, *pair))
+            made.append(Item(name + again, user, task, day or FIRST_DAY, *pair, dated=dated))
     return sorted(made, key=lambda item: item.day)
 
 

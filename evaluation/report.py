@@ -11,6 +11,7 @@ import numpy as np
 from evaluation import text_report
 from evaluation.analysis_tables import analysis_rows
 from evaluation.arms import Array, answer, log_loss, macro_f1, right, squared_error
+from evaluation.cautions import cautions
 from evaluation.experiment import Outcome, Plan
 from evaluation.figures import draw
 from evaluation.methods import PREFIX
@@ -40,8 +41,6 @@ P3 = "P3 fused - evidence, after the 16th event"
 PRIMARY = (P1, P2_VOLUME, P2_PERMUTED, P3)
 """What is tested, Holm's adjustment over them; all else is exploratory (protocol section 4)."""
 FUSED_LESS = "fused - "
-SEEDS = 3
-"""Of base and adapters, before anything counts as shown (protocol section 4)."""
 METRICS: Mapping[Kind, str] = {
     "choice": "accuracy",
     "rating": "minus mean absolute error",
@@ -77,6 +76,7 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
         tests |= text_report.lead_contrasts(outcomes[0].tables, runs, of)
     few = len(people) < CASE_STUDY_BELOW
     primary = [name for name in tests if name in PRIMARY]
+    wanted = [name for name in PRIMARY if name != P1 or len(plan.recipe.variants) > 1]
     adjusted = {} if few else dict(zip(primary, holm([tests[name].p for name in primary]), strict=True))
     return {
         "task": plan.task,
@@ -105,6 +105,8 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], kind: Kind, base: str, co
         "items_that_adapt_the_base": dict(outcomes[0].adapting),
         "items_in_unread_scripts": outcomes[0].unread,
         "shared_items": outcomes[0].shared,
+        "calibrate_users": dict(outcomes[0].judging),
+        "not_tested": [name for name in wanted if name not in tests],
         "left_out": sorted({name for o in outcomes for name in o.left_out}),
         "recent_history_cut_share": outcomes[0].cut_share,
         "command": command,
@@ -134,13 +136,13 @@ def _measured(outcomes: Sequence[Outcome], name: str, of: Sequence[int], kind: K
 def write(result: Mapping[str, Any], outcomes: Sequence[Outcome], kind: Kind, folder: Path) -> tuple[Path, Path]:
     """Write ``TASK.json`` and ``TASK.md`` and return their paths.
 
-    Where the result of a whole run is there, what says less, a shortened run's or a development part's, stands beside
-    it as ``TASK-quick`` or ``TASK-dev``.
+    Where the result of a whole run is there, what says less stands beside it: a shortened run's as ``TASK-quick``, a
+    development part's as ``TASK-dev``, one of fewer seeds as ``TASK-seed-0-1``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     name = _name(result, folder)
     data, page = folder / f"{name}.json", folder / f"{name}.md"
-    result = {**result, "figures": draw(result, folder)}
+    result = {**result, "figures": draw(result, folder, name)}
     data.write_text(json.dumps(for_json(result), indent=1) + "\n", encoding="utf-8")
     page.write_text(markdown(result) + _examples(outcomes[0], kind), encoding="utf-8")
     return data, page
@@ -152,28 +154,17 @@ def _name(result: Mapping[str, Any], folder: Path) -> str:
         there = json.loads((folder / f"{task}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return task
-    if not there.get("evidence") or (True, there.get("final")) <= (result["evidence"], result["final"]):
+    seeds = result["seeds"]
+    known = (there.get("evidence"), there.get("final"), len(there.get("seeds") or ()))
+    if not known[0] or known <= (result["evidence"], result["final"], len(seeds)):
         return task
-    return f"{task}-{'dev' if result['evidence'] else 'quick'}"
+    lesser = "quick" if not result["evidence"] else "dev" if known[1] and not result["final"] else ""
+    return f"{task}-{lesser or '-'.join(map(str, ('seed', *seeds)))}"
 
 
 def markdown(result: Mapping[str, Any]) -> str:
     """Render the tables."""
-    lines = [f"# {result['task']}", ""]
-    if not result["evidence"]:
-        lines += ["**A shortened run: not evidence.**", ""]
-    if len(set(result["seeds"])) < SEEDS:
-        lines += [f"**{len(set(result['seeds']))} of the {SEEDS} seeds that a result takes: an indication.**", ""]
-    if result["case_study"]:
-        lines += ["**So few users are a case study: intervals of each, and no p of a population.**", ""]
-    if result["shared_items"]:
-        lines += [
-            "**Users act on the same things: who is asked about one has not learnt it, but others may have.**",
-            "",
-        ]
-    bare = [name for name, count in result["items_that_adapt_the_base"].items() if not count]
-    if bare:
-        lines += [f"**There was nothing to adapt the base on in: {', '.join(bare)}; it is there as it came.**", ""]
+    lines = [f"# {result['task']}", "", *cautions(result)]
     part = "held-back last fifth" if result["final"] else "development part (the last fifth stays closed)"
     lines += [
         f"{result['users']} users, {result['queries']} queries, {part}; metric: {result['metric']}; "
@@ -204,10 +195,11 @@ def _arm_rows(arms: Mapping[str, Any]) -> list[str]:
 
 
 def _test_rows(tests: Mapping[str, Any]) -> list[str]:
+    adjusted = sum(t["holm_p"] is not None for t in tests.values())
     lines = [
-        "| contrast | over queries | 95 % | p (Holm, of this task's four) | over users | 95 % | p | wins/ties/losses "
-        f"| detectable | without the top {TOP_USERS} |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| contrast | over queries | 95 % | p (Holm, of this task's {adjusted}) | over users | 95 % | p "
+        f"| wins/ties/losses | detectable | without the top {TOP_USERS} | without users of one label |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     seeds = max((t["seeds"] for t in tests.values()), default=0)
     for name, t in tests.items():
@@ -217,7 +209,7 @@ def _test_rows(tests: Mapping[str, Any]) -> list[str]:
             f"| {name}{few} | {t['difference']:+.4f} | {between(t['ci'], '+.4f')} | {star} "
             f"| {t['user_difference']:+.4f} | {between(t['user_ci'], '+.4f')} | {_p(t['user_p'])} "
             f"| {t['wins']}/{t['ties']}/{t['losses']} | {_number(t['detectable'], '.4f')} "
-            f"| {_number(t['without_top'], '+.4f')} |"
+            f"| {_number(t['without_top'], '+.4f')} | {_number(t['without_single_label'], '+.4f')} |"
         )
     return lines
 
@@ -244,7 +236,7 @@ def _user_rows(tests: Mapping[str, Any]) -> list[str]:
         return []
     lines = ["", "| contrast | each user's difference, 95 % by moving blocks |", "|---|---|"]
     for name, users in shown.items():
-        cells = "; ".join(f"{u['difference']:+.3f} ({u['ci'][0]:+.3f} to {u['ci'][1]:+.3f})" for u in users)
+        cells = "; ".join(f"{u['difference']:+.3f} ({between(u['ci'], '+.3f') or 'few'})" for u in users)
         lines.append(f"| {name} | {cells} |")
     return lines
 

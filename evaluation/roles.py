@@ -9,8 +9,10 @@ from evaluation.corpus import Item, by_user
 from oppu.errors import ConfigError
 
 LEAVE_ONE_OUT, CROSS_FOLDS = 6, 5
-"""Up to so many targets each are left out alone; more are left out in so many parts."""
+"""Up to so many targets each are left out alone; more are left out in so many parts, of two at least."""
 LEAST_ITEMS, FAIR_ITEMS = 5, 20
+ENOUGH_ITEMS, ENOUGH_JUDGES = 200, 3
+"""Of users who are no targets: fewer items adapt no base worth the name, and fewer users choose nothing for others."""
 _HELPFUL_TARGETS = 12
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -22,7 +24,8 @@ class Bounds:
     ``population`` names users who are never targets; where there are any, all others are targets or nothing.
     ``unasked`` are never targets either, for want of a query with an output; else they are like all others.
     ``before_test`` keeps of the adapt items those from before the earliest target's test part. Without ``strict`` the
-    bound on targets is lowered where too few reach it (``reachable``).
+    bound on targets is lowered where too few reach it (``reachable``). Targets are crossed too where the others have
+    fewer items to adapt a base than ``enough_items``, or fewer who calibrate than ``enough_judges``.
     """
 
     target: int = 50
@@ -32,6 +35,8 @@ class Bounds:
     before_test: bool = False
     strict: bool = True
     unasked: frozenset[str] = field(default=frozenset(), repr=False)
+    enough_items: int = ENOUGH_ITEMS
+    enough_judges: int = ENOUGH_JUDGES
 
     @property
     def barred(self) -> frozenset[str]:
@@ -81,11 +86,13 @@ def roles(people: Mapping[str, list[Item]], most: Mapping[str, int], bounds: Bou
     if not targets:
         raise ConfigError(_too_few(people, bounds))
     if bounds.population:
-        others = {u: _role(u, most[u], bounds) for u in people if u in bounds.population}
+        others = _population(most, bounds)
     else:
         others = {u: _role(u, most[u], bounds) for u in people if most[u] < bounds.target or u in bounds.unasked}
-    alone = not {"adapt", "calibrate"} <= set(others.values())
-    crossed = len(targets) > 1 and (len(targets) < bounds.folds_below or alone)
+    items = sum(len(people[u]) for u, role in others.items() if role == "adapt")
+    judges = sum(role == "calibrate" for role in others.values())
+    few = items < bounds.enough_items or judges < bounds.enough_judges
+    crossed = len(targets) > 1 and (len(targets) < bounds.folds_below or few)
     if bounds.population or not crossed:
         return {"all": others | dict.fromkeys(targets, "target")}
     if len(targets) < bounds.folds_below:
@@ -93,7 +100,8 @@ def roles(people: Mapping[str, list[Item]], most: Mapping[str, int], bounds: Bou
     if len(targets) <= LEAVE_ONE_OUT:
         folds = {f"without-{_plain(user)}": [user] for user in targets}
     else:
-        folds = {f"fold-{k}": targets[k::CROSS_FOLDS] for k in range(CROSS_FOLDS)}
+        count = min(CROSS_FOLDS, len(targets) // 2)  # alone in a fold one has nobody to be compared with
+        folds = {f"fold-{k}": targets[k::count] for k in range(count)}
     parts = list(folds.values())
     crossing = {}
     for at, (name, out) in enumerate(folds.items()):
@@ -125,6 +133,14 @@ def some_users(items: Sequence[Item], bounds: Bounds, *, users: int, adapt_items
         kept.add(user)
         adapt_items -= len(people[user])
     return [item for item in items if item.user_id in kept]
+
+
+def _population(most: Mapping[str, int], bounds: Bounds) -> dict[str, str]:
+    """Return the roles of those who are never targets; where none has the items to calibrate, fewer do."""
+    found = {u: _role(u, most[u], bounds) for u in sorted(bounds.population & set(most))}
+    if "calibrate" in found.values() or bounds.strict:
+        return found
+    return {u: _role(u, most[u], replace(bounds, calibrate=LEAST_ITEMS)) for u in found}
 
 
 def _role(user: str, count: int, bounds: Bounds) -> str:

@@ -1,7 +1,9 @@
 """How near a written text is to the user's own, and whether it is one at all. Pure.
 
 ROUGE-1 and ROUGE-L as F1 (C.-Y. Lin, ACL workshop "Text Summarization Branches Out", 2004), on lower-case runs of
-letters and digits without stemming, as the ``rouge-score`` package does by default for English.
+letters and digits without stemming, as the ``rouge-score`` package does by default for English. That reads ASCII
+alone; texts whose letters are mostly others are taken by runs of any letters and digits, Chinese and Japanese ones,
+which put no space between words, letter by letter.
 """
 
 import re
@@ -9,6 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 _WORD = re.compile(r"[a-z0-9]+")
+_SPACELESS = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_ANY_WORD = re.compile(rf"[{_SPACELESS}]|[^\W_{_SPACELESS}]+")
 _LOOP = 3
 """So many words in a row that come twice are a loop, in texts as short as titles."""
 _COPIED = 4
@@ -17,7 +21,9 @@ _COPIED = 4
 
 def words(text: str) -> list[str]:
     """Return a text's words as ROUGE compares them."""
-    return _WORD.findall(text.lower())
+    letters = [letter for letter in text if letter.isalpha()]
+    other = sum(not letter.isascii() for letter in letters)
+    return (_ANY_WORD if 2 * other > len(letters) else _WORD).findall(text.lower())
 
 
 def rouge_1(written: str, true: str) -> float:

@@ -53,7 +53,7 @@ def worst_rows(tests: Mapping[str, Any]) -> list[str]:
     judged = {name: t["max_t_p"] for name, t in tests.items() if t["max_t_p"] is not None}
     if not judged:
         return []
-    name = min(judged, key=lambda one: judged[one])
+    name = min(judged, key=lambda one: (judged[one], tests[one]["difference"]))
     said = (
         f"{tests[name]['difference']:+.4f}, one-sided p {judged[name]:.3f} by max-T bootstrap over {len(judged)} arms"
     )

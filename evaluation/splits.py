@@ -2,7 +2,8 @@
 
 Users fall by hash and number of items into adapt, calibrate and target. Invariants: items that say the same (equal
 text, near-duplicates) form one group, and a group lies on one side only: a target's test wins over calibrate, that
-over a target's training part, that over adapt; what loses is dropped. Within a user a group's first item is kept.
+over a target's training part, that over adapt; what loses is dropped. Within a user a group's first item is kept, of
+each choice that was put: one paper may be asked about with other candidates.
 Where users act on the same few things, as on films, that would leave targets or the base nothing to learn: then a
 target may learn what others are asked about, which none of his arms but controls can see, controls leave out what he is
 asked about, and of the things that calibrate users and others have in common every second one adapts the base.
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from datetime import date
 from enum import IntEnum
 
+from evaluation.answers import candidates
 from evaluation.corpus import Item, by_user
 from evaluation.duplicates import Vectors, normal, phrases, same_between, same_groups
 from evaluation.roles import Bounds, roles
@@ -308,6 +310,8 @@ def _held_elsewhere(world: _World, role: Mapping[str, str]) -> frozenset[str]:
 
 
 def _before_test(fold: Fold) -> Fold:
+    if not all(item.dated for item in (*fold.adapt, *(item for p in fold.target for item in p.train))):
+        raise ConfigError("--population-before-test: expected days in the histories, which say their order alone")
     first = min(p.test[0].day for p in fold.target)
     adapt = tuple(item for item in fold.adapt if item.day < first)
     if fold.adapt and not adapt:
@@ -318,7 +322,8 @@ def _before_test(fold: Fold) -> Fold:
 
 
 def _first_of_group(items: Iterable[tuple[Item, Side]], groups: Mapping[str, int]) -> list[tuple[Item, Side]]:
-    first: dict[tuple[str, int], tuple[Item, Side]] = {}
+    first: dict[tuple[str, int, frozenset[str]], tuple[Item, Side]] = {}
     for item, side in items:
-        first.setdefault((item.user_id, groups[item.item_id]), (item, side))
+        offered = frozenset(normal(text) for text in candidates(item.input)[1] or item.choices)
+        first.setdefault((item.user_id, groups[item.item_id], offered), (item, side))
     return list(first.values())

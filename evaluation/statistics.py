@@ -18,9 +18,15 @@ LEAST_CLUSTERS = 3
 _MANY_CLUSTERS, _USERS_A_CLUSTER = 5, 4
 """Fewer clusters than so many, or of more users each than so many, say next to nothing of a sample of users."""
 BY_USERS, BY_CLUSTERS = "users", "users who share items"
+LEAST_QUERIES = 8
+"""Of one user: blocks of fewer are a handful of points: no interval."""
+_NOTHING = 1e-9
+"""A user's mean difference below it is none: seeds that cancel out leave a rounding error."""
+_TOLERANCE = 1e-12
+"""Of the sum of all sizes: patterns of signs that add up to the same do so but for rounding."""
 TOP_USERS = 3
 """So many users who carry most of a difference are left out to see what it is without them."""
-CASE_STUDY_BELOW = 12
+CASE_STUDY_BELOW = 7
 """Fewer users than this are a case study: their own intervals are reported, and no p of a population."""
 _POWER_QUANTILES = 1.959964 + 0.841621
 """Normal quantiles of a two-sided 5 % test and of 80 % power."""
@@ -102,9 +108,9 @@ def contrast(differences: Sequence[Array], clusters: Sequence[int], seed: int = 
         user_ci=user_ci,
         p=sign_flip(sums, seed),
         user_p=sign_flip(means, seed),
-        wins=int((means > 0).sum()),
-        ties=int((means == 0).sum()),
-        losses=int((means < 0).sum()),
+        wins=int((means > _NOTHING).sum()),
+        ties=int((np.abs(means) <= _NOTHING).sum()),
+        losses=int((means < -_NOTHING).sum()),
         detectable=_POWER_QUANTILES * error,
         clusters=len(set(clusters)),
         without_top=float(sums[rest].sum() / counts[rest].sum()) if len(rest) else None,
@@ -112,25 +118,27 @@ def contrast(differences: Sequence[Array], clusters: Sequence[int], seed: int = 
 
 
 def sign_flip(values: Array, seed: int = 0) -> float:
-    """Return the two-sided p of a mean of zero: exact up to 20 values, else by 100,000 draws."""
-    observed = abs(values.sum())
+    """Return the two-sided p of a mean of zero: exact up to 20 values, else by 100,000 draws; NaN where one is NaN."""
+    if np.isnan(values).any():
+        return float("nan")
+    least = abs(values.sum()) - _TOLERANCE * max(1.0, np.abs(values).sum())
     if len(values) <= EXACT_USERS:
         signs = 1 - 2 * ((np.arange(2 ** len(values))[:, None] >> np.arange(len(values))) & 1)
-        return float((np.abs(signs @ values) >= observed - 1e-12).mean())
+        return float((np.abs(signs @ values) >= least).mean())
     chance = np.random.default_rng(seed)
     hits, done = 0, 0
     while done < DRAWS:
         signs = 2 * chance.integers(0, 2, size=(min(10_000, DRAWS - done), len(values))) - 1
-        hits += int((np.abs(signs @ values) >= observed - 1e-12).sum())
+        hits += int((np.abs(signs @ values) >= least).sum())
         done += len(signs)
     return (hits + 1) / (DRAWS + 1)
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Return Holm's adjusted p values, in the given order."""
-    order = np.argsort(p)
-    adjusted, worst = np.empty(len(p)), 0.0
-    for rank, at in enumerate(order):
+    """Return Holm's adjusted p values, in the given order; NaN stays NaN, and counts as one that was tested."""
+    order = np.argsort(p)  # NaN last
+    adjusted, worst = np.full(len(p), np.nan), 0.0
+    for rank, at in enumerate(order[: np.count_nonzero(~np.isnan(p))]):
         worst = max(worst, min(1.0, (len(p) - rank) * p[at]))
         adjusted[at] = worst
     return [float(x) for x in adjusted]
@@ -148,11 +156,11 @@ def max_t(differences: Mapping[str, Sequence[Array]], clusters: Sequence[int], s
         seed: Of the resamples.
 
     Returns:
-        One-sided p by contrast; 1 for all of them where there are too few clusters to resample.
+        One-sided p by contrast; none where there are too few clusters to resample.
     """
     drawn = _resampled(clusters, seed)
     if drawn is None or not differences:
-        return dict.fromkeys(differences, 1.0)
+        return {}
     sums = np.array([[d.sum() for d in users] for users in differences.values()])
     counts = np.array([len(d) for d in next(iter(differences.values()))], dtype=np.float64)
     means = sums.sum(axis=1) / counts.sum()
@@ -169,19 +177,21 @@ def mean_interval(values: Sequence[Array], clusters: Sequence[int], seed: int = 
     return _intervals(sums, counts, clusters, seed)[0]
 
 
-def block_interval(values: Array, seed: int = 0) -> tuple[float, float]:
+def block_interval(values: Array, seed: int = 0) -> Interval:
     """Return the 95 % interval of one user's mean by moving-block bootstrap (Kuensch, Annals of Statistics 17, 1989).
 
     Blocks of n^(1/3) neighbouring queries are drawn, for queries of one time resemble each other.
 
     Args:
-        values: The user's per-query values in order of time, at least one.
+        values: The user's per-query values in order of time.
         seed: Of the draws.
 
     Returns:
-        Lower and upper bound.
+        Lower and upper bound; ``None`` of fewer than ``LEAST_QUERIES``.
     """
     count = len(values)
+    if count < LEAST_QUERIES:
+        return None
     size = max(1, round(count ** (1 / 3)))
     starts = np.random.default_rng(seed).integers(0, count - size + 1, size=(_BLOCK_RESAMPLES, -(-count // size)))
     drawn = (starts[:, :, None] + np.arange(size)).reshape(len(starts), -1)[:, :count]

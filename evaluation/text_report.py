@@ -21,6 +21,7 @@ LEAD = "lead"
 MEASURE = "rouge_l"
 """What arms that only write, without a loss, are measured by."""
 _LENGTH = 110
+_CLAIMED_BELOW = 0.05
 
 
 def written(tables: Sequence[Table], runs: Sequence[Texts]) -> dict[str, dict[str, float]]:
@@ -95,13 +96,16 @@ def lead_contrasts(tables: Sequence[Table], runs: Sequence[Texts], clusters: Seq
 
 
 def claims(tests: Mapping[str, Contrast]) -> list[str]:
-    """Return the arms whose ROUGE-1 and ROUGE-L lie above lead-k's, both intervals over users above 0."""
+    """Return the arms whose ROUGE-1 and ROUGE-L lie above lead-k's: both intervals over users above 0, and both tests.
+
+    The interval of a few users who all gain is the range of their gains, which says less than their test.
+    """
     arms = [name.split()[1] for name in tests if name.startswith("rouge_1") and name.endswith(f" - {LEAD}")]
     return [a for a in arms if all(_above(tests[f"{m} {a} - {LEAD}"]) for m in MEASURES)]
 
 
 def _above(less: Contrast) -> bool:
-    return less.user_ci is not None and less.user_ci[0] > 0
+    return less.user_ci is not None and less.user_ci[0] > 0 and less.user_p < _CLAIMED_BELOW
 
 
 def table(arms: Mapping[str, Mapping[str, Any]], claimed: Sequence[str]) -> str:

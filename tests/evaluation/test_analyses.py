@@ -103,7 +103,7 @@ def test_page_and_figures(analysed: tuple[Plan, list[Outcome]], tmp_path: Path) 
 
 def test_without_a_plotting_library_there_are_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    assert draw({}, tmp_path) == {} and not list(tmp_path.iterdir())
+    assert draw({}, tmp_path, "pick") == {} and not list(tmp_path.iterdir())
 
 
 def person(user: str = "u", count: int = 12, cut: int = 8) -> Person:

@@ -131,6 +131,16 @@ class TestRatings:
         done = settled(["5.0", "1", " 2 ".strip()], TASKS["product_rating"])
         assert answers(done) == ["5", "1", "2"] and done.items[0].choices == ("1", "2", "3", "4", "5")
 
+    @pytest.mark.parametrize(
+        "text", ["4 stars", "4 Star", "4/5", "4 / 10", "4 out of 5", "4,0", "4.0 points", "4 \u2605\u2605\u2605\u2605"]
+    )
+    def test_a_unit_or_a_scale_is_left_out(self, text: str) -> None:
+        done = settled(["4", text, "5 stars"], TASKS["product_rating"])
+        assert answers(done) == ["4", "4", "5"] and done.notes["items_left_out"] == 0
+        own = settled(["4 stars"], TASKS["product_rating"], choices=("3 stars", "4 stars"))
+        assert (answers(own), own.items[0].choices) == (["4"], ("3", "4"))
+        assert answers(settled(["4", "4 pieces", "four"], TASKS["product_rating"])) == ["4"]
+
     def test_another_scale_is_learnt_and_in_order(self) -> None:
         assert settled(["10", "9.5", "2", "10.0"], TASKS["product_rating"]).items[0].choices == ("2", "9.5", "10")
 
@@ -158,6 +168,6 @@ def test_items_come_oldest_first() -> None:
 
 def test_ratings_that_are_no_numbers_name_the_output() -> None:
     with pytest.raises(ConfigError, match="events: output: expected a number, such as 4, .* none of 2 items"):
-        settled(["5 stars", "4 stars"], TASKS["product_rating"])
+        settled(["great", "poor"], TASKS["product_rating"])
     with pytest.raises(ConfigError, match="that fits it; 1 do not"):
         settled(["5"], TASKS["product_rating"], choices=("1", "2"))

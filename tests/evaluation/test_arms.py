@@ -141,6 +141,13 @@ class TestControls:
         assert sorted(i.output for i in made) == sorted(i.output for i in own.train)
         assert [i.output for i in made] != [i.output for i in own.train]
 
+    def test_permuted_outputs_of_the_same_choices_in_any_order_are_the_users_own(self) -> None:
+        own = self.people()[0]
+        items = tuple(
+            replace(i, choices=i.choices[at % 3 :] + i.choices[: at % 3], output="a") for at, i in enumerate(own.items)
+        )
+        assert {i.output for i in controls.permuted(replace(own, items=items), 0)} == {"a"}
+
     def test_permuted_outputs_of_unequal_choices_stay_among_the_items_own(self) -> None:
         own = self.people()[0]
         offered = [("a", "b", "c"), ("a", "b")]

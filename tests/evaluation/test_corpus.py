@@ -158,3 +158,40 @@ def test_outputs_beside_events_are_refused(tmp_path: Path) -> None:
     (tmp_path / "o.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"^--outputs: .*e\.jsonl is of events"):
         read(lines(tmp_path / "e.jsonl", [event(1)]), "news_categorize", outputs=tmp_path / "o.json")
+
+
+def test_the_first_faults_are_said_together(tmp_path: Path) -> None:
+    rows = [event(1 + at % 9, event_id=f"e{at}") | ({"output": ""} if at % 2 else {}) for at in range(40)]
+    with pytest.raises(ConfigError) as found:
+        read(lines(tmp_path / "e.jsonl", rows), "news_categorize")
+    assert [problem.split(":")[1] for problem in found.value.problems] == [
+        f" e.jsonl line {at}" for at in range(2, 22, 2)
+    ]
+
+
+def test_a_number_is_a_rating_and_no_choices_are_none(tmp_path: Path) -> None:
+    rows = [event(1, output=4), event(2, output=4.5), event(3, choices=[])]
+    found = read(lines(tmp_path / "e.jsonl", rows), "news_categorize").items
+    assert [i.output for i in found[:2]] == ["4", "4.5"] and found[2].choices == ()
+    for odd in (True, [1], {"a": 1}):
+        with pytest.raises(ConfigError, match="line 1: output"):
+            read(lines(tmp_path / "e.jsonl", [event(1, output=odd)]), "news_categorize")
+
+
+def test_half_a_character_becomes_a_question_mark(tmp_path: Path) -> None:
+    (tmp_path / "e.json").write_text(
+        '[{"user_id": "u", "profile": [{"id": "1", "text": "cut \\ud83d", "title": "so \\ud83d"}], "query": []}]'
+    )
+    [one] = read(tmp_path / "e.json", "news_headline").items
+    assert (one.input, one.output) == ("cut ?", "so ?")
+
+
+def test_days_that_only_say_an_order_are_no_dates(tmp_path: Path) -> None:
+    entries = [{"id": str(at), "text": f"text {at}", "title": "t"} for at in range(12)]
+    (tmp_path / "e.json").write_text(json.dumps([{"user_id": "u", "profile": entries, "query": []}]))
+    own = read(tmp_path / "e.json", "news_headline").items
+    assert not any(i.dated for i in own) and in_time(own)[0] == "order in the file"
+    dated = [{**entry, "date": f"2020-01-{at + 1:02}"} for at, entry in enumerate(entries)]
+    (tmp_path / "e.json").write_text(json.dumps([{"user_id": "u", "profile": dated, "query": []}]))
+    own = read(tmp_path / "e.json", "news_headline").items
+    assert all(i.dated for i in own) and in_time(own)[0] == "days"

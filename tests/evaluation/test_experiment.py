@@ -14,7 +14,7 @@ from evaluation import bases, training
 from evaluation.calibration import calibrate
 from evaluation.corpus import Item
 from evaluation.experiment import Outcome, Plan, run
-from evaluation.report import summarise, write
+from evaluation.report import markdown, summarise, write
 from evaluation.roles import Bounds
 from evaluation.training import Recipe
 from evaluation.variants import CHOSEN_OPPU, CHOSEN_PROMPT, PROMPTED, RECENT, TRAINED
@@ -35,7 +35,7 @@ TASKS = Tasks({
     "pick": Task("pick", "choice", "{input}", "is:", LABELS),
     "write": Task("write", "text", "{input}", "title:"),
 })  # fmt: skip
-BOUNDS = Bounds(target=20, calibrate=6, folds_below=2)
+BOUNDS = Bounds(target=20, calibrate=6, folds_below=2, enough_items=1, enough_judges=1)
 
 pytestmark = [pytest.mark.slow]
 
@@ -209,8 +209,50 @@ def test_folds_of_unequal_size_have_the_controls_that_all_have(settings: Setting
     plan = replace(planned(tmp_path), recipe=recipe, bounds=Bounds(target=12, calibrate=6, folds_below=12))
     outcomes = run(plan, items, settings, TASKS, EMBEDDER)
     result = summarise(plan, outcomes, "choice", "tiny", "oppu evaluate pick")
-    assert result["users"] == 7 and {"oppu", "permuted", "fused"} <= set(result["arms"])
-    assert "union" in result["left_out"] and "union" not in result["arms"]
+    assert result["users"] == 7 and {"oppu", "permuted", "volume", "union", "fused"} <= set(result["arms"])
+    assert "stranger-1" in result["left_out"] and "stranger-1" not in result["arms"]
+    page = markdown(result)
+    assert "**Arms that not all users had, and none shows: stranger-1" in page
+    assert "**The base was adapted on little: fold-0 on " in page
+    assert "p (Holm, of this task's 2)" in page and not result["case_study"]
+    assert all(0 < test["p"] <= 1 for test in result["tests"].values())
+
+
+def test_what_a_base_for_each_user_cannot_show_is_said(settings: Settings, tmp_path: Path) -> None:
+    items = people({f"u{n}": 20 for n in range(4)})
+    recipe = replace(RECIPE, variants=("plain",), base_epochs=1, base_search=False)
+    plan = replace(planned(tmp_path), recipe=recipe, bounds=Bounds(target=20, calibrate=6, folds_below=12))
+    result = summarise(plan, run(plan, items, settings, TASKS, EMBEDDER), "choice", "tiny", "oppu evaluate pick")
+    assert result["not_tested"] == ["P2 oppu - volume"] and "P1" not in str(result["not_tested"])
+    assert set(result["calibrate_users"].values()) == {1}
+    page = markdown(result)
+    assert "or of long histories: P2 oppu - volume.**" in page
+    assert "**Few users chose for all: without-u0 by 1, " in page
+
+
+def test_nobody_to_judge_is_said_and_no_loss_is_made_up(settings: Settings, tmp_path: Path) -> None:
+    items = people({"t0": 20, "t1": 20} | {f"s{n}": 4 for n in range(5)})
+    population = frozenset(f"s{n}" for n in range(5))
+    plan = replace(planned(tmp_path), bounds=replace(BOUNDS, population=population))
+    outcomes = run(plan, items, settings, TASKS, EMBEDDER)
+    result = summarise(plan, outcomes, "choice", "tiny", "oppu evaluate pick")
+    assert result["adaption"] == {} and result["calibrate_users"] == {"all": 0}
+    for variant in ("plain", "retrieval", "profile"):  # the last number of epochs, and no other
+        folders = [path.name for path in (tmp_path / "all-seed-0" / f"base-{variant}").iterdir() if path.is_dir()]
+        assert folders == [str(RECIPE.base_epochs)]
+    _data, page = write(result, outcomes, "choice", tmp_path / "out")
+    assert "all by 0; what nobody chose is the first of its kind" in page.read_text()
+    assert "nobody: the first" in page.read_text()
+
+
+def test_a_lesser_run_stands_beside_a_better_one(settings: Settings, tmp_path: Path) -> None:
+    plan = replace(planned(tmp_path, seeds=(0, 1)), recipe=replace(RECIPE, variants=("plain",), base_epochs=1))
+    outcomes = run(plan, everybody(), settings, TASKS, EMBEDDER)
+    whole = summarise(plan, outcomes, "choice", "tiny", "oppu evaluate pick") | {"evidence": True}
+    lesser = {"seeds": [1]}, {"final": False}, {"evidence": False}, {"seeds": [1, 2]}
+    names = [write(whole | change, outcomes, "choice", tmp_path / "out")[0].stem for change in ({}, *lesser)]
+    assert names == ["pick", "pick-seed-1", "pick-dev", "pick-quick", "pick"]
+    assert len(list((tmp_path / "out" / "figures").glob("pick-quick-*.png"))) >= 2
 
 
 def test_the_items_that_adapt_a_base_are_drawn_by_the_seed() -> None:

@@ -181,10 +181,14 @@ def test_lamps_layout(evaluate: Run, tmp_path: Path, task: str, dated: bool) -> 
     questions, outputs = lamp(tmp_path, task, "dev", [20, 21, 8, 9], dated=dated)
     train, train_outputs = lamp(tmp_path, task, "train", [8, 9, 8], dated=dated)
     gold = ("--outputs", str(outputs))
-    others = ("--population", str(train), "--population-outputs", str(train_outputs), "--population-before-test")
-    result = evaluate(task, questions, *gold, *others, "--final")
+    others = ("--population", str(train), "--population-outputs", str(train_outputs), "--final")
+    if not dated:
+        with pytest.raises(ConfigError, match="--population-before-test: expected days in the histories"):
+            evaluate(task, questions, *gold, *others, "--population-before-test")
+    result = evaluate(task, questions, *gold, *others, *(["--population-before-test"] if dated else []))
     assert (result["users"], result["queries"]) == (2, 2)
-    assert result["data"]["population_before_test"] is True and result["data"]["population_users"] == 3
+    assert result["data"]["population_before_test"] is dated and result["data"]["population_users"] == 3
+    assert result["data"]["ordered_by"] == ("days" if dated else "order in the file")
 
 
 @pytest.mark.slow

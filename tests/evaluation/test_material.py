@@ -21,7 +21,7 @@ from tests.evaluation.makers import Row, lines, rows
 from tests.evaluation.world import stacked
 
 TASKS = load_tasks()
-BOUNDS = Bounds(target=20, calibrate=6, folds_below=2)
+BOUNDS = Bounds(target=20, calibrate=6, folds_below=2, enough_items=1, enough_judges=1)
 COUNTS = {f"t{n}": 24 for n in range(3)} | {f"c{n}": 8 for n in range(5)}
 
 

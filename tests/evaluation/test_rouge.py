@@ -23,6 +23,15 @@ def test_by_hand(written: str, true: str, one: float, longest: float) -> None:
     assert rouge_l(written, true) == pytest.approx(longest)
 
 
+def test_texts_in_other_scripts_have_words_too() -> None:
+    assert rouge_1(
+        "\u041c\u043e\u0441\u043a\u0432\u0430 \u0436\u0434\u0451\u0442", "\u043c\u043e\u0441\u043a\u0432\u0430"
+    ) == pytest.approx(2 / 3)
+    assert words("\u5317\u4eac2008") == ["\u5317", "\u4eac", "2008"]
+    assert words("na\u00efve_text") == ["na", "ve", "text"]  # mostly ASCII: as the package reads it
+    assert words("\u00fcber\u00e4\u00f6\u00fc") != ["ber"]
+
+
 def test_words_are_runs_of_letters_and_digits() -> None:
     assert words("It's 5-year-old's café.") == ["it", "s", "5", "year", "old", "s", "caf"]
 

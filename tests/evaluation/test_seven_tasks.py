@@ -89,7 +89,7 @@ def test_a_lesser_result_does_not_replace_a_better_one(evaluate: Run, tmp_path: 
     [
         ({"event_id": None}, "line 2: event_id: "),
         ({"occurred_at": "0001-01-01T00:00:00+05:00"}, "line 2: occurred_at: out of range"),
-        ({"output": 7}, "line 2: output: "),
+        ({"output": [7]}, "line 2: output: "),
     ],
 )
 def test_a_fault_of_a_line_is_named_without_what_stands_in_it(

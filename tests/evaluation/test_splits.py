@@ -15,7 +15,7 @@ from evaluation.splits import Fold, Person, clusters, cut_index, make_folds, not
 from oppu.errors import ConfigError
 from tests.evaluation.world import START, item, people, stacked, vectors
 
-BOUNDS = Bounds(target=20, calibrate=8, folds_below=2)
+BOUNDS = Bounds(target=20, calibrate=8, folds_below=2, enough_items=1, enough_judges=1)
 COUNTS = {f"t{n}": 25 for n in range(4)} | {f"c{n}": 10 for n in range(12)} | {f"s{n}": 3 for n in range(4)}
 
 
@@ -334,6 +334,40 @@ class TestPopulation:
         ):
             make_folds(items, stacked(items), bounds, final=True)
 
+    def test_days_that_are_no_dates_precede_nothing(self) -> None:
+        items = [replace(i, dated=False) for i in people(COUNTS)]
+        bounds = replace(BOUNDS, before_test=True)
+        with pytest.raises(ConfigError, match="--population-before-test: expected days in the histories"):
+            make_folds(items, stacked(items), bounds, final=True)
+
+
+class TestQuestionsOnOneThing:
+    """A paper may be asked about with other candidates: only the same question again is a repeat."""
+
+    @pytest.mark.parametrize("inside", [True, False])
+    def test_other_candidates_are_another_question(self, inside: bool) -> None:
+        made = []
+        for user in range(4):
+            for at in range(30):
+                paper = " ".join(f"u{user}paper{at // 5}x{k}" for k in range(40))
+                pair = f"work {user} {at}", f"other {user} {at % 4 or at}"
+                shown = f"{paper} [1]: {pair[0]} [2]: {pair[1]}" if inside else paper
+                one = replace(item(f"t{user}", at, text=shown), choices=("[1]", "[2]") if inside else pair)
+                made.append(replace(one, output=one.choices[at % 2]))
+        items = sorted([*made, *people({f"c{n}": 10 for n in range(12)})], key=lambda i: i.day)
+        fold = only(items)
+        # four papers are learnt, each with five pairs; of the fifth's the last is held back, so that the others go
+        assert [(p.cut, len(p.items)) for p in fold.target] == [(20, 26)] * 4
+        check(fold, vectors(items))
+
+    def test_the_same_question_again_is_a_repeat(self) -> None:
+        items = [
+            replace(item("t0", at, text=f"a paper number {at // 2}"), choices=("x", "y")[:: 1 - 2 * (at % 2)])
+            for at in range(40)
+        ]
+        fold = only([replace(i, output="x") for i in items])
+        assert len(fold.target[0].items) == 20
+
 
 class TestFewUsers:
     def test_one_target_is_one_even_alone(self) -> None:
@@ -346,11 +380,33 @@ class TestFewUsers:
                               replace(BOUNDS, folds_below=12), final=True)]  # fmt: skip
         assert len(made) == 2 and [[p.user_id for p in f.calibrate] for f in first] == [["t1"], ["t0"]]
 
-    def test_more_than_six_are_left_out_in_five_parts(self) -> None:
-        items = people({f"t{n}": 25 for n in range(7)} | {"c0": 10})
+    @pytest.mark.parametrize(("count", "parts"), [(7, [3, 2, 2]), (9, [3, 2, 2, 2]), (11, [3, 2, 2, 2, 2])])
+    def test_more_than_six_are_left_out_in_parts_of_two_at_least(self, count: int, parts: list[int]) -> None:
+        items = people({f"t{n:02}": 25 for n in range(count)} | {"c0": 10})
         made = make_folds(items, stacked(items), replace(BOUNDS, folds_below=12), final=True)
-        assert [len(fold.target) for fold in made] == [2, 2, 1, 1, 1]
+        assert [len(fold.target) for fold in made] == parts
         assert all("c0" in {i.user_id for i in fold.adapt} for fold in made)
+
+    @pytest.mark.parametrize(
+        ("others", "count"),
+        [
+            ({"s0": 3, "c1": 25}, 5),  # three items to adapt a base on
+            ({f"s{n:02}": 19 for n in range(30)}, 5),  # nobody calibrates
+            ({f"c{n:02}": 30 for n in range(30)}, 1),
+        ],
+    )
+    def test_a_few_small_users_are_not_taken_for_a_population(self, others: dict[str, int], count: int) -> None:
+        items = people({f"t{n:02}": 60 for n in range(30)} | others)
+        made = make_folds(items, stacked(items), Bounds(), final=True)
+        assert len(made) == count
+        assert all(len(fold.adapt) >= 200 and len(fold.calibrate) >= 3 for fold in made)
+
+    @pytest.mark.parametrize("strict", [True, False])
+    def test_a_population_of_short_histories_calibrates_nevertheless(self, strict: bool) -> None:
+        items = people({f"t{n}": 25 for n in range(9)} | {f"p{n:02}": 12 for n in range(20)})
+        bounds = replace(BOUNDS, calibrate=20, population=frozenset(f"p{n:02}" for n in range(20)), strict=strict)
+        [fold] = make_folds(items, stacked(items), bounds, final=True)
+        assert len(fold.target) == 9 and (len(fold.calibrate) > 3) != strict
 
     def test_many_targets_and_nobody_else_are_crossed_in_five(self) -> None:
         made = folds(people({f"t{n:02}": 20 for n in range(12)}))

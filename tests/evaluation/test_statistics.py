@@ -125,4 +125,24 @@ class TestMaxT:
     def test_gains_and_ties_are_no_losses(self) -> None:
         found = max_t({"gain": [np.ones(3)] * 5, "tie": [np.zeros(3)] * 5}, range(5))
         assert found["gain"] == 1.0 and found["tie"] > 0.05
-        assert max_t({"two users": [-np.ones(3)] * 2}, range(2)) == {"two users": 1.0}
+        assert max_t({"two users": [-np.ones(3)] * 2}, range(2)) == {}
+
+
+def test_seeds_that_cancel_out_are_a_tie() -> None:
+    rounded = np.array([0.1, 0.2, -0.3])
+    assert rounded.sum() != 0
+    found = contrast([rounded, np.ones(3), -np.ones(3)], range(3))
+    assert (found.wins, found.ties, found.losses) == (1, 1, 1)
+
+
+def test_the_observed_pattern_is_one_of_those_at_least_as_large_whatever_the_unit() -> None:
+    values = np.random.default_rng(5).normal(size=9)
+    assert len({sign_flip(values * unit) for unit in (1.0, 1e4, 1e8)}) == 1
+    assert sign_flip(np.array([0.1, 0.2, 0.3]) * 1e9) == 2 / 8
+
+
+def test_what_is_no_number_is_no_evidence() -> None:
+    for users in (3, 30):
+        assert np.isnan(sign_flip(np.array([np.nan, *np.ones(users)])))
+    found = holm([0.01, float("nan"), 0.02])
+    assert found[0] == pytest.approx(0.03) and np.isnan(found[1]) and found[2] == pytest.approx(0.04)

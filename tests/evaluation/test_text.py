@@ -159,10 +159,9 @@ def test_examples_show_the_largest_gains_and_losses() -> None:
 
 def test_blocks_widen_an_interval_of_what_comes_in_runs() -> None:
     runs = np.repeat(np.random.default_rng(0).normal(size=30), 10)
-    low, high = block_interval(runs)
-    mixed_up = np.random.default_rng(1).permutation(runs)
-    other_low, other_high = block_interval(mixed_up)
-    assert low < runs.mean() < high
-    assert high - low > 1.5 * (other_high - other_low)
-    assert block_interval(np.array([2.0])) == (2.0, 2.0)
+    wide, narrow = block_interval(runs), block_interval(np.random.default_rng(1).permutation(runs))
+    assert wide is not None and narrow is not None
+    assert wide[0] < runs.mean() < wide[1]
+    assert wide[1] - wide[0] > 1.5 * (narrow[1] - narrow[0])
+    assert block_interval(runs[:7]) is None and block_interval(runs[:8]) is not None
     assert contrast([runs], [0]).difference == pytest.approx(runs.mean())
