@@ -98,6 +98,8 @@ class Offsets:
         """Forget partitions that are held no more."""
         for partition in self._places.keys() - assigned:
             del self._places[partition]
+        for partition in self._beyond_since.keys() - assigned:
+            del self._beyond_since[partition]
 
     def _continue(self, partition: Partition, row: StoredOffset, log: Log, now: float) -> _Place:
         name = f"{partition.topic} {partition.index}"

@@ -5,11 +5,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from oppu.errors import ConfigError, FatalError
 from oppu.kafka.embedded import EmbeddedBroker
 from oppu.kafka.jars import kafka_jars, require_extra
 from oppu.settings import KafkaSettings
+
+settings.register_profile("oppu", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("oppu")  # a shared machine may stand still for longer than any deadline
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -15,6 +15,10 @@ from oppu.values import UserId
 logger = logging.getLogger(__name__)
 
 
+_NOT_YET = 0.4
+"""Of a claim's time: what could not be renewed at half of it is due again after another tenth."""
+
+
 class Drained(OppuError):
     """Raised out of a heartbeat: the process stops, the work at hand is given up."""
 
@@ -85,6 +89,7 @@ class Leases:
                 kept = self._store.renew(claim, self._seconds)
             except TransientError as error:
                 logger.warning("cannot renew claims now: %s", error)
+                self._renewed -= _NOT_YET * self._seconds
                 return
             if not kept:
                 self._lost.add(user_id)

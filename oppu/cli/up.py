@@ -7,6 +7,7 @@ on SIGTERM in order, on kill -9 because the children die with their parent.
 import contextlib
 import logging
 import os
+import queue
 import secrets
 import signal
 import subprocess
@@ -46,15 +47,23 @@ def up(session: Session, folder: Path) -> None:
     from oppu.logs import configure_logging
 
     configure_logging(session.settings.service)
-    stop = threading.Event()
+    stop: queue.SimpleQueue[int] = queue.SimpleQueue()  # an event's lock may be held where the signal comes
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda _number, _frame: stop.set())
+        signal.signal(number, lambda number, _frame: stop.put(number))
     with stack(session, folder) as running:
         click.echo(f"Kafka at {running.bootstrap_servers}; data in {folder}; Ctrl-C stops everything.")
         click.echo(f"In another terminal: export OPPU_CONFIG={running.config}")
-        while not stop.wait(LOOK_AT_BROKER_SECONDS):
+        while not _asked_to_stop(stop, LOOK_AT_BROKER_SECONDS):
             running.keep_broker()
         click.echo("Stopping …")
+
+
+def _asked_to_stop(stop: "queue.SimpleQueue[int]", seconds: float) -> bool:
+    try:
+        stop.get(timeout=seconds)
+    except queue.Empty:
+        return False
+    return True
 
 
 @dataclass

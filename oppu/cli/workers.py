@@ -30,6 +30,7 @@ from oppu.worker import Worker
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_NAP_SECONDS = 0.2
 
 
 @click.command()
@@ -146,7 +147,9 @@ def _wait_for(build: Callable[[], T], settings: Settings, health: Health, stoppi
             logger.warning("cannot start yet, trying again in %.1f s: %s", delay, error)
             health.not_ready("start", "broker or store is away")
             health.alive()
-            clock.sleep(delay)
+            again = clock.monotonic() + delay
+            while not stopping.requested and clock.monotonic() < again:
+                clock.sleep(_NAP_SECONDS)  # a signal does not end a sleep
             delay = min(2 * delay, settings.service.max_backoff_seconds)
         else:
             health.ready("start")

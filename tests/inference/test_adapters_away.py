@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from inference import host_cache
 from inference.adapters import AdapterShelf, Fallback, Placed
 from inference.faults import AWAY_SECONDS, HOLD_BACK_SECONDS
 from inference.host_cache import HostCache
@@ -71,6 +72,19 @@ def _states(world: World, *users: str) -> list[UserState]:
     return [found[UserId(user)] for user in users]
 
 
+def _waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return the seconds that the cache is ready to wait for reads that are not done, as it goes on."""
+    found: list[float] = []
+    real = host_cache.wait
+
+    def counted(reads: Collection[Future[Tensors]], timeout: float | None = None) -> Any:
+        found.append(timeout or 0.0)
+        return real(reads, timeout)
+
+    monkeypatch.setattr(host_cache, "wait", counted)
+    return found
+
+
 def _failing(*bad: AdapterRef) -> Callable[[AdapterRef], None]:
     def on_load(ref: AdapterRef) -> None:
         if ref in bad:
@@ -85,30 +99,31 @@ def test_a_parent_that_is_still_being_read_makes_its_user_late_and_nobody_else(
     for user in ("anna", "ben"):
         world.remember(user, [("words", "law")])
     parent = world.publish("anna", "art")
-    shelf, _ = gated(parent)
+    shelf, cache = gated(parent)
     shelf.expect(_states(world, "anna"))
-    world.publish("anna", "war", readable=False)
+    head = world.publish("anna", "war", readable=False)
     ben = world.publish("ben", "art")
+    cache.expect([head, ben], wait_seconds=30)  # nothing is late but the parent
     placed = shelf.place(_states(world, "anna", "ben"))
     assert placed == {UserId("anna"): Placed(None, Fallback.LATE), UserId("ben"): Placed(ben)}
 
 
 def test_a_slow_parent_or_newer_head_holds_the_batch_up_no_longer_than_its_wait(
-    world: World, gated: Callable[..., tuple[AdapterShelf, HostCache]]
+    world: World, gated: Callable[..., tuple[AdapterShelf, HostCache]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     users = ("anna", "ben", "cleo")
     for user in users:
         world.remember(user, [("words", "law")])
     parents = [world.publish(user, "art") for user in users]
-    for user in users[:2]:
-        world.publish(user, "war", readable=False)
+    heads = [world.publish(user, "war", readable=False) for user in users[:2]]
     states = _states(world, *users)
     del world.adapters.versions[parents[2]]
     newer = world.publish("cleo", "war")
     shelf, cache = gated(*parents[:2], newer, wait=0.2)
-    began = time.monotonic()
+    cache.expect([*heads, parents[2]], wait_seconds=30)
+    waits = _waits(monkeypatch)
     placed = shelf.place(states)
-    assert time.monotonic() - began < 1
+    assert sum(waits) <= 0.2 + 1e-6
     assert [placed[UserId(user)] for user in users] == [Placed(None, Fallback.LATE)] * 3
     assert cache.reading(newer)
 
@@ -125,20 +140,21 @@ def test_a_parent_that_is_read_in_time_serves(
 
 
 def test_a_hung_read_is_waited_for_in_one_batch_only(
-    world: World, gated: Callable[..., tuple[AdapterShelf, HostCache]]
+    world: World, gated: Callable[..., tuple[AdapterShelf, HostCache]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for user in ("anna", "ben"):
         world.remember(user, [("words", "law")])
     hung, other = world.publish("anna", "art"), world.publish("ben", "art")
-    shelf, _ = gated(hung, wait=1.0)
-    seconds = []
+    shelf, cache = gated(hung, wait=0.5)
+    cache.expect([other], wait_seconds=30)
+    waits, seen = _waits(monkeypatch), []
     for _ in range(3):
-        began = time.monotonic()
+        waits.clear()
         placed = shelf.place(_states(world, "anna", "ben"))
-        seconds.append(time.monotonic() - began)
+        seen.append(sum(waits))
         assert placed == {UserId("anna"): Placed(None, Fallback.LATE), UserId("ben"): Placed(other)}
-    assert seconds[0] > 0.9
-    assert max(seconds[1:]) < 0.7
+    assert seen[0] > 0.4
+    assert seen[1:] == [0.0, 0.0]
 
 
 def test_as_many_hung_reads_as_readers_leave_the_others_their_adapters(world: World) -> None:

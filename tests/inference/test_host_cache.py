@@ -70,6 +70,7 @@ def test_what_is_expected_is_read_ahead_and_once(disk: Disk, cache: HostCache) -
 def test_a_slow_read_delays_nobody_else(disk: Disk, cache: HostCache) -> None:
     disk.gates[ref(1)] = threading.Event()
     cache.expect([ref(1), ref(2)], wait_seconds=0.05)
+    cache.expect([ref(2)], wait_seconds=LONG)
     assert float(cache.load(ref(2))["weight"][0]) == 2.0
     with pytest.raises(AdapterNotReady, match="version 1"):
         cache.load(ref(1))

@@ -71,7 +71,8 @@ def test_no_more_than_so_many_are_replaced(
     assert until(lambda: readers.lost == 0)
 
 
-def test_shut_down_readers_take_nothing_and_drop_what_waits(readers: Readers, gate: threading.Event) -> None:
+def test_shut_down_readers_take_nothing_and_drop_what_waits(gate: threading.Event) -> None:
+    readers = Readers(2, stuck_seconds=LONG)
     futures = [readers.submit(gate.wait, LONG) for _ in range(4)]
     assert until(lambda: sum(future.running() for future in futures) == 2)
     readers.shutdown(cancel_futures=True)

@@ -69,6 +69,15 @@ def test_an_end_that_catches_up_is_forgiven() -> None:
         offsets.place(stored, {P: Log(0, 9, "id")}, 100.0)
 
 
+def test_a_partition_that_comes_back_has_its_grace_again() -> None:
+    offsets, stored, logs = Offsets(), {P: StoredOffset(10, "id")}, {P: Log(0, 9, "id")}
+    with pytest.raises(TransientError):
+        offsets.place(stored, logs, 0.0)
+    offsets.keep_only(frozenset())
+    with pytest.raises(TransientError):
+        offsets.place(stored, logs, 86_400.0)
+
+
 def test_a_gap_is_stepped_over_and_counted_when_it_is_written(caplog: pytest.LogCaptureFixture) -> None:
     offsets = Offsets()
     assert offsets.place({P: StoredOffset(7, "id")}, {P: Log(20, 30, "id")}, 0.0) == {P: 20}

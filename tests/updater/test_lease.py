@@ -77,6 +77,24 @@ def test_a_store_that_is_away_is_not_a_lost_claim(world: World, monkeypatch: pyt
     assert not leases.lost(claim.user_id)
 
 
+def test_a_renewal_that_failed_is_tried_again_long_before_the_claim_ends(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leases, _ = held(world, Recorder())
+    tried: list[float] = []
+    start = world.clock.monotonic()
+
+    def away(*_: object) -> bool:
+        tried.append(world.clock.monotonic() - start)
+        raise TransientError("store: away")
+
+    monkeypatch.setattr(type(world.store), "renew", away)
+    for _ in range(60):
+        leases.beat()
+        world.clock.advance(1)
+    assert tried == [30, 36, 42, 48, 54]
+
+
 def test_a_drain_interrupts_a_beat_but_not_a_touch(world: World) -> None:
     recorder = Recorder()
     leases, _ = held(world, recorder)

@@ -1,5 +1,6 @@
 """The embedded broker's life cycle, on a real Kafka: its data, its owner, its ports and its orphans."""
 
+import contextlib
 import json
 import os
 import signal
@@ -73,9 +74,10 @@ def read(servers: str, count: int) -> list[bytes]:
 
 def wait_until_gone(pid: int, seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, f"process {pid} still runs"
-        time.sleep(0.02)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, f"process {pid} still runs"
+            time.sleep(0.02)
 
 
 def write_record(files: BrokerFiles, broker: psutil.Process, started: float | None = None) -> None:
