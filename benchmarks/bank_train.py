@@ -13,7 +13,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ from oppu.cli.demo import read_sample
 from oppu.errors import ConfigError, FatalError
 from oppu.lm.base import LoadedBase
 from oppu.lm.model import TorchModel
-from oppu.lm.port import Example, TrainConfig, TrainJob
+from oppu.lm.port import Example, Tensors, TrainConfig, TrainJob
 from oppu.settings import ModelSettings, UpdaterSettings
 from oppu.tasks import Tasks
 from oppu.values import UserId
+from updater.scoring import assess
 
 HISTORY, NEW = 200, 16
 OPPU_PASSES = 2
@@ -248,16 +249,31 @@ def _turnover(model: TorchModel, tasks: Tasks, mixed: tuple[int, int, int]) -> d
 
 
 def _updates(subjects: Subjects, tasks: Tasks, named: Named) -> dict[str, Callable[[], object]]:
-    """An update with 16 new events on 200: all of them again, or the new ones beside some older ones."""
+    """An update with 16 new events on 200: all of them learnt again, or the new ones beside some older ones, with all
+    that the service does beside: the new events scored under the base and under the live adapter, and the candidate on
+    those held out."""
     own, config = UpdaterSettings(), update_config()
     plain = named("float32")
     encoder = encoder_of(plain, tasks)
     whole, part = jobs_of(1, HISTORY + NEW, tasks), jobs_of(own.users_per_tick, NEW + own.replay, tasks)
     found: dict[str, Callable[[], object]] = {"oppu": lambda: train_as_oppu(plain, encoder, whole, _config())}
+    held = round(own.holdout_share * NEW)
     for dtype, bank in subjects.banks.items():
+        [live] = bank.train(_work(part[:1]), config, heartbeat=_nothing)
         for case, jobs in (("together", part), ("alone", part[:1])):
-            found[f"{case} {dtype}"] = functools.partial(_banked, bank, jobs, config)
+            found[f"{case} {dtype}"] = functools.partial(_update, bank, jobs, config, live.tensors, held)
     return found
+
+
+def _update(model: TorchModel, jobs: Sequence[Job], config: TrainConfig, live: Tensors | None, held: int) -> None:
+    """One tick for users with a live adapter; their first ``NEW`` events are new, the last ``held`` kept out."""
+    for job in jobs:
+        assess(model, job[:NEW], None, _nothing)
+        assess(model, job[:NEW], live, _nothing)
+    learnt = [(*job[: NEW - held], *job[NEW:]) for job in jobs]
+    work = [replace(one, parent=live) for one in _work(learnt)]
+    for job, result in zip(jobs, model.train(work, config, heartbeat=_nothing), strict=True):
+        assess(model, job[NEW - held : NEW], result.tensors, _nothing)
 
 
 def _agree(subjects: Subjects, jobs: Sequence[Job]) -> None:
@@ -269,9 +285,16 @@ def _agree(subjects: Subjects, jobs: Sequence[Job]) -> None:
 
 
 def _banked(model: TorchModel, jobs: Sequence[Job], config: TrainConfig) -> float:
-    work = [TrainJob(UserId(f"u{at}"), None, job, at) for at, job in enumerate(jobs)]
-    done = model.train(work, config, heartbeat=lambda: None)
+    done = model.train(_work(jobs), config, heartbeat=_nothing)
     return math.fsum(result.mean_loss for result in done) / len(done)
+
+
+def _work(jobs: Sequence[Job]) -> list[TrainJob]:
+    return [TrainJob(UserId(f"u{at}"), None, job, at) for at, job in enumerate(jobs)]
+
+
+def _nothing() -> None:
+    """Do nothing between two pieces of work."""
 
 
 def update_config() -> TrainConfig:

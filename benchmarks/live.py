@@ -14,7 +14,7 @@ from oppu.client import Client
 from oppu.errors import FatalError
 from oppu.lm.port import AdapterRef, Example, LanguageModel, Tensors, TrainConfig, TrainJob
 from oppu.settings import Settings
-from oppu.store.port import Candidate
+from oppu.store.records import Candidate
 from oppu.values import BaseId, UserId
 from oppu.wire import AdapterUpdate, After, BehaviorEvent, PredictionRequest, Provenance, record_for
 
@@ -30,6 +30,7 @@ class Publisher:
         model = compose.model(settings, slots=1)
         self.tensors = _trained(model, event)
         self._registry = compose.registry(settings, base, model.adapter_config())
+        self._registry.open(in_use=())
         self._base = base
 
     def publish(self, user: UserId) -> int:

@@ -81,6 +81,7 @@ def measure(base: LoadedBase, scope: Scope, say: Callable[[str], None]) -> Itera
     with tempfile.TemporaryDirectory(prefix="oppu-residency-") as folder:
         subject = banked(base, slots=scope.slots, rank=RANK, alpha=ALPHA, distinct=1)
         registry = _registry(base.fingerprint, folder)
+        registry.open(in_use=())
         began = time.monotonic()
         _fill(registry, subject, scope.adapters)
         say(f"{scope.adapters} adapters written in {time.monotonic() - began:.0f} s")
@@ -99,6 +100,7 @@ def growth(base: LoadedBase, counts: Sequence[int], say: Callable[[str], None]) 
     with tempfile.TemporaryDirectory(prefix="oppu-registered-") as folder:
         small = {"weight": np.ones((1, 8), dtype=np.float32)}
         writer, done = _registry(base.fingerprint, folder), 0
+        writer.open(in_use=())
         for count in sorted(counts):
             for number in range(done, count):
                 writer.write(_ref(number), small, parent=None, trained_through=1, metrics={}, token=1)

@@ -27,11 +27,12 @@ _PASSES = 4
 
 
 class Fallback(StrEnum):
-    """What served instead of the head; the ``reason`` of a degraded adapter."""
+    """What served instead of the head; the ``reason`` of a degraded adapter. The last one is known only afterwards."""
 
     PARENT = "unreadable_fell_back_to_parent"
     BASE = "unreadable_used_base"
     LATE = "not_loaded_in_time"
+    UNSOUND = "not_finite_used_base"
 
 
 @dataclass(frozen=True, slots=True)

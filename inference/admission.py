@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from oppu.errors import InvalidRecord, Reason
 from oppu.settings import Settings
-from oppu.store.port import StoredOffset
+from oppu.store.records import StoredOffset
 from oppu.tasks import Task, Tasks
 from oppu.values import Partition, Record, UserId
 from oppu.wire import PredictionRequest, addressee, parse_request, user_key

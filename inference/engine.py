@@ -9,48 +9,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal
 
 import numpy as np
 
 from inference.adapters import AdapterShelf, Placed
 from inference.admission import Ask
 from inference.answers import EMPTY_GENERATION, Answer, AnswerWriter
+from inference.attempt import Attempt, Prepared
 from inference.blending import DEFAULT as DEFAULT_TEXT
 from inference.blending import TextFusion
-from inference.evidence import HistoryRetriever, Personal, gather
+from inference.evidence import HistoryRetriever, gather
 from oppu.clock import Clock
-from oppu.errors import OppuError, Reason
-from oppu.fusion import DEFAULT, Fusion, Sources, log_softmax, pick, sources_of
+from oppu.errors import ModelLost, OppuError, Reason
+from oppu.fusion import DEFAULT, Array, Fusion, log_softmax, pick
 from oppu.lm.blend import Blend
+from oppu.lm.faults import device_fault, out_of_memory
 from oppu.lm.port import LanguageModel, Row, Scored
 from oppu.metrics import Metrics
 from oppu.settings import Settings
 from oppu.store.port import HistoryStore
-from oppu.values import Record, UserId, UserState
-from oppu.wire import Degraded, Provenance
+from oppu.values import Record, UserId
 
 logger = logging.getLogger(__name__)
-
-Part = Literal["retrieval", "profile", "adapter"]
 
 STEP_BUDGET_SECONDS = 2.0
 """After this much computing a step sends what it has and leaves the rest to the next one: answers do not wait for
 five hundred others, and the loop keeps polling."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """An ask with what is known of its user."""
-
-    ask: Ask
-    personal: Personal
-
-    @property
-    def wants_adapter(self) -> UserState | None:
-        """The user's state where an adapter is asked for and there is one."""
-        state = self.personal.state
-        return state if self.ask.request.options.adapter and state is not None and state.head else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +77,7 @@ class Engine:
         Raises:
             TransientError: Store, retriever or registry is unavailable; nothing was answered.
             FatalError: Another user's data came up.
+            ModelLost: The model computes nothing any more.
         """
         if not asks:
             return []
@@ -122,24 +107,26 @@ class Engine:
         with watch.stage("adapters"):
             states = {s.user_id: s for p in timely if (s := p.wants_adapter) is not None}
             shelf = self._parts.shelf.place(states.values()) if states else {}
-        placed = [_placed(p, shelf) for p in timely]
-        rows = [self._row(p, place) for p, place in zip(timely, placed, strict=True)]
+        attempts = [self._attempt(p, _placed(p, shelf)) for p in timely]
         with watch.stage("model"):
-            results = self._run(rows)
+            results = self._run(attempts)
         done = iter(
-            self._finish(p, place, result, watch.timings(p.ask, now))
-            for p, place, result in zip(timely, placed, results, strict=True)
+            self._finish(attempt, result, watch.timings(attempt.ask, now))
+            for attempt, result in zip(attempts, results, strict=True)
         )
         return [
             late_answer(self._writer, p.ask, watch.timings(p.ask, now)) if p.ask.late(at) else next(done) for p in chunk
         ]
+
+    def _attempt(self, prepared: Prepared, placed: Placed) -> Attempt:
+        return Attempt(prepared.ask, prepared.personal, placed, self._row(prepared, placed))
 
     def _row(self, prepared: Prepared, placed: Placed) -> Row:
         ask, personal = prepared.ask, prepared.personal
         asked = ask.request.options.max_new_tokens
         tokens = ask.task.max_new_tokens if asked is None else asked
         # evidence is weighed in scores and caches; a base that was not adapted on such prompts is misled by them
-        prompted = self._settings.model.prompt_evidence in (("all",) if ask.choices else ("text", "all"))
+        prompted = self._settings.model.prompts_hold_evidence(ask.choices)
         return Row(
             task=ask.task.name,
             input=ask.request.input,
@@ -157,7 +144,23 @@ class Engine:
         personal, adapter = prepared.personal, placed.ref is not None
         return self._text_fusion.blend(texts, personal.sequence, adapter=adapter, earned=personal.earned)
 
-    def _run(self, rows: Sequence[Row]) -> list[Scored | None]:
+    def _run(self, attempts: Sequence[Attempt]) -> list[Scored | None]:
+        """Run the model; rows on which it fails are ``None``, unless it seems to fail on everything.
+
+        A lone user's failure is always taken as a row's: so a batch that ends the process again and again is answered
+        in the end, once its records are taken one at a time.
+        """
+        results = self._results([attempt.row for attempt in attempts])
+        users = {attempt.ask.user_id for attempt in attempts}
+        if len(users) > 1 and all(result is None for result in results) and not self._works(attempts[0].row.task):
+            raise ModelLost(f"the model failed on all rows of {len(users)} users, and on a plain one")
+        return results
+
+    def _works(self, task: str) -> bool:
+        """Ask something that no user's row can have spoilt."""
+        return self._results([Row(task, "words", choices=("yes", "no"))]) != [None]
+
+    def _results(self, rows: Sequence[Row]) -> list[Scored | None]:
         """Run the model; where a chunk fails, row by row, so that one bad row costs only its own answer."""
         if not rows:
             return []
@@ -165,59 +168,45 @@ class Engine:
             return list(self._parts.model.answer(rows))
         except OppuError:
             raise
-        except Exception as error:  # whatever a model may raise; exhausted memory goes on
-            if _out_of_memory(error):
+        except Exception as error:  # whatever a model may raise; what the process cannot outlive goes on
+            if out_of_memory(error):
                 raise
             logger.exception("model failed on %d rows", len(rows))
+            if (lost := device_fault(error)) is not None:
+                raise lost from error
         if len(rows) == 1:
             return [None]
-        return [result for row in rows for result in self._run([row])]
+        return [result for row in rows for result in self._results([row])]
 
-    def _finish(
-        self, prepared: Prepared, placed: Placed, result: Scored | None, timings: Mapping[str, float]
-    ) -> Answer:
-        ask = prepared.ask
+    def _finish(self, attempt: Attempt, result: Scored | None, timings: Mapping[str, float]) -> Answer:
+        ask, base = attempt.ask, self._parts.model.base
         if result is None:
             return self._writer.error(ask, Reason.INTERNAL_ERROR, "the model failed on this request", timings)
-        provenance = self._provenance(prepared, placed)
         if not ask.choices:
             if result.late:
                 return late_answer(self._writer, ask, timings)
             text = (result.text or "").strip().encode("utf-8", "replace").decode()
             if not text:
                 return self._writer.error(ask, EMPTY_GENERATION, "the model wrote no text", timings)
+            provenance = attempt.provenance(base, result, attempt.writers(result))
             return self._writer.ok(ask, text, None, provenance, timings)
-        personal = prepared.personal
-        if personal.retrieved is None and personal.profile is None:  # nothing was asked to stand beside the model
-            log_p = log_softmax(result.scores if placed.ref is not None else result.base_scores)
-        else:
-            log_p = self._fusion.scores(_sources(prepared, placed, result), personal.sequence, personal.earned)
+        log_p, heard = self._weighed(attempt, result)
         if np.isnan(log_p).any():
             return self._writer.error(ask, Reason.INTERNAL_ERROR, "the model's scores are not numbers", timings)
         probabilities = np.exp(log_p)
         output = pick(ask.task.kind, ask.choices, probabilities)
         scores = {choice: float(p) for choice, p in zip(ask.choices, probabilities, strict=True)}
-        return self._writer.ok(ask, output, scores, provenance, timings)
+        return self._writer.ok(ask, output, scores, attempt.provenance(base, result, heard), timings)
 
-    def _provenance(self, prepared: Prepared, placed: Placed) -> Provenance:
-        personal = prepared.personal
-        degraded = personal.degraded(behind=prepared.ask.behind)
-        if placed.fallback is not None:
-            degraded.append(Degraded(part="adapter", reason=str(placed.fallback)))
-        used: dict[Part, bool] = {
-            "retrieval": bool(personal.seen),
-            "profile": personal.profiled is not None,
-            "adapter": placed.ref is not None,
-        }
-        return Provenance(
-            base=self._parts.model.base,
-            adapter_version=placed.ref.version if placed.ref is not None else None,
-            profile_version=personal.profiled.version if personal.profiled is not None else None,
-            retrieved=personal.seen,
-            history_sequence=personal.sequence,
-            used=tuple(part for part, present in used.items() if present),
-            degraded=tuple(degraded),
-        )
+    def _weighed(self, attempt: Attempt, result: Scored) -> tuple[Array, frozenset[str]]:
+        """Return a choice's log probabilities ``[c]``, and who had a say in them."""
+        personal, sources = attempt.personal, attempt.sources(result)
+        if personal.retrieved is None and personal.profile is None:  # nothing was asked to stand beside the model
+            adapter = sources["adapter"]
+            alone = result.base_scores if adapter is None else adapter
+            return log_softmax(alone), frozenset() if adapter is None else frozenset({"adapter"})
+        log_p = self._fusion.scores(sources, personal.sequence, personal.earned)
+        return log_p, self._fusion.heard(sources)
 
 
 def late_answer(writer: AnswerWriter, ask: Ask, timings: Mapping[str, float] | None = None) -> Answer:
@@ -241,17 +230,6 @@ def _placed(prepared: Prepared, shelf: Mapping[UserId, Placed]) -> Placed:
     return shelf[state.user_id] if state is not None else Placed(None)
 
 
-def _sources(prepared: Prepared, placed: Placed, result: Scored) -> Sources:
-    profile, choices = prepared.personal.profiled, prepared.ask.choices
-    return sources_of(
-        result.base_scores,
-        result.scores if placed.ref is not None else None,
-        prepared.personal.knn(choices),
-        profile.prior if profile is not None else {},
-        choices,
-    )
-
-
 def _chunks(prepared: Sequence[Prepared], rows: int, adapters: int) -> Iterator[list[Prepared]]:
     """Cut in order, into at most ``rows`` rows with at most ``adapters`` different adapters."""
     chunk: list[Prepared] = []
@@ -265,12 +243,6 @@ def _chunks(prepared: Sequence[Prepared], rows: int, adapters: int) -> Iterator[
         users |= user
     if chunk:
         yield chunk
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Recognise it by name too: torch has its own, and only its wrapper may import torch."""
-    named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
-    return named or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ from inference.blending import caches
 from oppu.errors import FatalError
 from oppu.lm.blend import Texts
 from oppu.settings import RetrieverSettings
-from oppu.values import EventId, UserId, UserState
+from oppu.values import UserId, UserState
 from oppu.wire import Degraded
 from retriever.port import Degradation, Hit, Profile, Query, Retrieved, knn_distribution
 
@@ -68,10 +68,11 @@ class Personal:
         found = self.retrieved.neighbours if self.retrieved is not None else ()
         return tuple(hit for hit in found if math.isfinite(hit.similarity))
 
-    @property
-    def seen(self) -> tuple[EventId, ...]:
-        """Ids of all events that have a say, those of the prompt first."""
-        return tuple(dict.fromkeys(hit.event.event_id for hit in (*self.hits, *self.neighbours)))
+    def voices(self, choices: tuple[str, ...]) -> tuple[Hit, ...]:
+        """Return the neighbours whose outputs say something: one of the choices, or (without any) a text."""
+        if choices:
+            return tuple(hit for hit in self.neighbours if hit.event.output in choices)
+        return tuple(hit for hit in self.neighbours if hit.event.output.strip())
 
     def knn(self, choices: tuple[str, ...]) -> NDArray[np.float64] | None:
         """Return the neighbours' vote ``[c]``, or ``None`` where none of them gave any of the choices."""

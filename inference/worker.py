@@ -27,7 +27,8 @@ from oppu.kafka.port import Broker, Consumer, GroupMetadata, TransactionalProduc
 from oppu.lm.port import AdapterSource, LanguageModel
 from oppu.metrics import Metrics
 from oppu.settings import Settings
-from oppu.store.port import HistoryStore, StoredOffset
+from oppu.store.port import HistoryStore
+from oppu.store.records import StoredOffset
 from oppu.tasks import Tasks
 from oppu.values import Partition, Record
 from oppu.wire import Topics

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from oppu.errors import OffsetIdentityChanged, TransientError
-from oppu.store.port import OffsetAdvance, StoredOffset
+from oppu.store.records import OffsetAdvance, StoredOffset
 from oppu.values import Partition, Record
 
 logger = logging.getLogger(__name__)

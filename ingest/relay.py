@@ -11,7 +11,8 @@ from functools import partial
 from oppu.effects import Effect, Steps
 from oppu.errors import InvalidRecord, TransientError
 from oppu.kafka.port import Broker, Producer
-from oppu.store.port import HistoryStore, OutboxRow
+from oppu.store.port import HistoryStore
+from oppu.store.records import OutboxRow
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from oppu.dead_letters import dead_letter
 from oppu.errors import InvalidRecord, Reason
 from oppu.kafka.topics import largest_record_bytes
 from oppu.settings import Settings
-from oppu.store.port import NewAnswer
+from oppu.store.records import NewAnswer
 from oppu.tasks import Tasks
 from oppu.values import OutRecord, Record, RequestId, UserId
 from oppu.wire import BehaviorEvent, Prediction, Topics, parse_event, parse_prediction

@@ -22,7 +22,8 @@ from oppu.errors import FatalError, Reason, TransientError
 from oppu.kafka.port import Admin, Broker, Consumer
 from oppu.metrics import Metrics
 from oppu.settings import Settings
-from oppu.store.port import HistoryStore, IngestBatch, IngestResult, NewEvent, OffsetAdvance
+from oppu.store.port import HistoryStore
+from oppu.store.records import IngestBatch, IngestResult, NewEvent, OffsetAdvance
 from oppu.tasks import Tasks
 from oppu.values import EventId, Partition, Record, RequestId, UserId
 from oppu.wire import Topics, content_digest

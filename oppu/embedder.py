@@ -117,6 +117,7 @@ class SentenceEmbedder:
         import sentence_transformers
         import torch
 
+        from oppu.lm.casting import cast
         from oppu.lm.packed import Packed
 
         if threads is not None:
@@ -132,7 +133,7 @@ class SentenceEmbedder:
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
             raise ConfigError(f"model.embedder: cannot load {name!r}: {error}") from error
         half = dtype == "bfloat16" or (dtype == "auto" and fast_bfloat16(device))
-        self._model: Any = model.eval().requires_grad_(False).to(torch.bfloat16 if half else torch.float32)
+        self._model: Any = cast(model.eval().requires_grad_(False), torch.bfloat16 if half else torch.float32)
         Packed(self._model)
         self._batch = batch
         self._kinds: dict[int, str] = {}

@@ -102,6 +102,11 @@ class FatalError(OppuError):
     """The worker must stop without committing and exit 1."""
 
 
+class ModelLost(FatalError):
+    """The model computes nothing any more in this process, as after a device's fault: maybe a record did it, so that
+    to stop here counts as a death."""
+
+
 class DeadLetterLimitReached(FatalError):
     """The share of refused records over many users passed the configured limit: the input is broken."""
 

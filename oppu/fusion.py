@@ -125,6 +125,11 @@ class Fusion:
             self.weights(events, earned), [self.alone.scores(sources, events), self.beside.scores(sources, events)]
         )
 
+    def heard(self, sources: Sources) -> frozenset[str]:
+        """Name the sources that ``scores`` weighs."""
+        beside = self.beside.coefficients if sources.get("adapter") is not None else {}
+        return frozenset(name for name in {*self.alone.coefficients, *beside} if sources.get(name) is not None)
+
     def adapter_share(self, events: int) -> float:
         """Return the adapter's share after so many events."""
         return float(self.weights(events)[1])

@@ -18,6 +18,7 @@ from oppu.errors import (
     Backpressure,
     FatalError,
     IllegalTransition,
+    ModelLost,
     OffsetConflict,
     OffsetOutOfRange,
     ProducerFenced,
@@ -149,6 +150,8 @@ class Loop:
                 raise IllegalTransition(f"{self._worker.name}: a closed loop cannot go on")
         except TransientError as error:
             self._back_off(error)
+        except ModelLost:
+            raise  # the mark stays: what the process was computing may have done it
         except FatalError:
             self._guard.leaving({})  # a decision to stop is no death that a record caused
             raise

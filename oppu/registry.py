@@ -2,25 +2,21 @@
 
 ``<root>/<base>/<user hash>/<epoch>/<version>/``. A version's folder has one writer ever, since the store gives
 every claim a version number of its own; the manifest is written last and everything is read back, so that a
-folder without a true manifest is no version. Nothing is ever moved or overwritten. Which version is served is
-the store's business. The only module that imports fsspec and safetensors; never pickle, and no torch.
+folder without a true manifest is no version. Nothing is ever moved or overwritten. The root holds a mark: where that
+is missing the registry is away, not empty, so no version counts as lost and none is written. Which version is served
+is the store's business. The only module that imports safetensors; never pickle, and no torch.
 """
 
-import errno
 import hashlib
-import io
 import json
 import logging
-import os
 import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load as parse_safetensors
@@ -31,6 +27,7 @@ from oppu.errors import AdapterUnreadable, ConfigError, TransientError
 from oppu.lm.port import AdapterRef, AdapterSource, Tensors
 from oppu.lora_config import alpha_of, fitted
 from oppu.privacy import UserHash
+from oppu.registry_place import Place, Spoilt
 from oppu.values import BaseId, UserId
 
 logger = logging.getLogger(__name__)
@@ -40,9 +37,6 @@ WEIGHTS = "adapter_model.safetensors"
 MANIFEST = "manifest.json"
 _FORMAT = 1
 _PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
-_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-_SPOILT = frozenset({errno.EACCES, errno.EPERM, errno.ELOOP})
-"""What says that this one file cannot be read; waiting for it would hold up all other users."""
 _MANIFEST_BYTES = 2**20
 
 
@@ -77,16 +71,24 @@ class AdapterRegistry(AdapterSource):
 
         Raises:
             ConfigError: The URL names no known file system, or the configuration has no usable ``lora_alpha``.
+            TransientError: The file system's client cannot be had now.
         """
-        try:
-            self._fs, root = fsspec.core.url_to_fs(url)
-        except (ValueError, ImportError, OSError) as error:
-            raise ConfigError(f"registry.url: cannot open {url!r}: {error}") from error
-        self._root = str(root).rstrip("/")
+        self._place = Place(url)
         self._base = base
         self._hash = user_hash
         self._config, self._alpha = adapter_config, alpha_of(adapter_config)
         self._clock = clock or SystemClock()
+
+    def open(self, *, in_use: Collection[BaseId]) -> None:
+        """Make sure, before the first write, that the registry is there; an empty place becomes a new one.
+
+        Args:
+            in_use: The known bases, if anybody has an adapter by the store; then an empty place is not the registry.
+
+        Raises:
+            TransientError: The place is empty and should not be: a share is not mounted, or the URL is another's.
+        """
+        self._place.open([_plain_name(base) for base in in_use])
 
     def path(self, ref: AdapterRef) -> str:
         """Return the folder of a version."""
@@ -117,7 +119,7 @@ class AdapterRegistry(AdapterSource):
 
         Raises:
             AdapterUnreadable: The version exists already, or the weights are not finite.
-            TransientError: The file system failed, or does not return what was written.
+            TransientError: The registry is not there, the file system failed, or does not return what was written.
             ConfigError: The registry was opened without an ``adapter_config``.
         """
         if self._config is None:
@@ -132,13 +134,13 @@ class AdapterRegistry(AdapterSource):
             "written_at": self._clock.now().isoformat(),
         }
         files[MANIFEST] = self._seal(manifest)
-        with _mapped("write", folder):
-            self._fs.invalidate_cache()
-            if self._entries(folder):
-                raise AdapterUnreadable(f"version {ref.version}: its folder is taken, it is never written twice")
-            self._fs.makedirs(folder, exist_ok=True)
-            for name, content in files.items():
-                self._put(f"{folder}/{name}", content)
+        self._place.check()
+        self._place.refresh()
+        if self._place.entries(folder):
+            raise AdapterUnreadable(f"version {ref.version}: its folder is taken, it is never written twice")
+        self._place.make(folder)
+        for name, content in files.items():
+            self._place.write(f"{folder}/{name}", content)
         self._read_back(ref, files)
         return Written(folder, hashlib.sha256(files[MANIFEST]).hexdigest())
 
@@ -153,7 +155,7 @@ class AdapterRegistry(AdapterSource):
 
         Raises:
             AdapterUnreadable: Missing, truncated, tampered with, at odds with itself, or made for another base.
-            TransientError: The file system cannot be reached.
+            TransientError: The registry cannot be reached, or is not there.
         """
         files = self._checked(ref)
         try:
@@ -189,9 +191,8 @@ class AdapterRegistry(AdapterSource):
     def versions(self, user_id: UserId, epoch: int) -> list[int]:
         """Return the versions that have a manifest, in order; whether each is sound is for :meth:`load`."""
         folder = self._epoch_folder(user_id, epoch)
-        with _mapped("list", folder):
-            self._fs.invalidate_cache()
-            return [v for v in self._numbers(folder) if self._fs.exists(f"{folder}/{v}/{MANIFEST}")]
+        self._place.refresh()
+        return [v for v in self._numbers(folder) if self._place.exists(f"{folder}/{v}/{MANIFEST}")]
 
     def manifest(self, ref: AdapterRef) -> Mapping[str, object]:
         """Return a version's checked manifest; raises as :meth:`load` does."""
@@ -215,41 +216,63 @@ class AdapterRegistry(AdapterSource):
         """
         user_folder = self._user_folder(self._base, user_id)
         folder = self._epoch_folder(user_id, epoch)
-        with _mapped("list", user_folder):
-            self._fs.invalidate_cache()
-            earlier = [e for e in self._numbers(user_folder) if e < epoch]
-            candidates = [v for v in self._numbers(folder) if v not in keep]
-            gone = [v for v in candidates if self._age_mark(f"{folder}/{v}") < older_than]
+        self._place.refresh()
+        earlier = self._earlier(user_folder, epoch)
+        candidates = [v for v in self._numbers(folder) if v not in keep]
+        gone = [v for v in candidates if self._age_mark(f"{folder}/{v}") < older_than]
         for past in earlier:
-            self._remove(f"{user_folder}/{past}")
+            self._remove(past)
         for version in gone:
             self._remove(f"{folder}/{version}")
         return gone
 
     def delete_user(self, user_id: UserId) -> None:
         """Erase every version of a user, in all epochs and on all bases."""
-        with _mapped("list", self._root):
-            self._fs.invalidate_cache()
-            bases = self._entries(self._root)
-        for base in bases:
-            self._remove(f"{self._root}/{base}/{self._hash(user_id)}")
+        self._place.refresh()
+        for base in self._place.entries(self._place.root):
+            self._remove(f"{self._place.root}/{base}/{self._hash(user_id)}")
+
+    def sweep(self, erased: Mapping[str, int]) -> int:
+        """Remove, on all bases, what was written for erased users after their files were deleted.
+
+        Args:
+            erased: By the user's keyed hash, the epoch that began with the erasure; earlier ones go.
+
+        Returns:
+            How many epochs' folders were removed.
+
+        Raises:
+            TransientError: The registry is not there, or some folder could not be removed; all others were tried.
+        """
+        self._place.check()
+        self._place.refresh()
+        root, removed = self._place.root, 0
+        fault: TransientError | None = None
+        for base in self._place.entries(root):
+            for user, epoch in erased.items():
+                try:
+                    for past in self._earlier(f"{root}/{base}/{user}", epoch):
+                        self._remove(past)
+                        removed += 1
+                except TransientError as error:
+                    fault = error
+        if fault is not None:
+            raise fault
+        return removed
 
     # --- names
     def _user_folder(self, base: str, user_id: UserId) -> str:
-        plain = base if _PLAIN.fullmatch(base) else hashlib.sha256(base.encode()).hexdigest()
-        return f"{self._root}/{plain}/{self._hash(user_id)}"
+        return f"{self._place.root}/{_plain_name(base)}/{self._hash(user_id)}"
 
     def _epoch_folder(self, user_id: UserId, epoch: int) -> str:
         return f"{self._user_folder(self._base, user_id)}/{epoch}"
 
-    def _entries(self, folder: str) -> list[str]:
-        try:
-            return sorted(str(p).rstrip("/").rsplit("/", 1)[-1] for p in self._fs.ls(folder, detail=False))
-        except _MISSING:
-            return []
-
     def _numbers(self, folder: str) -> list[int]:
-        return sorted(int(name) for name in self._entries(folder) if name.isdecimal() and name.isascii())
+        names = self._place.entries(folder)
+        return sorted(int(name) for name in names if name.isdecimal() and name.isascii())
+
+    def _earlier(self, user_folder: str, epoch: int) -> list[str]:
+        return [f"{user_folder}/{past}" for past in self._numbers(user_folder) if past < epoch]
 
     # --- manifests
     def _manifest(self, ref: AdapterRef, files: Mapping[str, bytes]) -> dict[str, Any]:
@@ -302,53 +325,35 @@ class AdapterRegistry(AdapterSource):
             raise TransientError(f"registry: version {ref.version} reads back otherwise than it was written")
 
     # --- files
-    def _put(self, path: str, content: bytes) -> None:
-        with self._fs.open(path, "wb") as file:
-            file.write(content)
-            file.flush()
-            try:
-                os.fsync(file.fileno())
-            except (AttributeError, io.UnsupportedOperation):
-                return  # not a local file: durable when closed
-
     def _get(self, ref: AdapterRef, name: str, most: int) -> bytes:
-        path = f"{self.path(ref)}/{name}"
         try:
-            return bytes(self._fs.cat_file(path, start=0, end=most + 1))
-        except _MISSING as error:
-            raise _unreadable(ref, f"{name} is missing") from error
-        except OSError as error:
-            if error.errno in _SPOILT:
-                raise _unreadable(ref, f"{name} cannot be read: {error.strerror}") from error
-            raise TransientError(f"registry: cannot read {path}: {error}") from error
+            content = self._place.read(f"{self.path(ref)}/{name}", most + 1)
+        except Spoilt as error:
+            self._place.check()
+            raise _unreadable(ref, f"{name} cannot be read: {error}") from error
+        if content is None:
+            self._place.check()  # asked for only now, so that a look-up that finds its version costs nothing more
+            raise _unreadable(ref, f"{name} is missing")
+        return content
 
     def _age_mark(self, folder: str) -> datetime:
         """Return when a version was written; of a torn one, when its newest file was."""
         try:
-            manifest = json.loads(self._fs.cat_file(f"{folder}/{MANIFEST}"))
+            manifest = json.loads(self._place.read(f"{folder}/{MANIFEST}") or b"")
             return datetime.fromisoformat(manifest["written_at"])
-        except (*_MISSING, ValueError, KeyError, TypeError):
+        except (Spoilt, ValueError, KeyError, TypeError):
             pass
-        times = [_aware(self._fs.modified(f"{folder}/{name}")) for name in self._entries(folder)]
+        times = [self._place.modified(f"{folder}/{name}") for name in self._place.entries(folder)]
         return max(times, default=datetime.min.replace(tzinfo=UTC))
 
     def _remove(self, folder: str) -> None:
-        with _mapped("delete", folder):
-            # the manifest first: what is half deleted must not look like a version
-            with suppress(*_MISSING):
-                self._fs.rm_file(f"{folder}/{MANIFEST}")
-            try:
-                self._fs.rm(folder, recursive=True)
-            except _MISSING:
-                logger.debug("registry: nothing left to delete")
+        # the manifest first: what is half deleted must not look like a version
+        if not self._place.remove(folder, first=MANIFEST):
+            logger.debug("registry: nothing left to delete")
 
 
-@contextmanager
-def _mapped(verb: str, path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise TransientError(f"registry: cannot {verb} {path}: {error}") from error
+def _plain_name(base: str) -> str:
+    return base if _PLAIN.fullmatch(base) else hashlib.sha256(base.encode()).hexdigest()
 
 
 def _format(tensors: Tensors) -> bytes:
@@ -392,7 +397,3 @@ def _counted(content: bytes, expected: int) -> str:
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _aware(time: datetime) -> datetime:
-    return time if time.tzinfo else time.replace(tzinfo=UTC)

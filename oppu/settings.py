@@ -4,6 +4,7 @@
 reads the environment. Units are in the names. Secrets print as stars.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -134,7 +135,9 @@ class ModelSettings(_Section):
         1.0, gt=0, le=1, description="Share of the base's blocks that adapters attach to, from the last one down."
     )
     prompt_evidence: Literal["none", "text", "all"] = Field(
-        "none", description="Tasks whose prompts hold retrieved items and profile: none, text, all (bases adapted so)."
+        "none",
+        description="Tasks whose prompts, served and trained on, hold retrieved items and profile: none, text, all"
+        " (bases adapted so).",
     )
     fusion: str | None = Field(
         None, description="File of oppu calibrate; none = fusion.json beside the base, else what is built in."
@@ -142,6 +145,10 @@ class ModelSettings(_Section):
     text_fusion: str | None = Field(
         None, description="The same for text tasks; none = text_fusion.json beside the base, else what is built in."
     )
+
+    def prompts_hold_evidence(self, choices: Sequence[str]) -> bool:
+        """Say whether a prompt with these allowed outputs (none: a text) holds retrieved items and profile."""
+        return self.prompt_evidence in (("all",) if choices else ("text", "all"))
 
 
 class UpdaterSettings(_Section):
@@ -160,7 +167,6 @@ class UpdaterSettings(_Section):
     dropout: float = Field(
         0.0, ge=0, lt=1, description="Share of their inputs that adapters do not see while they learn."
     )
-    evidence: bool = Field(False, description="Put retrieved items and the profile beside training examples too.")
     holdout_share: float = Field(0.2, gt=0, lt=1, description="Newest share of the pending events that validates.")
     claim_seconds: float = Field(60.0, gt=0, description="A claim lasts so long unless renewed.")
     quarantine_after: int = Field(5, ge=1, description="Failures in a row that quarantine a user.")

@@ -124,7 +124,7 @@ class Provenance(_Wire):
     base: str
     adapter_version: int | None = None
     profile_version: str | None = None
-    retrieved: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    retrieved: Annotated[tuple[str, ...], Field(strict=False, description="Events that had a say in it.")] = ()
     history_sequence: int = 0
     used: Annotated[tuple[Literal["retrieval", "profile", "adapter"], ...], Field(strict=False)] = ()
     degraded: Annotated[tuple[Degraded, ...], Field(strict=False)] = ()
@@ -338,10 +338,9 @@ def _no_constant(name: str) -> None:
 
 def _validate(contract: type[M], fields: dict[str, Any]) -> M:
     try:
-        value = contract.model_validate(fields)
+        return contract.model_validate(fields)
     except ValidationError as error:
         raise refusal(error) from error
-    return value
 
 
 def refusal(error: ValidationError) -> InvalidRecord:
@@ -366,8 +365,7 @@ def _check_key(record: Record, user_id: str, limits: LimitsSettings) -> None:
     expected = user_id.encode()
     if len(expected) > limits.user_id_bytes:
         raise InvalidRecord(
-            Reason.LIMIT_EXCEEDED,
-            f"user_id: at most {limits.user_id_bytes} bytes allowed, got {len(expected)}",
+            Reason.LIMIT_EXCEEDED, f"user_id: at most {limits.user_id_bytes} bytes allowed, got {len(expected)}"
         )
     if record.key is None:
         raise InvalidRecord(Reason.KEY_MISMATCH, "key: expected the user_id's UTF-8 bytes, got no key")
@@ -394,8 +392,7 @@ def _check_limits(texts: dict[str, str], choices: Collection[str] | None, limits
             raise InvalidRecord(Reason.INVALID_RECORD, f"{name}: expected text that is not blank")
         if len(text) > limits.text_characters:
             raise InvalidRecord(
-                Reason.LIMIT_EXCEEDED,
-                f"{name}: at most {limits.text_characters} characters allowed, got {len(text)}",
+                Reason.LIMIT_EXCEEDED, f"{name}: at most {limits.text_characters} characters allowed, got {len(text)}"
             )
     if choices is not None and len(choices) > limits.choices:
         raise InvalidRecord(Reason.LIMIT_EXCEEDED, f"choices: at most {limits.choices} allowed, got {len(choices)}")

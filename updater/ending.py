@@ -1,7 +1,8 @@
 """How one user's update ends when it publishes nothing, and what is noted of every end.
 
-Invariant: a failed, abandoned or drained attempt has considered nothing, so its events stay pending; failures are
-repeated after a back-off and quarantined in the end. A claim that has moved on is never written under.
+Invariant: a failed, abandoned or drained attempt has considered nothing, so its events stay pending. Failures are
+repeated after a back-off and quarantined in the end; what is given back neither adds to them nor forgives them. A
+claim that has moved on is never written under.
 """
 
 import logging
@@ -14,7 +15,8 @@ from oppu.effects import Effect, Steps
 from oppu.errors import OppuError, TransientError
 from oppu.metrics import Metrics
 from oppu.settings import UpdaterSettings
-from oppu.store.port import HistoryStore, Outcome
+from oppu.store.port import HistoryStore
+from oppu.store.records import Outcome
 from updater import plan as planning
 from updater.job import Ended, Job, Stranded
 from updater.lease import Drained, Leases
@@ -59,9 +61,14 @@ class Endings:
         yield from self.conclude(tick, job, Ended.FAILED, f"{stage}: {said}")
 
     def give_back(self, tick: Tick, job: Job, why: str) -> Steps[None]:
-        """Release a claim as if it had never been made."""
-        job.machine.advance(State.DRAINING)
-        yield from self.conclude(tick, job, Ended.SKIPPED, why)
+        """Release a claim as if it had never been made; or find that it has moved on."""
+        if job.machine.state is not State.DRAINING:  # else the store did not answer when it was given back before
+            job.machine.advance(State.DRAINING)
+        given: bool = yield Effect("store.give_back", lambda: self.store.give_back(job.claim), job.label)
+        if given:
+            self.end(tick, job, Ended.SKIPPED, why)
+        else:
+            self.discard(tick, job, "the claim had moved before it was given back")
 
     def settle(self, tick: Tick) -> Steps[None]:
         """End the attempts that the registry stranded: failed, if it answered for others; else it is away, and a
@@ -83,10 +90,7 @@ class Endings:
             if job.machine.state is State.IDLE:
                 continue
             try:
-                if job.machine.state is State.DRAINING:
-                    yield from self.conclude(tick, job, Ended.SKIPPED, "store or registry is away")
-                else:
-                    yield from self.give_back(tick, job, "store or registry is away")
+                yield from self.give_back(tick, job, "store or registry is away")
             except TransientError as error:
                 logger.warning("claims cannot be given back, they expire: %s", error)
                 return

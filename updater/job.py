@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from oppu.errors import FatalError, OppuError
 from oppu.lm.port import AdapterRef, Example, Tensors, Trained, TrainJob
-from oppu.store.port import Claim, Lift
+from oppu.store.records import Claim, Lift
 from oppu.values import Event, UserId, UserState
 from updater.examples import Cursors, Split, seed_for
 from updater.scoring import Assessment
@@ -28,7 +28,7 @@ class Ended(StrEnum):
     REJECTED = "rejected"
     FAILED = "failed"
     SKIPPED = "skipped"
-    """Nothing to learn from, or given back because the process drains."""
+    """Nothing to learn from, or given back because the process drains or store or registry are away."""
     DISCARDED = "discarded"
     """The claim, the parent or the epoch had moved: somebody else's result stands."""
 
@@ -145,8 +145,8 @@ class Job:
         return head.earned if self.earned is None else self.earned
 
     def considered(self) -> int:
-        """Return how far this attempt has looked: nowhere, where it failed or was given back."""
-        done = self.machine.state not in (State.FAILED, State.DRAINING)
+        """Return how far this attempt has looked: nowhere, where it failed."""
+        done = self.machine.state is not State.FAILED
         return self.material.considered_through if self.material and done else self.claim.considered_through
 
     def work(self) -> Material:

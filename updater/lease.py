@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 from oppu.clock import Clock
 from oppu.errors import OppuError, TransientError
-from oppu.store.port import Claim, HistoryStore
+from oppu.store.port import HistoryStore
+from oppu.store.records import Claim
 from oppu.values import UserId
 
 logger = logging.getLogger(__name__)

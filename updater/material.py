@@ -11,7 +11,7 @@ from typing import Protocol
 from oppu.errors import AdapterUnreadable, FatalError, TransientError
 from oppu.lm.port import AdapterSource, Tensors
 from oppu.metrics import Metrics
-from oppu.settings import UpdaterSettings
+from oppu.settings import ModelSettings, UpdaterSettings
 from oppu.store.port import HistoryStore
 from oppu.tasks import Tasks
 from oppu.values import Event, UserState
@@ -35,11 +35,45 @@ class EvidenceSource(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Prompts:
+    """Says what stands beside events in their prompts, as serving does: an adapter learns, and is judged, under the
+    prompts it serves. ``settings`` say in which tasks that is anything: ``k`` retrieved items, and a profile."""
+
+    evidence: EvidenceSource
+    settings: ModelSettings
+    k: int
+
+    def beside(self, state: UserState, events: Sequence[Event], tasks: Tasks) -> dict[int, Beside]:
+        """Look up what stood beside each event; plain prompts are left out.
+
+        Args:
+            state: The user as of the claim.
+            events: Usable events of that user.
+            tasks: The known tasks.
+
+        Returns:
+            What stands in the prompts, keyed by seq.
+
+        Raises:
+            TransientError: The store is away.
+            FatalError: Something of another user, or not older than its event, came back.
+        """
+        asked = [e for e in events if self.settings.prompts_hold_evidence(tasks[e.task].allowed(e.choices))]
+        if not asked:
+            return {}
+        found = self.evidence.retrieve([Query(state, e.task, e.input, self.k, before_seq=e.seq) for e in asked])
+        profiles = self.evidence.profiles([(state, e.task, e.seq) for e in asked])
+        return {
+            event.seq: _beside(event, one, profile) for event, one, profile in zip(asked, found, profiles, strict=True)
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Gatherer:
     """Reads the material of updates.
 
-    ``check`` raises ``AdapterUnreadable`` where a parent does not fit the model that trains. ``evidence`` ``None``
-    means plain prompts; else ``k`` items and a profile.
+    ``check`` raises ``AdapterUnreadable`` where a parent does not fit the model that trains. ``prompts`` ``None``
+    means plain prompts.
     """
 
     store: HistoryStore
@@ -48,8 +82,7 @@ class Gatherer:
     settings: UpdaterSettings
     metrics: Metrics
     check: Callable[[Tensors], None]
-    evidence: EvidenceSource | None = None
-    k: int = 4
+    prompts: Prompts | None = None
 
     def gather(self, job: Job) -> Material:
         """Read one user's material.
@@ -70,7 +103,8 @@ class Gatherer:
         events = [e for e in found.get(job.user_id, []) if e.seq <= claim.last_seq]
         parts = split(usable(events, self.tasks), job.cursors, self.settings, seed=job.seed)
         parent, fault = self._parent(job)
-        beside = self._beside(job, {e.seq: e for e in (*parts.pending, *parts.train)})
+        known = {e.seq: e for e in (*parts.pending, *parts.train)}
+        beside = self.prompts.beside(job.state, list(known.values()), self.tasks) if self.prompts is not None else {}
         return Material(
             split=parts,
             pending=tuple(example(e, self.tasks, beside.get(e.seq, NOTHING)) for e in parts.pending),
@@ -94,18 +128,6 @@ class Gatherer:
             return None, f"parent unreadable: {error}"
         except TransientError as error:
             raise Stranded(str(error)) from error
-
-    def _beside(self, job: Job, events: dict[int, Event]) -> dict[int, Beside]:
-        """Look up what stood beside each event, keyed by seq."""
-        if self.evidence is None or not events:
-            return {}
-        asked = list(events.values())
-        queries = [Query(user=job.state, task=e.task, text=e.input, k=self.k, before_seq=e.seq) for e in asked]
-        found = self.evidence.retrieve(queries)
-        profiles = self.evidence.profiles([(job.state, e.task, e.seq) for e in asked])
-        return {
-            event.seq: _beside(event, one, profile) for event, one, profile in zip(asked, found, profiles, strict=True)
-        }
 
 
 def check_earlier(event: Event, found: Retrieved, profile: Profile) -> None:

@@ -6,7 +6,7 @@ Pure: the caller passes what is due, the time and the budget. What is due is the
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-from oppu.store.port import DueUser
+from oppu.store.records import DueUser
 from oppu.values import UserId
 
 ACTIVITY_HALF_LIFE_HOURS = 24.0

@@ -30,7 +30,7 @@ class State(StrEnum):
     FAILED = "failed"
     """The attempt broke: bad data, weights that are not finite, or a claim lost to another holder."""
     DRAINING = "draining"
-    """The process stops: the claim is given back with nothing considered."""
+    """The process stops, or store or registry are away: the claim is given back as if it had never been made."""
 
 
 _STRAIGHT = {

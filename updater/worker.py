@@ -17,12 +17,14 @@ import numpy as np
 from oppu.clock import Clock, SystemClock
 from oppu.effects import Effect, Steps
 from oppu.errors import AdapterUnreadable, FatalError, OppuError, TransientError
+from oppu.lm.faults import device_fault
 from oppu.lm.port import LanguageModel, TrainConfig, Trained
 from oppu.metrics import Metrics
 from oppu.privacy import UserHash
 from oppu.registry import AdapterRegistry, Written
 from oppu.settings import RegistrySettings, UpdaterSettings
-from oppu.store.port import Candidate, Claim, HistoryStore
+from oppu.store.port import HistoryStore
+from oppu.store.records import Candidate, Claim
 from oppu.tasks import Tasks
 from oppu.values import UserId
 from oppu.wire import AdapterUpdate, Topics, record_for
@@ -31,9 +33,10 @@ from updater.earning import Judge
 from updater.ending import Endings, Tick
 from updater.job import Ended, Job, Scores, Stranded, TickOutcome, newest
 from updater.lease import Drained, Leases
-from updater.material import EvidenceSource, Gatherer
+from updater.material import Gatherer, Prompts
 from updater.scoring import Verdict, assess, verdict
 from updater.state import Machine, State
+from updater.sweeping import Sweeper
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -70,8 +73,7 @@ class Updater:
         user_hash: Names users in logs.
         clock: Dates what is written; tells when claims need renewal.
         collection: Which old versions are kept.
-        evidence: Puts ``evidence_k`` earlier items and a profile beside each training example; ``None``: plain prompts.
-        evidence_k: See there.
+        prompts: Says what stands beside training examples, as in serving; ``None``: plain prompts.
         judge: Says what each live adapter has earned; ``None``: nothing moves.
         alive: Called between pieces of work, for ``/healthz``.
     """
@@ -88,16 +90,21 @@ class Updater:
     user_hash: UserHash
     clock: Clock = field(default_factory=SystemClock)
     collection: RegistrySettings = field(default_factory=RegistrySettings)
-    evidence: EvidenceSource | None = None
-    evidence_k: int = 4
+    prompts: Prompts | None = None
     judge: Judge | None = None
     alive: Callable[[], None] = _nothing
     _draining: bool = field(default=False, init=False)
+    _sweeper: Sweeper = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._sweeper = Sweeper(self.store, self.registry, self.clock)
 
     def open(self) -> Steps[None]:
-        """Make users trainable on this base; to be driven once before the first tick."""
+        """Make users trainable on this base, in a registry that is there; to be driven once before the first tick."""
         base = self.model.base
         yield Effect("store.register_base", lambda: self.store.register_base(base), base)
+        in_use = self.store.bases() if self.store.counts()["adapters"] else []
+        yield Effect("registry.open", lambda: self.registry.open(in_use=in_use))
 
     def drain(self) -> None:
         """Claim nobody new, and give back at the next heartbeat what is not trained yet; safe in a signal handler."""
@@ -105,6 +112,7 @@ class Updater:
 
     def tick(self, now: datetime) -> Steps[TickOutcome]:
         """Train whoever is due at ``now``, up to the budget; yields each write, returns what became of whom."""
+        yield from self._sweeper.step()
         tick = Tick(self._leases())
         begun = self.clock.monotonic()
         try:
@@ -159,14 +167,7 @@ class Updater:
     # --- score
     def _score(self, tick: Tick, jobs: Sequence[Job]) -> Steps[None]:
         gatherer = Gatherer(
-            self.store,
-            self.registry,
-            self.tasks,
-            self.settings,
-            self.metrics,
-            self.model.check,
-            self.evidence,
-            self.evidence_k,
+            self.store, self.registry, self.tasks, self.settings, self.metrics, self.model.check, self.prompts
         )
         for job in jobs:
             fault = self._caught(lambda job=job: self._prepare(job, gatherer, tick))  # type: ignore[misc]
@@ -356,7 +357,7 @@ class Updater:
         return served | set([v for v in versions if v not in served][-self.collection.keep_versions :])
 
     def _tidy(self, effect: Effect) -> Steps[None]:
-        """Delete files; what cannot be deleted now is collected after a later version."""
+        """Delete files; what cannot be deleted now is collected after a later version, or swept after an erasure."""
         try:
             yield effect
         except TransientError as error:
@@ -369,6 +370,9 @@ class Updater:
         except (TransientError, FatalError):
             raise
         except Exception as error:  # the worker's one boundary: concluded as failed, with back-off
+            if (lost := device_fault(error)) is not None:
+                logger.exception("the device failed")
+                raise lost from error  # its claims stay, as a dead process's do
             return error
 
 

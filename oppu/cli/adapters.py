@@ -9,7 +9,8 @@ from oppu.cli import Session, compose, emit, json_option
 from oppu.cli.inspection import known_user
 from oppu.errors import AdapterUnreadable, ConfigError
 from oppu.lm.port import AdapterRef
-from oppu.store.port import AdapterStatus, HistoryStore
+from oppu.store.port import HistoryStore
+from oppu.store.records import AdapterStatus
 from oppu.values import BaseId, UserId
 
 base_option = click.option("--base", "base_name", help="Fingerprint of the base; needed where there are several.")

@@ -233,6 +233,7 @@ def text_fusion(settings: Settings) -> TextFusion:
 def updater(settings: Settings, metrics: Metrics) -> Updater:
     """Build the updater, its base model loaded."""
     from updater.earning import Judge
+    from updater.material import Prompts
     from updater.worker import Updater
 
     history, language_model = store(settings), model(settings, slots=1)
@@ -248,8 +249,7 @@ def updater(settings: Settings, metrics: Metrics) -> Updater:
         metrics=metrics,
         user_hash=user_hash(settings),
         collection=settings.registry,
-        evidence=evidence if settings.updater.evidence else None,
-        evidence_k=settings.retriever.k,
+        prompts=Prompts(evidence, settings.model, settings.retriever.k),
         judge=Judge(evidence, fusion(settings), settings.retriever.k, settings.retriever.neighbours),
     )
 

@@ -29,7 +29,8 @@ from oppu.cli.up import Stack, stack
 from oppu.client import Client
 from oppu.errors import ConfigError, FatalError
 from oppu.settings import Settings
-from oppu.store.port import ClaimState, HistoryStore
+from oppu.store.port import HistoryStore
+from oppu.store.records import ClaimState
 from oppu.wire import BehaviorEvent
 
 MARKER = "oppu-demo.folder"

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from oppu.cli.demo_arms import ARMS, Asked
-from oppu.store.port import Lift, Quality
+from oppu.store.records import Lift, Quality
 
 TITLES: Mapping[str, str] = {
     "none": "no personalization",

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from oppu.errors import ConfigError
+from oppu.lm.casting import cast
 from oppu.lm.hardware import fast_bfloat16, keep_freed_memory
 from oppu.lm.prompts import PROMPT_FORMAT, Prompts
 from oppu.settings import ModelSettings
@@ -114,7 +115,7 @@ def ready(
     Raises:
         ConfigError: The tokenizer lacks an end token.
     """
-    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    model = cast(model.to(device), dtype).eval().requires_grad_(False)
     prompts_of(tokenizer)
     return LoadedBase(
         name=name,
@@ -123,7 +124,9 @@ def ready(
         fingerprint=BaseId(fingerprint),
         device=device,
         dtype=dtype,
-        max_positions=int(getattr(model.config, "max_position_embeddings", None) or _UNBOUNDED_POSITIONS),
+        max_positions=int(
+            getattr(model.config.get_text_config(), "max_position_embeddings", None) or _UNBOUNDED_POSITIONS
+        ),
     )
 
 

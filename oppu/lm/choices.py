@@ -28,18 +28,20 @@ _AGAIN_SHARE = 4
 """Of a forward's most tokens: what a prompt may cost by being read again, since reading it once takes two forwards."""
 
 
-def score_choices(runner: Runner, bank: SlotBank, work: Sequence[Work]) -> list[Scores]:
+def score_choices(runner: Runner, bank: SlotBank, work: Sequence[Work], *, branches: bool = True) -> list[Scores]:
     """Score the choices of rows of mixed users.
 
     Args:
         runner: The base.
         bank: The adapters.
         work: The rows.
+        branches: Whether lines can share what is kept of their prompt.
 
     Returns:
         ``[c]`` log probabilities of each one's choices, whatever the rows beside it.
     """
-    branching = [(len(trie.lines) - 1) * len(prompt) > runner.tokens // _AGAIN_SHARE for prompt, trie, _ in work]
+    costs = [(len(trie.lines) - 1) * len(prompt) for prompt, trie, _ in work]
+    branching = [branches and cost > runner.tokens // _AGAIN_SHARE for cost in costs]
     nodes = [[NONE] * len(trie.nodes) for _, trie, _ in work]
     _read_lines(runner, bank, work, [at for at, own in enumerate(branching) if not own], nodes)
     for at, own in enumerate(branching):

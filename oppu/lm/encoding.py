@@ -86,7 +86,8 @@ class Encoder:
 
         Choice examples: the nodes of the choices' trie along the true output. An output that is no longer among
         the choices is scored beside them. Text examples: the output's tokens and the end token; outputs longer
-        than the task's ``max_new_tokens`` are cut and have no end. Examples without an output: the input's tokens
+        than the task's ``max_new_tokens``, or than the model has positions behind the shortest prompt, are cut and have
+        no end. Examples without an output: the input's tokens
         and the end token, cut in the same way at the longest prompt.
         """
         bare = [at for at, example in enumerate(examples) if is_bare(example)]
@@ -130,7 +131,7 @@ class Encoder:
         return path, {len(n.path): Aim(n.allowed, branch) for n, branch in nodes}, 1.0, trie.shared[at]
 
     def _text_answer(self, ids: Ids, task: Task) -> tuple[Ids, dict[int, Aim], float, float]:
-        kept = ids[: task.max_new_tokens]
+        kept = ids[: min(task.max_new_tokens, self._max_positions - _MIN_PROMPT_TOKENS)]
         wanted = kept if len(kept) < len(ids) else (*kept, self._prompts.end)
         return wanted[:-1], {at: Aim(None, token) for at, token in enumerate(wanted)}, 1 / len(wanted), 0.0
 

@@ -141,10 +141,12 @@ class FakeModel:
             counts = self._bank[row.adapter]
             self._bank.move_to_end(row.adapter)
         if row.choices:
-            return Scored(_scores(row, row.choices, counts), _scores(row, row.choices, None))
+            own, plain = _scores(row, row.choices, counts), _scores(row, row.choices, None)
+            return Scored(own, plain, pairs=len(row.evidence), profiled=bool(row.profile))
         if row.late is not None and row.late():
             return Scored(np.zeros(0), np.zeros(0), late=True)
-        return Scored(np.zeros(0), np.zeros(0), _text(row, counts))
+        none = np.zeros(0)
+        return Scored(none, none, _text(row, counts), pairs=len(row.evidence), profiled=bool(row.profile))
 
     @staticmethod
     def _train(job: TrainJob, config: TrainConfig, heartbeat: Callable[[], None]) -> Trained:

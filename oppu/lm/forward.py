@@ -54,7 +54,8 @@ class Runner:
         self._packed = None if library else Packed(base.model)
         self.tokens = _GPU_TOKENS if base.device.type == "cuda" else _CPU_TOKENS
         logits = _GPU_LOGITS if base.device.type == "cuda" else _CPU_LOGITS
-        self.reads = max(1, logits // int(base.model.config.vocab_size))
+        self.vocabulary = int(base.model.config.get_text_config().vocab_size)
+        self.reads = max(1, logits // self.vocabulary)
         self._picked: tuple[torch.Tensor, torch.Tensor] | None = None
         self._trunk = Trunk(base.model, targets)  # its hooks come first: the last block may be the lowest adapted one
         self._last = LastBlock(base.model, known=not library)

@@ -41,6 +41,14 @@ class Writing:
 
 
 @dataclass(frozen=True, slots=True)
+class Written:
+    """A text's new token ids, ``None`` where it was given up; and whether its adapter once said what is no number."""
+
+    ids: list[int] | None = field(repr=False)
+    unsound: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class _Row:
     """A row of the batch: who speaks in it, for which text."""
 
@@ -64,9 +72,7 @@ class _Cast:
     blended: torch.Tensor
 
 
-def greedy(
-    runner: Runner, bank: SlotBank, writings: Sequence[Writing], stops: frozenset[int]
-) -> list[list[int] | None]:
+def greedy(runner: Runner, bank: SlotBank, writings: Sequence[Writing], stops: frozenset[int]) -> list[Written]:
     """Generate the most likely token after token.
 
     Args:
@@ -76,16 +82,17 @@ def greedy(
         stops: Tokens that end a text; they are not part of it.
 
     Returns:
-        New token ids of each text; ``None`` where it was given up.
+        One value a text, in order.
     """
     base = runner.base
     rows = sorted(
         (_Row(slot, text, expert) for text, w in enumerate(writings) for expert, slot in w.voices.items()),
         key=lambda row: row.slot,
     )
-    ids, mask, positions = _padded([writings[row.text].prompt for row in rows], base.device)
+    ids, mask, positions = left_padded([writings[row.text].prompt for row in rows], base.device)
     cast = _cast(rows, writings, base.device)
     found: list[list[int] | None] = [[] for _ in writings]
+    unsound: set[int] = set()
     open_texts = {text for text, w in enumerate(writings) if w.limit > 0}
     cache = roomy_cache(base.model.config, max((w.limit for w in writings), default=0))
     with bank.use([row.slot for row in rows]), torch.no_grad():
@@ -100,15 +107,18 @@ def greedy(
             )
             said = runner.widened(out.logits[:, -1]).softmax(-1)
             chosen = next_tokens(said, cast, writings, found)
-            for text, token in enumerate(chosen.tolist()):
+            silent = said[cast.voices[1], 0].isnan()
+            for text, (token, is_silent) in enumerate(torch.stack([chosen, silent.to(chosen)], dim=1).tolist()):
                 own = found[text]
                 if text in open_texts and own is not None:
+                    if is_silent and writings[text].slot:
+                        unsound.add(text)
                     _append(own, token, open_texts, text, writings[text].limit, stops)
             ids = chosen[cast.text][:, None]
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
             # a text that is written already is stepped along with the others, and must not pass the model's end
             positions = (positions[:, -1:] + 1).clamp(max=base.max_positions - 1)
-    return found
+    return [Written(ids, text in unsound) for text, ids in enumerate(found)]
 
 
 def next_tokens(
@@ -182,7 +192,7 @@ def _cast(rows: Sequence[_Row], writings: Sequence[Writing], device: torch.devic
     return _Cast(voices, text, blends, blended)
 
 
-def _padded(prompts: Sequence[Ids], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def left_padded(prompts: Sequence[Ids], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return ids, attention mask and positions ``[n, longest]``, padded on the left."""
     longest = max(len(prompt) for prompt in prompts)
     sizes = torch.tensor([len(prompt) for prompt in prompts], device=device)

@@ -24,6 +24,8 @@ def fast_bfloat16(device: Any) -> bool:
 
     if torch.device(device).type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if not torch._C._has_mkldnn:  # noqa: SLF001 - the next question is not there without it
+        return False
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001 - torch has no public question for it
 
 

@@ -22,10 +22,11 @@ from oppu.lm.blend import Texts, foreseen
 from oppu.lm.choices import NONE, Scores, score_choices
 from oppu.lm.encoding import Encoder, Target
 from oppu.lm.forward import Runner, buckets, target_buckets, target_log_probs, target_losses
-from oppu.lm.generation import Writing, greedy
+from oppu.lm.generation import Writing, Written, greedy
 from oppu.lm.port import AdapterRef, Example, Row, Scored, Tensors, TrainConfig, Trained, TrainJob
-from oppu.lm.prompts import Ids
+from oppu.lm.prompts import Ids, Kept
 from oppu.lm.residence import AdapterBank
+from oppu.lm.self_check import check_base
 from oppu.lm.targets import adapter_config, find_targets
 from oppu.lm.training import Calls, slots_for, train_slots
 from oppu.settings import ModelSettings
@@ -59,15 +60,18 @@ class TorchModel:
             on_event: Told of the bank's ``hit``, ``miss``, ``load`` and ``evict``.
 
         Raises:
-            ConfigError: The base has no layers that adapters could attach to.
+            ConfigError: The base has no layers that adapters could attach to, or computes otherwise beside others than
+                alone.
         """
         self._base, self._settings = base, settings
-        self._encoder = Encoder(base.prompts(), tasks, max_tokens=settings.max_tokens, max_positions=base.max_positions)
+        self._tasks, self._prompts = tasks, base.prompts()
+        self._encoder = Encoder(self._prompts, tasks, max_tokens=settings.max_tokens, max_positions=base.max_positions)
         self._targets = find_targets(base.model, settings.lora_targets, settings.lora_upper)
         self._runner = Runner(base, self._targets)
         self._bank = self._new_bank(slots, trainable=False)
         self._adapters = AdapterBank(self._bank, on_event)
         self._scratch = self._new_bank(1, trainable=False)
+        self._branches = check_base(self._runner, self._scratch)
         self._lock = threading.RLock()
 
     @property
@@ -242,7 +246,9 @@ class TorchModel:
         prompts = self._encoder.prompts([examples[at] for at in at_choice], [trie.depth for trie in tries])
         with self._one_user(tensors) as slot, torch.no_grad():
             work = [(prompt, trie, slot) for prompt, trie in zip(prompts, tries, strict=True)]
-            for at, scores in zip(at_choice, score_choices(self._runner, self._scratch, work), strict=True):
+            for at, scores in zip(
+                at_choice, score_choices(self._runner, self._scratch, work, branches=self._branches), strict=True
+            ):
                 found[at] = scores
         return found
 
@@ -285,6 +291,7 @@ class TorchModel:
         """Return the JSON content of PEFT's ``adapter_config.json`` for this base."""
         settings = self._settings
         return adapter_config(
+            self._base.model,
             self._targets,
             settings.lora_targets,
             base=self._base.name,
@@ -317,30 +324,43 @@ class TorchModel:
         work = [(prompt, trie, 0) for prompt, trie in zip(prompts, tries, strict=True)]
         with_adapter = [at for at, slot in enumerate(slots) if slot]
         work += [(prompts[at], tries[at], slots[at]) for at in with_adapter]
-        scores = score_choices(self._runner, self._bank, work)
+        scores = score_choices(self._runner, self._bank, work, branches=self._branches)
         plain = scores[: len(rows)]
         own = dict(zip(with_adapter, scores[len(rows) :], strict=True))
-        return [self._scored(own.get(at, plain[at]), plain[at]) for at in range(len(rows))]
+        kept = self._kept(rows, prompts)
+        return [_scored(own.get(at), plain[at], kept[at]) for at in range(len(rows))]
 
-    @staticmethod
-    def _scored(scores: Scores, base_scores: Scores) -> Scored:
-        if not np.isfinite(scores).all():
-            logger.warning("an adapter's scores are not finite: the base's are given")
-            scores = base_scores
-        return Scored(scores, base_scores)
+    def _kept(self, rows: Sequence[Row], prompts: Sequence[Ids]) -> list[Kept]:
+        return self._prompts.kept(rows, [self._tasks.require(row.task) for row in rows], prompts)
 
     def _answer_texts(self, rows: Sequence[Row], slots: Sequence[int]) -> list[Scored]:
         prompts = self._encoder.prompts(rows, [row.max_new_tokens for row in rows])
         longest = self._base.max_positions
         limits = [min(row.max_new_tokens, longest - len(ids)) for row, ids in zip(rows, prompts, strict=True)]
-        texts: dict[int, str | None] = {}
+        texts: dict[int, Written] = {}
         lengths = [len(ids) + limit for ids, limit in zip(prompts, limits, strict=True)]
         for bucket in buckets(lengths, self._runner.tokens):
             writings = [_writing(rows[at], prompts[at], slots[at], limits[at], self._encoder) for at in bucket]
-            for at, ids in zip(bucket, greedy(self._runner, self._bank, writings, self._encoder.stops), strict=True):
-                text = None if ids is None else self._base.tokenizer.decode(ids, skip_special_tokens=True)
-                texts[at] = None if text is None else str(text).strip()
-        return [Scored(NONE, NONE, texts[at], late=texts[at] is None) for at in range(len(rows))]
+            texts.update(zip(bucket, greedy(self._runner, self._bank, writings, self._encoder.stops), strict=True))
+        kept = self._kept(rows, prompts)
+        return [self._written(texts[at], kept[at]) for at in range(len(rows))]
+
+    def _written(self, written: Written, kept: Kept) -> Scored:
+        if written.ids is None:
+            return Scored(NONE, NONE, late=True)
+        text = str(self._base.tokenizer.decode(written.ids, skip_special_tokens=True)).strip()
+        if written.unsound:
+            logger.warning("an adapter's probabilities are not finite: a text was written without them")
+        return Scored(NONE, NONE, text, pairs=kept.pairs, profiled=kept.profiled, unsound=written.unsound)
+
+
+def _scored(own: Scores | None, base: Scores, kept: Kept) -> Scored:
+    """Give the base's scores where there is no adapter, or its own are no numbers."""
+    unsound = own is not None and not np.isfinite(own).all()
+    if unsound:
+        logger.warning("an adapter's scores are not finite: the base's are given")
+    scores = base if own is None or unsound else own
+    return Scored(scores, base, pairs=kept.pairs, profiled=kept.profiled, unsound=unsound)
 
 
 def _writing(row: Row, prompt: Ids, slot: int, limit: int, encoder: Encoder) -> Writing:

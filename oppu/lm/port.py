@@ -49,13 +49,25 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A row's result: ``scores`` and ``base_scores`` ``[c] float64`` log probabilities, with the adapter and
-    without; for free text ``text`` and empty scores. ``late``: it was given up."""
+    """A row's result.
+
+    Attributes:
+        scores: ``[c] float64`` log probabilities with the adapter; empty for free text.
+        base_scores: The same without it.
+        text: Free text.
+        late: It was given up.
+        pairs: So many pairs of the evidence, the first ones, stood in the prompt.
+        profiled: The profile's line stood in the prompt, or its beginning.
+        unsound: What the adapter said is not finite: ``scores`` are the base's, a text was written without it.
+    """
 
     scores: NDArray[np.float64]
     base_scores: NDArray[np.float64]
     text: str | None = field(default=None, repr=False)
     late: bool = False
+    pairs: int = 0
+    profiled: bool = False
+    unsound: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from the end of its input.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from oppu.tasks import Task
@@ -42,6 +43,14 @@ class Prompted(Protocol):
     def profile(self) -> str:
         """A line about the user, or nothing."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What of an item stands in its prompt: so many of its pairs, the first ones, and its profile's line or not."""
+
+    pairs: int = 0
+    profiled: bool = False
 
 
 class Prompts:
@@ -98,9 +107,27 @@ class Prompts:
         """
         ids = self.continuations(text for item in items for text in _texts(item))
         return [
-            self._one(item, self._template(task), ids, limit)
+            self._one(item, self._template(task), ids, limit)[0]
             for item, task, limit in zip(items, tasks, limits, strict=True)
         ]
+
+    def kept(self, items: Sequence[Prompted], tasks: Sequence[Task], built: Sequence[Ids]) -> list[Kept]:
+        """Say what of each item's evidence and profile was not cut from its prompt.
+
+        Args:
+            items: What was asked.
+            tasks: The task of each.
+            built: The prompts that ``build`` made of them.
+
+        Returns:
+            One value an item, in order.
+        """
+        some = [at for at, item in enumerate(items) if item.evidence or item.profile]
+        ids = self.continuations(text for at in some for text in _texts(items[at]))
+        found = [Kept()] * len(items)
+        for at in some:  # a limit that is just reached cuts nothing: it is built once more as it was
+            _, found[at] = self._one(items[at], self._template(tasks[at]), ids, len(built[at]))
+        return found
 
     def _after_anchor(self, text: str, ids: list[int]) -> Ids:
         size = len(self._anchor)
@@ -118,22 +145,23 @@ class Prompts:
             self._templates[key] = head_ids, rest[tail] + rest[task.answer]
         return self._templates[key]
 
-    def _one(self, item: Prompted, template: tuple[Ids, Ids], ids: dict[str, Ids], limit: int) -> Ids:
+    def _one(self, item: Prompted, template: tuple[Ids, Ids], ids: dict[str, Ids], limit: int) -> tuple[Ids, Kept]:
         head, cue = template
         room = limit - len(self.start) - len(head) - len(cue)
         if room < 0:
-            return (*self.start, *head, *cue)[-limit:]
+            return (*self.start, *head, *cue)[-limit:], Kept()
         query = head + ids[item.input][:room] + cue
         room = limit - len(self.start) - len(query)
         profile = self._line(ids[item.profile], room) if item.profile else ()
-        evidence = self._evidence(item, template, ids, room - len(profile))
-        return self.start + profile + evidence + query
+        evidence, pairs = self._evidence(item, template, ids, room - len(profile))
+        return self.start + profile + evidence + query, Kept(pairs, bool(profile))
 
     def _line(self, ids: Ids, room: int) -> Ids:
         kept = ids[: max(0, room - len(self._separator))]
         return kept + self._separator if kept else ()
 
-    def _evidence(self, item: Prompted, template: tuple[Ids, Ids], ids: dict[str, Ids], room: int) -> Ids:
+    def _evidence(self, item: Prompted, template: tuple[Ids, Ids], ids: dict[str, Ids], room: int) -> tuple[Ids, int]:
+        """Return the pairs' tokens, and of how many pairs they are."""
         head, cue = template
         kept: Ids = ()
         for number, (text, output) in enumerate(item.evidence):
@@ -142,11 +170,11 @@ class Prompts:
             if len(pair) > room:
                 cut = room - len(before) - len(rest)
                 if number == 0 and cut >= _MIN_PAIR_TOKENS:
-                    kept = before + ids[text][:cut] + rest
-                break
+                    return before + ids[text][:cut] + rest, 1
+                return kept, number
             kept += pair
             room -= len(pair)
-        return kept
+        return kept, len(item.evidence)
 
 
 def _texts(item: Prompted) -> Iterable[str]:

@@ -29,7 +29,9 @@ def find_targets(model: nn.Module, endings: Sequence[str] | None, upper: float =
         ConfigError: Naming ``model.lora_targets`` where nothing matches or a match is not linear.
     """
     for group in [tuple(endings)] if endings else _AUTOMATIC:
-        found = {name: module for name, module in model.named_modules() if _ends(name, group)}
+        every = {name: module for name, module in model.named_modules() if _ends(name, group)}
+        read = set(dict(_decoder_modules(model)))  # of a model that sees or hears too, what reads text
+        found = {name: module for name, module in every.items() if name in read} or every
         wrong = [name for name, module in found.items() if not isinstance(module, (nn.Linear, Conv1D))]
         if wrong:
             raise ConfigError(f"model.lora_targets: not linear layers: {', '.join(wrong[:3])}")
@@ -39,13 +41,22 @@ def find_targets(model: nn.Module, endings: Sequence[str] | None, upper: float =
 
 
 def adapter_config(
-    targets: Mapping[str, nn.Module], endings: Sequence[str] | None, *, base: str, rank: int, alpha: float
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    endings: Sequence[str] | None,
+    *,
+    base: str,
+    rank: int,
+    alpha: float,
 ) -> dict[str, object]:
-    """Return the content of PEFT's ``adapter_config.json`` for adapters on some target layers."""
+    """Return the content of PEFT's ``adapter_config.json`` for adapters on some target layers of a model."""
     from peft import LoraConfig
 
     places = {place[1] for name in targets if (place := block_of(name)) is not None}
     blocks = sorted(places) if places and min(places) > 0 else None  # else in all of them
+    names = sorted(endings or {name.rpartition(".")[2] for name in targets})
+    if any(_ends(name, names) for name in set(dict(model.named_modules())) - set(dict(_decoder_modules(model)))):
+        names, blocks = sorted(targets), None  # endings would find layers that read no text
 
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -54,11 +65,19 @@ def adapter_config(
         r=rank,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
         lora_dropout=0.0,
-        target_modules=sorted(endings or {name.rpartition(".")[2] for name in targets}),
+        target_modules=names,
         layers_to_transform=blocks,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in targets.values()),
     )
     return {name: _plain(value) for name, value in sorted(config.to_dict().items())}
+
+
+def _decoder_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the modules that read text, by name: all but the head, and what a model sees or hears with."""
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if get_decoder is not None else model
+    own = {id(module) for module in decoder.modules()}
+    return [(name, module) for name, module in model.named_modules() if id(module) in own]
 
 
 def _uppermost(found: dict[str, nn.Module], upper: float) -> dict[str, nn.Module]:

@@ -12,7 +12,7 @@ from oppu.privacy import UserHash
 from oppu.store.audit import append
 from oppu.store.claims import NO_CLAIM, adapter_row, change_adapter, is_claimed
 from oppu.store.history import head_of
-from oppu.store.port import AdapterLogEntry, AdapterStatus, Candidate, ClaimState, Outcome
+from oppu.store.records import AdapterLogEntry, AdapterStatus, Candidate, ClaimState, Outcome
 from oppu.store.schema import ATTEMPTED, adapters, to_micros, versions
 from oppu.values import BaseId, Head, UserId
 

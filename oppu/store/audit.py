@@ -4,7 +4,7 @@ import json
 
 from sqlalchemy import Connection, insert, select
 
-from oppu.store.port import AdapterLogEntry, Outcome
+from oppu.store.records import AdapterLogEntry, Outcome
 from oppu.store.schema import adapter_log
 from oppu.values import BaseId
 

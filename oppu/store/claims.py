@@ -17,7 +17,7 @@ from oppu.privacy import UserHash
 from oppu.store.audit import append
 from oppu.store.database import Database, insert_missing, lock_bases, upsert
 from oppu.store.history import head_of
-from oppu.store.port import AdapterLogEntry, Candidate, Claim, DueUser, Lift, Outcome
+from oppu.store.records import AdapterLogEntry, Candidate, Claim, DueUser, Lift, Outcome
 from oppu.store.schema import (
     NOT_QUARANTINED,
     Text8,
@@ -31,8 +31,10 @@ from oppu.store.schema import (
 )
 from oppu.values import BaseId, UserId
 
-NO_CLAIM: Mapping[str, Any] = {"holder": None, "expires_at": None, "attempts": 0}
-"""Columns of a released claim; the token stays, so that the next one is higher."""
+UNHELD: Mapping[str, Any] = {"holder": None, "expires_at": None}
+"""Columns of a user whom nobody holds; the token stays, so that the next one is higher."""
+NO_CLAIM: Mapping[str, Any] = {**UNHELD, "attempts": 0}
+"""Columns of a claim that was concluded: whatever became of it, the process outlived it."""
 
 LAST_SEQ = adapters.c.considered_through + adapters.c.pending
 
@@ -141,6 +143,16 @@ def renew(connection: Connection, database: Database, held: Claim, ttl_seconds: 
         return False
     expires_at = from_micros(database.now(connection) + round(ttl_seconds * 1_000_000))
     change_adapter(connection, held.base, held.user_id, {"expires_at": expires_at})
+    return True
+
+
+def give_back(connection: Connection, held: Claim) -> bool:
+    """Release a claim as if it had never been made; false, with nothing written, where it is no longer current."""
+    row = _current(connection, held)
+    if row is None:
+        return False
+    attempts = max(row.attempts - 1, 0)  # an operator's release may have set it to zero meanwhile
+    change_adapter(connection, held.base, held.user_id, {**UNHELD, "attempts": attempts})
     return True
 
 

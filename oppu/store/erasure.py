@@ -14,7 +14,7 @@ from sqlalchemy import Connection, delete, select
 from oppu.privacy import UserHash
 from oppu.store.audit import append
 from oppu.store.database import chunks, insert_missing, upsert
-from oppu.store.port import AdapterLogEntry, Outcome
+from oppu.store.records import AdapterLogEntry, Outcome
 from oppu.store.schema import adapters, answers, erasures, outbox, users
 from oppu.values import Partition, UserId
 
@@ -77,6 +77,15 @@ def read_erasures(connection: Connection, user_hash: UserHash, user_ids: Iterabl
         for row in connection.execute(select(erasures).where(erasures.c.user_hash.in_(hashes))):
             found[by_hash[row.user_hash]] = Erasure(row.epoch, row.erased_at, json.loads(row.end_offsets))
     return found
+
+
+def list_erasures(connection: Connection, *, after: str, since: datetime | None, limit: int) -> dict[str, int]:
+    """Return the epochs of the next erasures over the hash ``after``, not older than ``since``."""
+    statement = select(erasures.c.user_hash, erasures.c.epoch).where(erasures.c.user_hash > after)
+    if since is not None:
+        statement = statement.where(erasures.c.erased_at >= since)
+    rows = connection.execute(statement.order_by(erasures.c.user_hash).limit(limit))
+    return {row.user_hash: row.epoch for row in rows}
 
 
 def erase_user(

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Select, bindparam, insert, select, update
 from oppu.privacy import UserHash
 from oppu.store.database import asked, chunks, insert_missing, lock_bases, upsert
 from oppu.store.erasure import Erasure, LockedUser, lock_users, read_erasures
-from oppu.store.port import IngestBatch, IngestResult, NewAnswer, NewEvent
+from oppu.store.records import IngestBatch, IngestResult, NewAnswer, NewEvent
 from oppu.store.schema import Text8, adapters, answers, bases, events, users
 from oppu.store.transport import advance_offsets, enqueue
 from oppu.values import OutRecord, UserId

@@ -4,7 +4,7 @@ from datetime import datetime
 
 from sqlalchemy import Connection, delete, func, select
 
-from oppu.store.port import Lift, Quality
+from oppu.store.records import Lift, Quality
 from oppu.store.schema import answers, lifts
 from oppu.values import BaseId
 

@@ -15,13 +15,13 @@ from oppu.settings import StoreSettings
 from oppu.store import adapters, audit, claims, erasure, history, ingest_writes, quality, transport
 from oppu.store.database import Database
 from oppu.store.migrations import check_version, migrate
-from oppu.store.port import (
+from oppu.store.port import HistoryStore
+from oppu.store.records import (
     AdapterLogEntry,
     AdapterStatus,
     Candidate,
     Claim,
     DueUser,
-    HistoryStore,
     IngestBatch,
     IngestResult,
     Lift,
@@ -144,6 +144,11 @@ class SqlStore(HistoryStore):
         with self.database.write() as connection:
             return claims.renew(connection, self.database, claim, ttl_seconds)
 
+    def give_back(self, claim: Claim) -> bool:
+        """Release a claim as if it had never been made."""
+        with self.database.write() as connection:
+            return claims.give_back(connection, claim)
+
     def publish(self, claim: Claim, candidate: Candidate, *, now: datetime, announce: OutRecord) -> bool:
         """Make the candidate the head. Repeating a publish whose acknowledgement was lost is true again."""
         with self.database.write() as connection:
@@ -236,6 +241,11 @@ class SqlStore(HistoryStore):
             known = erasure.erase_user(connection, self._hash, user_id, ends=ends, now=now)
             transport.enqueue(connection, [announce])
             return known
+
+    def erasures(self, *, after: str, since: datetime | None, limit: int) -> dict[str, int]:
+        """Return the epochs that erasures began, by the users' keyed hashes."""
+        with self.database.read() as connection:
+            return erasure.list_erasures(connection, after=after, since=since, limit=limit)
 
     # --- quality
     def quality(self) -> list[Quality]:

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, delete, func, insert, or_, select, update
 
 from oppu.errors import OffsetConflict
 from oppu.store.database import chunks, upsert
-from oppu.store.port import OffsetAdvance, OutboxRow, StoredOffset
+from oppu.store.records import OffsetAdvance, OutboxRow, StoredOffset
 from oppu.store.schema import offsets, outbox
 from oppu.values import Headers, OutRecord, Partition
 

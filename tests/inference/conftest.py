@@ -24,7 +24,7 @@ from oppu.lm.port import AdapterRef, Tensors
 from oppu.metrics import Metrics, fresh
 from oppu.settings import InferenceSettings, KafkaSettings, Settings, StoreSettings
 from oppu.store.migrations import migrate
-from oppu.store.port import Candidate, IngestBatch, NewEvent, OffsetAdvance
+from oppu.store.records import Candidate, IngestBatch, NewEvent, OffsetAdvance
 from oppu.store.sql import SqlStore, open_store
 from oppu.tasks import Task, Tasks
 from oppu.values import EventId, Headers, OutRecord, Partition, Record, UserId

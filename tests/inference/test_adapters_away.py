@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from inference import host_cache
 from inference.adapters import AdapterShelf, Fallback, Placed
 from inference.faults import AWAY_SECONDS, HOLD_BACK_SECONDS
 from inference.host_cache import HostCache
@@ -75,13 +74,12 @@ def _states(world: World, *users: str) -> list[UserState]:
 def _waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Return the seconds that the cache is ready to wait for reads that are not done, as it goes on."""
     found: list[float] = []
-    real = host_cache.wait
 
     def counted(reads: Collection[Future[Tensors]], timeout: float | None = None) -> Any:
         found.append(timeout or 0.0)
-        return real(reads, timeout)
+        return wait(reads, timeout)
 
-    monkeypatch.setattr(host_cache, "wait", counted)
+    monkeypatch.setattr("inference.host_cache.wait", counted)
     return found
 
 

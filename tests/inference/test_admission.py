@@ -9,7 +9,7 @@ import pytest
 from inference.admission import Ask, HistoryGate, Refusal, Verdict, admit, refuse
 from oppu.errors import Reason
 from oppu.settings import InferenceSettings, LimitsSettings, Settings
-from oppu.store.port import StoredOffset
+from oppu.store.records import StoredOffset
 from oppu.tasks import Task, Tasks
 from oppu.values import Partition, Record
 

@@ -36,9 +36,12 @@ def test_no_vote_where_no_neighbour_gave_any_of_the_choices(neighbours: tuple[Hi
     assert Personal(ANNA).knn(("a", "b")) is None
 
 
-def test_events_seen_are_named_once_those_of_the_prompt_first() -> None:
-    hits, neighbours = (_hit(3, "a", math.nan), _hit(1, "b", 0.1)), (_hit(1, "b", 0.1), _hit(2, "a", 0.9))
-    assert Personal(ANNA, Retrieved(hits, neighbours, 9)).seen == ("e3", "e1", "e2")
+def test_neighbours_that_say_nothing_of_what_is_asked_are_no_voices() -> None:
+    neighbours = (_hit(1, "b", 0.1), _hit(2, "other", 0.9), _hit(3, "a", math.nan), _hit(4, " ", 0.2))
+    personal = Personal(ANNA, Retrieved((_hit(5, "a", math.nan),), neighbours, 9))
+    assert [hit.event.seq for hit in personal.voices(("a", "b"))] == [1]
+    assert [hit.event.seq for hit in personal.voices(())] == [1, 2]
+    assert Personal(ANNA).voices(("a", "b")) == ()
 
 
 def test_an_empty_profile_is_none() -> None:

@@ -14,7 +14,7 @@ from oppu.effects import perform
 from oppu.errors import DeadLetterLimitReached, Reason, TransientError
 from oppu.loop import LoopState
 from oppu.settings import IngestSettings, LimitsSettings
-from oppu.store.port import IngestBatch, IngestResult
+from oppu.store.records import IngestBatch, IngestResult
 from oppu.values import Record
 from tests.ingest.world import TOPICS, World, event_bytes, event_fields
 

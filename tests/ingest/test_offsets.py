@@ -7,7 +7,7 @@ import pytest
 
 from ingest.offsets import END_GRACE_SECONDS, Log, Offsets
 from oppu.errors import OffsetIdentityChanged, TransientError
-from oppu.store.port import OffsetAdvance, StoredOffset
+from oppu.store.records import OffsetAdvance, StoredOffset
 from oppu.values import Partition, Record
 from tests.ingest.world import TOPICS, World
 

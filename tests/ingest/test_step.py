@@ -12,7 +12,7 @@ from oppu.effects import Effect, Steps, T
 from oppu.errors import InvalidRecord, Reason, TransientError
 from oppu.health import Health
 from oppu.loop import LoopState
-from oppu.store.port import IngestBatch, IngestResult
+from oppu.store.records import IngestBatch, IngestResult
 from oppu.values import OutRecord, RequestId, UserId
 from tests.ingest.world import TOPICS, World
 

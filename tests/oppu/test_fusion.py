@@ -108,6 +108,13 @@ class TestFusion:
         without = {**self.said, "adapter": None}
         np.testing.assert_allclose(DEFAULT.scores(without, events=50), DEFAULT.alone.scores(without, events=50))
 
+    def test_who_is_present_and_has_a_coefficient_is_heard(self) -> None:
+        assert DEFAULT.heard(self.said) == {"base", "knn", "prior", "adapter"}
+        assert DEFAULT.heard({**self.said, "adapter": None, "prior": None}) == {"base", "knn"}
+        fusion = Fusion(Stack({"base": (1.0, 0.0)}), Stack({"adapter": (1.0, 0.0), "knn": (0.5, 0.0)}), DEFAULT.share)
+        assert fusion.heard(self.said) == {"base", "adapter", "knn"}
+        assert fusion.heard({**self.said, "adapter": None}) == {"base"}
+
     @given(st.integers(0, 10**6), st.floats(-8, 8))
     def test_an_adapter_costs_no_event_more_than_its_share_allows(self, events: int, earned: float) -> None:
         wrong = {**self.said, "adapter": np.log([1e-9, 1 - 3e-9, 1e-9, 1e-9])}

@@ -8,6 +8,7 @@ import pytest
 from oppu.crash_guard import CrashGuard
 from oppu.errors import (
     FatalError,
+    ModelLost,
     TransientError,
 )
 from oppu.kafka.port import Consumer
@@ -173,6 +174,21 @@ def test_a_transient_error_is_no_death(tmp_path: Path) -> None:
     world.turn(100, seconds=0.1)
     assert world.worker.stored == list("123")
     assert world.worker.seen.count(("1", "2", "3")) == 4
+
+
+def test_a_lost_model_is_a_death(tmp_path: Path) -> None:
+    path = tmp_path / "guard.json"
+    for _ in range(2):
+        world = World(guard=CrashGuard(path), partitions=1)
+        world.worker.script = raise_once(ModelLost("the device is lost"))
+        world.send(*"12")
+        with pytest.raises(ModelLost):
+            world.turn(5)
+        assert world.worker.seen[-1] == ("1", "2")
+    world = World(guard=CrashGuard(path), partitions=1)
+    world.send(*"12")
+    world.turn(5)
+    assert ("1",) in world.worker.seen and ("2",) in world.worker.seen, "one at a time"
 
 
 def test_a_fatal_error_is_no_death(tmp_path: Path) -> None:

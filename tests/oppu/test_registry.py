@@ -16,23 +16,18 @@ from safetensors.numpy import save
 
 from oppu.clock import ManualClock
 from oppu.errors import AdapterUnreadable, ConfigError, TransientError
-from oppu.lm.port import AdapterRef, Tensors
+from oppu.lm.port import AdapterRef
 from oppu.privacy import UserHash
-from oppu.registry import CONFIG, MANIFEST, WEIGHTS, AdapterRegistry, Written
+from oppu.registry import CONFIG, MANIFEST, WEIGHTS, AdapterRegistry
 from oppu.values import BaseId, UserId
 from tests.oppu.brittle import BrittleFileSystem
-
-BASE = BaseId("base-1")
-USER = UserId("user\u00e9/../1")
-REF = AdapterRef(USER, 1, 3)
-HASH = UserHash("key")
-SETUP: dict[str, object] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q", "v"]}
+from tests.oppu.registry_support import BASE, HASH, REF, SETUP, USER, assert_same, opened, tensors, write
 
 
 @pytest.fixture(params=["folder", "memory", "brittle"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     yield str(tmp_path / "adapters") if request.param == "folder" else f"{request.param}://{uuid.uuid4().hex}"
-    BrittleFileSystem.torn = BrittleFileSystem.full = None
+    BrittleFileSystem.mend()
 
 
 @pytest.fixture
@@ -42,27 +37,13 @@ def clock() -> ManualClock:
 
 @pytest.fixture
 def registry(url: str, clock: ManualClock) -> AdapterRegistry:
-    return AdapterRegistry(url, base=BASE, user_hash=HASH, adapter_config=SETUP, clock=clock)
+    return opened(url, clock=clock)
 
 
 @pytest.fixture
 def brittle() -> Iterator[AdapterRegistry]:
-    yield AdapterRegistry(f"brittle://{uuid.uuid4().hex}", base=BASE, user_hash=HASH, adapter_config=SETUP)
-    BrittleFileSystem.torn = BrittleFileSystem.full = None
-
-
-def tensors(seed: int = 0) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
-    chance = np.random.default_rng(seed)
-    prefix = "base_model.model.layer.q"
-    return {
-        f"{prefix}.lora_A.weight": chance.standard_normal((2, 5)).astype(np.float32),
-        f"{prefix}.lora_B.weight": np.asfortranarray(chance.standard_normal((4, 2)).astype(np.float32)),
-    }
-
-
-def write(registry: AdapterRegistry, ref: AdapterRef = REF, weights: Tensors | None = None) -> Written:
-    metrics = {"loss": 1 / 3, "steps": 4}
-    return registry.write(ref, weights or tensors(), parent=2, trained_through=40, metrics=metrics, token=9)
+    yield opened(f"brittle://{uuid.uuid4().hex}")
+    BrittleFileSystem.mend()
 
 
 def change(url: str, registry: AdapterRegistry, name: str, content: bytes | None) -> None:
@@ -74,13 +55,6 @@ def change(url: str, registry: AdapterRegistry, name: str, content: bytes | None
 
 def read(url: str, registry: AdapterRegistry, name: str) -> bytes:
     return bytes(fsspec.core.url_to_fs(url)[0].cat_file(f"{registry.path(REF)}/{name}"))
-
-
-def assert_same(found: Tensors, expected: Tensors) -> None:
-    assert set(found) == set(expected)
-    for name, value in expected.items():
-        assert found[name].dtype == np.float32
-        np.testing.assert_array_equal(found[name], value)
 
 
 def test_what_is_written_is_read(url: str, registry: AdapterRegistry) -> None:
@@ -166,7 +140,7 @@ def test_a_file_that_grew_is_unreadable_and_not_read_to_its_end(url: str, regist
 
 
 def test_a_file_larger_than_memory_is_unreadable(tmp_path: Path) -> None:
-    registry = AdapterRegistry(str(tmp_path), base=BASE, user_hash=HASH, adapter_config=SETUP)
+    registry = opened(str(tmp_path))
     write(registry)
     with Path(registry.path(REF), WEIGHTS).open("r+b") as file:
         file.truncate(2**42)  # sparse
@@ -176,7 +150,7 @@ def test_a_file_larger_than_memory_is_unreadable(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS, MANIFEST])
 def test_one_file_that_cannot_be_opened_is_unreadable_and_nothing_to_wait_for(tmp_path: Path, name: str) -> None:
-    registry = AdapterRegistry(str(tmp_path), base=BASE, user_hash=HASH, adapter_config=SETUP)
+    registry = opened(str(tmp_path))
     write(registry)
     file = Path(registry.path(REF), name)
     file.unlink()
@@ -254,7 +228,7 @@ def test_another_deployments_files_are_unreadable(url: str, registry: AdapterReg
 
 
 def test_a_base_with_odd_characters_gets_a_plain_folder(url: str) -> None:
-    odd = AdapterRegistry(url, base=BaseId("../a b/c"), user_hash=HASH, adapter_config=SETUP)
+    odd = opened(url, base=BaseId("../a b/c"))
     write(odd)
     assert ".." not in odd.path(REF)
     assert_same(odd.load(REF), tensors())
@@ -367,8 +341,8 @@ def test_the_brittle_file_system_has_no_moves() -> None:
 
 
 def test_a_folder_that_cannot_be_made_is_transient(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    blocked = AdapterRegistry(str(tmp_path / "file"), base=BASE, user_hash=HASH, adapter_config=SETUP)
+    (tmp_path / BASE).write_text("in the way")
+    blocked = opened(str(tmp_path))
     with pytest.raises(TransientError, match="cannot write"):
         write(blocked)
 
@@ -422,7 +396,7 @@ def test_peft_loads_what_was_exported(tmp_path: Path) -> None:
     trained = get_peft_model(Small(), config)
     weights = {n: torch.randn_like(t).numpy() for n, t in get_peft_model_state_dict(trained).items()}
     content = {**config.to_dict(), "peft_type": "LORA", "task_type": None}
-    registry = AdapterRegistry(str(tmp_path / "r"), base=BASE, user_hash=HASH, adapter_config=content)
+    registry = opened(str(tmp_path / "r"), setup=content)
     write(registry, weights=weights)
     registry.export(REF, tmp_path / "out")
     loaded = PeftModel.from_pretrained(base, str(tmp_path / "out"))
@@ -465,7 +439,7 @@ def test_a_changed_alpha_of_the_model_rescales_no_version(url: str, registry: Ad
     ],
 )
 def test_a_configuration_that_contradicts_its_weights_is_unreadable(tmp_path: Path, field: str, value: object) -> None:
-    registry = AdapterRegistry(str(tmp_path), base=BASE, user_hash=HASH, adapter_config=SETUP)
+    registry = opened(str(tmp_path))
     write(registry)
     setup = {name: known for name, known in {**SETUP, field: value}.items() if known is not None}
     reseal(str(tmp_path), registry, json.dumps(setup).encode(), CONFIG)
@@ -475,7 +449,7 @@ def test_a_configuration_that_contradicts_its_weights_is_unreadable(tmp_path: Pa
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{"])
 def test_a_configuration_that_is_no_json_object_is_unreadable(tmp_path: Path, content: bytes) -> None:
-    registry = AdapterRegistry(str(tmp_path), base=BASE, user_hash=HASH, adapter_config=SETUP)
+    registry = opened(str(tmp_path))
     write(registry)
     reseal(str(tmp_path), registry, content, CONFIG)
     with pytest.raises(AdapterUnreadable, match=f"{CONFIG}: .* JSON"):

@@ -10,7 +10,9 @@ from typing import Any
 from oppu.errors import TransientError
 from oppu.values import OutRecord, Partition, UserId
 from oppu.wire import parse_prediction
-from tests.simulation.world import Odds, SpyRetriever, Violation, World
+from tests.simulation.spies import SpyRetriever, Violation
+from tests.simulation.world import Odds, UpdaterProcess, World
+from updater.sweeping import PAUSE_SECONDS
 
 USERS = ("anna", "bö", "王", "dan")
 ERASED = "dan"
@@ -105,7 +107,7 @@ def _ask(world: World, sent: Sent) -> None:
 
 
 def _erase(world: World, sent: Sent) -> None:
-    """Erase a user, as the command does: everything sent so far is to be gone."""
+    """Erase a user, as a command does that dies before the files: everything sent so far is to be gone."""
     ends = {Partition(world.topics.events, n): 0 for n in range(world.settings.kafka.partitions)}
     for partition, offset in {*(event[2:] for event in sent.events), *sent.rubbish}:
         ends[partition] = max(ends[partition], offset + 1)
@@ -130,6 +132,10 @@ def _settle(world: World, sent: Sent) -> None:
         world.clock.advance(0.5)
         for process in world.processes:
             process.turn()
+    world.clock.advance(PAUSE_SECONDS)
+    for process in world.processes:
+        if isinstance(process, UpdaterProcess):
+            process.turn()
 
 
 def _quiet(world: World, sent: Sent) -> bool:
@@ -148,6 +154,7 @@ def _check(world: World, sent: Sent) -> None:
     sequences = _check_events(world, sent)
     _check_dead_letters(world, sent)
     _check_answers(world, sent, sequences)
+    _check_files(world)
 
 
 def _check_events(world: World, sent: Sent) -> dict[str, int]:
@@ -198,3 +205,10 @@ def _check_answers(world: World, sent: Sent, sequences: dict[str, int]) -> None:
         behind = any(d.reason == "history_behind" for d in made.degraded)
         if needed is not None and not behind and made.history_sequence < sequences[needed]:
             raise Violation(f"{answer.request_id}: lacks {needed} and does not say so")
+
+
+def _check_files(world: World) -> None:
+    for epoch in world.store.erasures(after="", since=None, limit=1).values():
+        for past in range(1, epoch):
+            if left := world.registry().versions(UserId(ERASED), past):
+                raise Violation(f"versions {left} of before the erasure are still there")

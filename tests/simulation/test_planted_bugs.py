@@ -19,13 +19,14 @@ from ingest.step import IngestWorker
 from oppu.effects import Effect, Steps
 from oppu.store import claims, ingest_writes
 from oppu.store.database import upsert
-from oppu.store.port import Claim, IngestBatch, IngestResult, OffsetAdvance, OutboxRow
+from oppu.store.records import Claim, IngestBatch, IngestResult, OffsetAdvance, OutboxRow
 from oppu.store.schema import offsets
 from oppu.values import UserId, UserState
 from retriever.port import Profile, Query, Retrieved
 from retriever.service import ProfileRequest, Retriever
 from tests.simulation.run import simulate
-from tests.simulation.world import Violation
+from tests.simulation.spies import Violation
+from updater.sweeping import Sweeper
 
 SEEDS = 200
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -70,6 +71,18 @@ def publishing_without_token(patch: pytest.MonkeyPatch) -> None:
         return claims.adapter_row(connection, held.base, held.user_id)
 
     patch.setattr(claims, "_current", anybody)
+
+
+def giving_back_forgives(patch: pytest.MonkeyPatch) -> None:
+    """A claim that is given back leaves a user without attempts, as one that was concluded does."""
+
+    def forgiving(connection: Connection, held: Claim) -> bool:
+        current = claims._current(connection, held) is not None
+        if current:
+            claims.change_adapter(connection, held.base, held.user_id, claims.NO_CLAIM)
+        return current
+
+    patch.setattr(claims, "give_back", forgiving)
 
 
 def cache_key_without_version(patch: pytest.MonkeyPatch) -> None:
@@ -143,11 +156,18 @@ def outbox_cleared_before_it_is_sent(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Relay, "_send", hasty)
 
 
+def no_sweep(patch: pytest.MonkeyPatch) -> None:
+    """Nobody looks for files that an erasure has left."""
+    patch.setattr(Sweeper, "step", lambda _: iter(()))
+
+
 BUGS: tuple[Plant, ...] = (
     write_after_commit,
     no_offset_condition,
     dead_letter_outside_the_transaction,
     publishing_without_token,
+    no_sweep,
+    giving_back_forgives,
     cache_key_without_version,
     cursor_without_epoch,
     no_seek_after_an_abort,

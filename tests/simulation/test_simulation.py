@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.simulation.run import simulate
-from tests.simulation.world import Odds, Violation
+from tests.simulation.spies import Violation
+from tests.simulation.world import Odds
 
 SEEDS, BLOCK = 200, 20
 ONE_SEED = "OPPU_SIM_SEED"

@@ -6,13 +6,12 @@ acknowledgement, or put the process to sleep in the middle of a step while the o
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import select
 from sqlalchemy.event import listen
 
 from inference.worker import InferenceWorker
@@ -28,20 +27,16 @@ from oppu.kafka.memory import MemoryBroker
 from oppu.kafka.memory_cluster import Timeouts
 from oppu.kafka.topics import topic_specs
 from oppu.lm.fake import FakeModel
-from oppu.lm.port import AdapterRef, Row, Scored, Tensors
 from oppu.loop import Loop
 from oppu.metrics import fresh
 from oppu.privacy import UserHash
 from oppu.registry import AdapterRegistry
 from oppu.settings import Settings
-from oppu.store.port import Candidate, Claim, IngestBatch, IngestResult, StoredOffset
-from oppu.store.schema import adapters
-from oppu.store.sql import SqlStore, migrate, open_store
+from oppu.store.sql import migrate, open_store
 from oppu.tasks import Task, Tasks
-from oppu.values import BaseId, Event, OutRecord, Partition, UserId, UserState
+from oppu.values import BaseId, OutRecord, Partition
 from oppu.wire import Topics
-from retriever.port import Query, Retrieved
-from retriever.service import Retriever
+from tests.simulation.spies import SpyModel, SpyRetriever, SpyStore
 from updater.earning import Judge
 from updater.worker import Updater
 
@@ -56,10 +51,6 @@ class Crash(BaseException):
     """The process is gone, between two effects."""
 
 
-class Violation(BaseException):
-    """Something that must hold did not. No worker catches it."""
-
-
 @dataclass(frozen=True, slots=True)
 class Odds:
     """How often an effect meets each fault."""
@@ -70,96 +61,6 @@ class Odds:
     sleep: float = 0.02
     read: float = 0.002
     """A read from the store or a call to the broker that fails, outside all effects."""
-
-
-class SpyStore(SqlStore):
-    """The real store, which looks at every publication, every offset and what inference was told of its users."""
-
-    def __init__(self, inner: SqlStore) -> None:
-        self.__dict__ = inner.__dict__
-        self.told: dict[UserId, UserState] = {}
-        self.fault: Callable[[str], None] = lambda _: None
-
-    def offsets(self, cluster_id: str, topics: Sequence[str]) -> dict[Partition, StoredOffset]:
-        self.fault("store.offsets")
-        return super().offsets(cluster_id, topics)
-
-    def events(self, cursors: Mapping[UserId, int], **rest: Any) -> dict[UserId, list[Event]]:
-        self.fault("store.events")
-        return super().events(cursors, **rest)
-
-    def users(self, user_ids: Sequence[UserId], base: BaseId) -> dict[UserId, UserState]:
-        self.fault("store.users")
-        found = super().users(user_ids, base)
-        self.told.update(found)
-        return found
-
-    def write_events(self, batch: IngestBatch) -> IngestResult:
-        topics = sorted({advance.partition.topic for advance in batch.offsets})
-        before = super().offsets(batch.cluster_id, topics)
-        result = super().write_events(batch)
-        after = super().offsets(batch.cluster_id, topics)
-        for partition, stored in before.items():
-            if after[partition].next_offset < stored.next_offset:
-                raise Violation(f"the next offset of {partition} went back from {stored} to {after[partition]}")
-        return result
-
-    def publish(self, claim: Claim, candidate: Candidate, **rest: Any) -> bool:
-        current = self.current_token(claim.base, claim.user_id)
-        already = {version.version for version in self.versions(claim.base, claim.user_id)}
-        done = super().publish(claim, candidate, **rest)
-        if done and candidate.version not in already and current != claim.token:
-            raise Violation(f"published under token {claim.token} while {current} was current")
-        return done
-
-    def current_token(self, base: BaseId, user_id: UserId) -> int:
-        """Return the token of a user's adapter row, straight from the database."""
-        row = (adapters.c.user_id == user_id) & (adapters.c.base == base)
-        with self.database.engine.connect() as connection:
-            token = connection.execute(select(adapters.c.token).where(row)).scalar()
-        return -1 if token is None else int(token)
-
-
-class SpyModel(FakeModel):
-    """The counting model, which checks that each row is answered by its user's head and by nobody else's."""
-
-    def __init__(self, store: SpyStore, registry: Callable[[], AdapterRegistry]) -> None:
-        super().__init__()
-        self._store, self._registry = store, registry
-
-    def install(self, ref: AdapterRef, tensors: Tensors) -> None:
-        kept = self._registry().load(ref)
-        if any((tensors[name] != kept[name]).any() for name in kept):
-            raise Violation(f"other weights than the registry's under {ref}")
-        super().install(ref, tensors)
-
-    def answer(self, rows: Sequence[Row]) -> list[Scored]:
-        for row in rows:
-            if row.adapter is None:
-                continue
-            state = self._store.told[row.adapter.user_id]
-            if state.head is None or (row.adapter.epoch, row.adapter.version) != (state.epoch, state.head.version):
-                raise Violation(f"answered with {row.adapter}, the head is {state.head} in epoch {state.epoch}")
-            if not row.choices[0].startswith(str(row.adapter.user_id)):
-                raise Violation("a row with another user's adapter")
-        return super().answer(rows)
-
-
-class SpyRetriever(Retriever):
-    """The real retriever, whose finds must be of the asking user and of the present epoch."""
-
-    erased: Mapping[str, tuple[int, frozenset[str]]] = {}
-
-    def retrieve(self, queries: Sequence[Query], *rest: Any, **named: Any) -> list[Retrieved]:
-        found = super().retrieve(queries, *rest, **named)
-        for query, result in zip(queries, found, strict=True):
-            epoch, gone = self.erased.get(str(query.user.user_id), (0, frozenset()))
-            for hit in (*result.hits, *result.neighbours):
-                if not str(hit.event.event_id).startswith(f"{query.user.user_id}-"):
-                    raise Violation("another user's item was retrieved")
-                if query.user.epoch >= epoch and str(hit.event.event_id) in gone:
-                    raise Violation("an erased item was retrieved")
-        return found
 
 
 class World:

@@ -5,9 +5,9 @@ from datetime import timedelta
 import numpy as np
 import pytest
 
-from oppu.errors import ConfigError, FatalError
+from oppu.errors import ConfigError, FatalError, ModelLost
 from oppu.lm.fake import TENSOR
-from oppu.store.port import ClaimState
+from oppu.store.records import ClaimState
 from oppu.values import OutRecord, UserId
 from tests.updater.world import GLAD, SETTINGS, TOPICS, World, announced, published
 from updater.job import Ended
@@ -75,6 +75,53 @@ def test_scoring_that_breaks_fails_that_user_alone(world: World, monkeypatch: py
     monkeypatch.setattr(world.model, "scores", brittle)
     assert world.tick().ended == {Ended.PUBLISHED: 1, Ended.FAILED: 1}
     assert world.log("bob")[0] == ("failed", "scoring: RuntimeError")
+
+
+LOST = "CUDA error: an illegal memory access was encountered\nCompile with `TORCH_USE_CUDA_DSA`"
+
+
+@pytest.mark.parametrize("part", ["train", "scores"])
+def test_a_lost_device_stops_the_worker_and_is_no_users_failure(
+    world: World, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    for user in ("ada", "bob"):
+        world.act(user, GLAD)
+
+    def lost(*_: object, **__: object) -> None:
+        raise RuntimeError(LOST)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.model, part, lost)
+        with pytest.raises(ModelLost, match="an illegal memory access"):
+            world.tick()
+    for user in ("ada", "bob"):
+        status = world.status(user)
+        assert (status.failures, status.state, status.considered_through) == (0, ClaimState.CLAIMED, 0)
+        assert world.log(user) == []
+    world.clock.advance(SETTINGS.claim_seconds + 1)
+    assert sum(world.tick().ended[Ended.PUBLISHED] for _ in range(2)) == 2
+
+
+def test_a_user_who_loses_the_device_is_tried_alone_and_quarantined(world: World) -> None:
+    for user in ("ada", "bob", "eve"):
+        world.act(user, GLAD)
+
+    def lose() -> None:
+        if any(job.user_id == "bob" for job in world.model.jobs[-1]):
+            raise RuntimeError(LOST)
+
+    world.model.while_training = lose
+    deaths = 0
+    for _ in range(12):
+        try:
+            world.tick()
+        except ModelLost:
+            deaths += 1
+        world.clock.advance(SETTINGS.claim_seconds + 1)
+    assert world.status("bob").state is ClaimState.QUARANTINED
+    assert deaths == SETTINGS.quarantine_after
+    for innocent in ("ada", "eve"):
+        assert [outcome for outcome, _ in world.log(innocent)] == ["published"]
 
 
 def test_too_few_results_stop_the_worker(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

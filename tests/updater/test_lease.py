@@ -3,7 +3,7 @@
 import pytest
 
 from oppu.errors import TransientError
-from oppu.store.port import Claim
+from oppu.store.records import Claim
 from oppu.values import UserId
 from tests.updater.world import World
 from updater.lease import Drained, Leases

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oppu.store.port import DueUser
+from oppu.store.records import DueUser
 from oppu.values import UserId
 from updater.plan import LONGEST_RETRY_SECONDS, plan, retry_at, should_quarantine
 

@@ -6,14 +6,11 @@ import numpy as np
 import pytest
 
 from oppu.effects import Effect
-from oppu.embedder import HashEmbedder
 from oppu.errors import AdapterUnreadable, TransientError
 from oppu.lm.fake import TENSOR
 from oppu.lm.port import AdapterRef, TrainConfig
-from oppu.settings import RetrieverSettings
-from oppu.store.port import ClaimState, Outcome
+from oppu.store.records import ClaimState, Outcome
 from oppu.values import UserId
-from retriever.service import Retriever
 from tests.updater.world import GLAD, SAD, SETTINGS, World, announced, published
 from updater.job import Ended
 
@@ -220,7 +217,7 @@ def test_a_store_that_is_away_leaves_the_claims_to_expire(world: World) -> None:
         raise TransientError("store: away")
 
     with pytest.raises(TransientError):
-        world.tick(store_publish=away, store_conclude=away)
+        world.tick(store_publish=away, store_give_back=away)
     assert world.due() == 0
     world.clock.advance(SETTINGS.claim_seconds + 1)
     assert world.tick().ended == {Ended.PUBLISHED: 1}
@@ -269,26 +266,6 @@ def test_training_is_as_the_settings_say(world: World) -> None:
     world.act("ada", GLAD)
     world.tick(world.new_updater(settings=SETTINGS.model_copy(update=changes)))
     assert world.model.configs == [TrainConfig(3e-3, 0.2, 3, SETTINGS.batch, "constant", 0.3, 0.05)]
-
-
-# --- evidence
-def test_training_prompts_carry_only_earlier_items(world: World) -> None:
-    retriever = Retriever(world.store, HashEmbedder(), RetrieverSettings(mode="recency"), world.metrics)
-    updater = world.new_updater("with evidence", evidence=retriever, evidence_k=2)
-    world.act("ada", GLAD)
-    outcome = world.tick(updater)
-    assert outcome.claimed == 1
-    (job,) = world.model.jobs[-1]
-    for made in job.examples:
-        seq = int(made.input.removeprefix("input "))
-        assert len(made.evidence) == min(seq - 1, 2)
-        assert all(int(text.removeprefix("input ")) < seq for text, _ in made.evidence)
-    retriever.close()
-
-
-def test_plain_prompts_by_default(world: World) -> None:
-    published(world)
-    assert all((e.evidence, e.profile) == ((), "") for e in world.model.jobs[-1][0].examples)
 
 
 # --- the shape

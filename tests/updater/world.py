@@ -17,7 +17,7 @@ from oppu.metrics import Metrics, fresh
 from oppu.privacy import UserHash
 from oppu.registry import AdapterRegistry
 from oppu.settings import RegistrySettings, StoreSettings, UpdaterSettings
-from oppu.store.port import AdapterStatus, IngestBatch, NewEvent, OffsetAdvance
+from oppu.store.records import AdapterStatus, IngestBatch, NewEvent, OffsetAdvance
 from oppu.store.sql import SqlStore, migrate, open_store
 from oppu.tasks import Task, Tasks
 from oppu.values import EventId, Head, OutRecord, Partition, UserId

@@ -38,6 +38,19 @@ def test_every_fault_is_listed(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert not done.out
 
 
+@pytest.mark.parametrize("source", ["file", "environment"])
+def test_a_setting_that_is_no_more_is_named(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str
+) -> None:
+    file = tmp_path / "oppu.toml"
+    file.write_text("[updater]\nevidence = true\n" if source == "file" else "", encoding="utf-8")
+    if source == "environment":
+        monkeypatch.setenv("OPPU_UPDATER__EVIDENCE", "true")
+    done = run("--config", file, "store", "info")
+    said = "oppu: updater.evidence (or OPPU_UPDATER__EVIDENCE): Extra inputs are not permitted\n"
+    assert (done.code, done.err) == (2, said)
+
+
 def test_config_file_from_the_environment(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OPPU_CONFIG", str(tmp_path / "gone.toml"))
     assert run("store", "info").err == f"oppu: --config: no such file: {tmp_path / 'gone.toml'}\n"

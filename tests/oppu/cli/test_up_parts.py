@@ -26,9 +26,9 @@ def test_the_written_file_is_read_back(tmp_path: Path) -> None:
     )
     folder = tmp_path / "a b \U0001f600"
     folder.mkdir()
-    path = write_config(Session(own), folder, "127.0.0.1:1234", "[updater]\nreplay = 8\nevidence = true\n")
+    path = write_config(Session(own), folder, "127.0.0.1:1234", "[updater]\nreplay = 8\ndropout = 0.25\n")
     settings = Settings.load(path)
-    assert (settings.updater.replay, settings.updater.evidence) == (8, True)
+    assert (settings.updater.replay, settings.updater.dropout) == (8, 0.25)
     assert settings.model.lora_targets == ("query", 'val"ue')
     assert settings.service.log_level == "DEBUG"
     assert settings.kafka.bootstrap_servers == "127.0.0.1:1234"

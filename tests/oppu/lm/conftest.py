@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.pytorch_utils import Conv1D
 
 from oppu.lm.base import LoadedBase, ready
+from oppu.lm.casting import cast as cast_to
 from oppu.lm.targets import find_targets
 from oppu.settings import ModelSettings
 from oppu.tasks import Tasks, load_tasks
@@ -135,6 +136,6 @@ def as_peft(tmp_path: Path) -> Callable[..., Any]:
         (folder / "adapter_config.json").write_text(json.dumps(config))
         save_file(tensors, str(folder / "adapter_model.safetensors"))
         model = peft.PeftModel.from_pretrained(copy.deepcopy(base.model), str(folder), is_trainable=trainable)
-        return model.to(base.dtype).eval()
+        return cast_to(model, base.dtype).eval()
 
     return load

@@ -29,7 +29,7 @@ def new_bank(
 
 
 def config_of(base: LoadedBase, rank: int = 4, alpha: float = 8.0) -> dict[str, object]:
-    return adapter_config(find_targets(base.model, None), None, base=base.name, rank=rank, alpha=alpha)
+    return adapter_config(base.model, find_targets(base.model, None), None, base=base.name, rank=rank, alpha=alpha)
 
 
 def ids(rows: int, length: int = 12) -> torch.Tensor:
@@ -147,7 +147,7 @@ def test_layers_that_read_flattened_rows_equal_peft(
 ) -> None:
     base = make_base("opt", torch.float64)
     targets = find_targets(base.model, FLATTENED)
-    config = adapter_config(targets, FLATTENED, base=base.name, rank=4, alpha=8.0)
+    config = adapter_config(base.model, targets, FLATTENED, base=base.name, rank=4, alpha=8.0)
     rows, bank = ids(len(slots)), SlotBank(targets, slots=2, rank=4, alpha=8.0, trainable=training)
     adapters = {slot: any_adapter(bank, slot) for slot in (1, 2)}
     for slot, tensors in adapters.items():
@@ -301,7 +301,7 @@ def test_an_adapter_on_fewer_blocks_leaves_the_others_as_they_are(
     base = make_base("llama", torch.float64)
     upper = find_targets(base.model, None, 0.5)
     tensors = {n: x for n, x in make_adapter(base.model, 2).items() if any(layer in n for layer in upper)}
-    peft = as_peft(base, tensors, adapter_config(upper, None, base="x", rank=4, alpha=8.0))
+    peft = as_peft(base, tensors, adapter_config(base.model, upper, None, base="x", rank=4, alpha=8.0))
     expected = run(peft, ids(1))
     bank = new_bank(base)
     bank.load(1, make_adapter(base.model, 1))

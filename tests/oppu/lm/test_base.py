@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from oppu.errors import ConfigError
 from oppu.lm import base as base_module
 from oppu.lm.base import fingerprint_of, load_base, prompts_of
+from oppu.lm.casting import cast
 from oppu.settings import ModelSettings
 
 Make = Callable[..., Any]
@@ -46,6 +48,27 @@ def test_the_type_is_bfloat16_where_the_hardware_multiplies_it_and_nothing_is_ad
         assert load_base(settings).dtype == (torch.bfloat16 if fast else torch.float32)
         assert load_base(settings, adapting=True).dtype == torch.float32
         assert load_base(settings.model_copy(update={"dtype": "bfloat16"})).dtype == torch.bfloat16
+
+
+def test_rotary_frequencies_are_not_rounded(saved: Path) -> None:
+    library = transformers.AutoModelForCausalLM.from_pretrained(str(saved), dtype=torch.bfloat16).eval()
+    base = load_base(ModelSettings(base=str(saved), threads=1, dtype="bfloat16"))
+    assert base.model.model.rotary_emb.inv_freq.dtype == torch.float32
+    ids = torch.arange(2, 202)[None]
+    with torch.no_grad():
+        assert torch.equal(base.model(ids).logits, library(ids).logits)
+
+
+def test_what_lies_in_the_file_is_cast_and_tied_weights_stay_tied() -> None:
+    module = torch.nn.Module()
+    module.one = module.other = torch.nn.Linear(2, 2)
+    module.register_buffer("filed", torch.ones(2))
+    module.register_buffer("computed", torch.ones(2), persistent=False)
+    module.register_buffer("count", torch.ones(2, dtype=torch.int64))
+    assert cast(module, torch.bfloat16) is module
+    assert module.one.weight.dtype == module.filed.dtype == torch.bfloat16 and module.one is module.other
+    assert module.computed.dtype == torch.float32 and module.count.dtype == torch.int64
+    assert set(module.state_dict()) == {"one.weight", "one.bias", "other.weight", "other.bias", "filed", "count"}
 
 
 def test_fingerprint_follows_content_not_path(saved: Path, tmp_path: Path) -> None:

@@ -11,14 +11,16 @@ import pytest
 import torch
 
 from oppu.errors import AdapterUnreadable, InvalidRecord
+from oppu.lm.blend import Blend
 from oppu.lm.model import TorchModel
 from oppu.lm.port import AdapterRef, Example, LanguageModel, Row, TrainConfig, TrainJob
 from oppu.settings import ModelSettings
-from oppu.tasks import Tasks
+from oppu.tasks import Task, Tasks
 from oppu.values import UserId
 
 Make = Callable[..., Any]
 CHOICES = ("alpha", "beta", "bravo", "be", "alphabet")
+BLEND = Blend({"base": (0.0, 0.0), "adapter": (0.0, 0.0)}, {})
 CONFIG = TrainConfig(learning_rate=1e-2, weight_decay=0.01, passes=4, batch=4)
 
 
@@ -269,8 +271,31 @@ def test_an_overflowing_adapter_falls_back_to_the_base(
     install(model, make_adapter, "a")
     mixed = model.answer([row("h", "x"), row("a", "x")])
     assert np.array_equal(mixed[0].scores, mixed[0].base_scores)
+    assert [one.unsound for one in mixed] == [True, False]
+    texts = [replace(row(user, "x", choices=(), max_new_tokens=3), blend=BLEND) for user in ("h", "a", None)]
+    written = model.answer(texts)
+    assert [one.unsound for one in written] == [True, False, False]
+    assert written[0].text == model.answer([replace(texts[0], adapter=None)])[0].text
     assert np.allclose(mixed[1].scores, model.answer([row("a", "x")])[0].scores, atol=1e-5)
     assert "not finite" in caplog.text
+
+
+@pytest.mark.parametrize("choices", [CHOICES, ()])
+def test_what_was_cut_from_a_prompt_is_told(
+    make_model: Make, settings: ModelSettings, choices: tuple[str, ...]
+) -> None:
+    model = make_model()
+    evidence = tuple((f"film {n}", "beta") for n in range(settings.max_tokens))
+    plain, some, profiled, much = model.answer(
+        [
+            row(None, "x", choices),
+            row(None, "x", choices, evidence=evidence[:1]),
+            row(None, "x", choices, profile="likes beta"),
+            row(None, "x", choices, evidence=evidence, profile="likes beta"),
+        ]
+    )
+    assert [(one.pairs, one.profiled) for one in (plain, some, profiled)] == [(0, False), (1, False), (0, True)]
+    assert 0 < much.pairs < len(evidence) and much.profiled
 
 
 def test_answers_and_installs_from_two_threads(make_model: Make, make_adapter: Make) -> None:
@@ -320,3 +345,17 @@ def test_adapter_config_is_json_that_peft_reads(
     model.close()
     with torch.no_grad():
         assert torch.allclose(mine, peft(input_ids=ids).logits, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_an_output_longer_than_the_model_reads_is_cut(family: str, make_base: Make, settings: ModelSettings) -> None:
+    tasks = Tasks(
+        {"essay": Task("essay", "text", "{input}", "text:", max_new_tokens=256)}
+    )  # all the positions there are
+    model = TorchModel(make_base(family), tasks, settings=settings, slots=1)
+    long = Example("essay", "about cats", "x " * 200)
+    [target] = model._encoder.targets([long])
+    assert len(target.ids) <= 256
+    assert np.isfinite(model.losses([long], None)).all()
+    [trained] = model.train([TrainJob(UserId("ada"), None, (long,))], CONFIG, heartbeat=lambda: None)
+    assert trained.tensors is not None

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oppu.lm.port import Row
-from oppu.lm.prompts import Prompts
+from oppu.lm.prompts import Kept, Prompts, _texts
 from oppu.tasks import Task
 
 TASK = Task("t", "choice", "article: {input}", "category:", ("a", "b"))
@@ -61,6 +61,46 @@ def test_profile_goes_after_the_evidence_and_before_the_query() -> None:
     row = Row("t", "the query", evidence=(("one", "a"),), profile="p q r s")
     assert build(row, limit=10) == "[S] p q [E] article : the query category :"
     assert build(row, limit=8) == "[S] article : the query category :"
+
+
+def kept(row: Row, limit: int) -> Kept:
+    prompts = words(["[S]", "[E]"])
+    return prompts.kept([row], [TASK], prompts.build([row], [TASK], [limit]))[0]
+
+
+def test_what_was_cut_is_told_from_what_was_kept() -> None:
+    row = Row("t", "the query", evidence=(("one", "a"), ("two", "b")), profile="likes a")
+    assert [kept(row, limit) for limit in (24, 23, 17, 16, 9, 8, 7, 4)] == [
+        Kept(2, True),
+        Kept(1, True),
+        Kept(1, True),
+        Kept(0, True),
+        Kept(0, True),
+        Kept(0, False),
+        Kept(0, False),
+        Kept(0, False),
+    ]
+    long = Row("t", "the query", evidence=((" ".join("x" * 20), "a"), ("two", "b")))
+    assert (kept(long, 7 + 16), kept(long, 7 + 12)) == (Kept(1), Kept(0))
+    assert kept(Row("t", "q"), 100) == Kept()
+
+
+@given(
+    st.lists(st.tuples(st.text("xy ", max_size=30), st.sampled_from(["", "a", "b b"])), max_size=5),
+    st.text("pq ", max_size=20),
+    st.text("qr ", max_size=60),
+    st.integers(1, 80),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_prompt_is_built_the_same_again_with_just_its_own_room(
+    evidence: list[tuple[str, str]], profile: str, text: str, limit: int
+) -> None:
+    row, prompts = Row("t", text, evidence=tuple(evidence), profile=profile), words(["[S]", "[E]"])
+    [built] = prompts.build([row], [TASK], [limit])
+    assert prompts.build([row], [TASK], [len(built)]) == [built]
+    of_all = prompts.kept([Row("t", "q"), row], [TASK, TASK], [(), built])
+    assert of_all[0] == Kept()
+    assert prompts._one(row, prompts._template(TASK), prompts.continuations(_texts(row)), limit) == (built, of_all[1])
 
 
 def test_an_item_without_an_output_stands_as_it_is() -> None:

@@ -113,7 +113,7 @@ def test_equals_training_each_user_alone_with_peft(
     base = make_base(family, torch.float64)
     adapters = [make_adapter(base.model, seed) for seed in range(3)]
     users = [targets_of(base, tasks, examples(seed, count)) for seed, count in ((1, 9), (2, 23), (3, 3))]
-    config = adapter_config(find_targets(base.model, None), None, base="x", rank=4, alpha=8.0)
+    config = adapter_config(base.model, find_targets(base.model, None), None, base="x", rank=4, alpha=8.0)
     models = [as_peft(base, tensors, config, trainable=True) for tensors in adapters]
     alone = [train_alone(model, user, CONFIG) for model, user in zip(models, users, strict=True)]
     bank = new_bank(base, adapters)
@@ -143,7 +143,10 @@ def test_dropout_and_the_clip_norm_equal_pefts_under_the_same_masks(
     config = replace(CONFIG, passes=1, batch=3, dropout=0.3, clip_norm=0.05)
     adapters, counts = [make_adapter(base.model, seed) for seed in range(3)], (7, 6, 2)
     users = [targets_of(base, tasks, examples(seed, count)) for seed, count in enumerate(counts, start=1)]
-    seeds, shape = [11, 12, 13], adapter_config(find_targets(base.model, None), None, base="x", rank=4, alpha=8.0)
+    seeds, shape = (
+        [11, 12, 13],
+        adapter_config(base.model, find_targets(base.model, None), None, base="x", rank=4, alpha=8.0),
+    )
     alone = []
     for tensors, user, seed in zip(adapters, users, seeds, strict=True):
         model, now = as_peft(base, tensors, shape, trainable=True), [0]
@@ -165,7 +168,7 @@ def test_dropout_and_the_clip_norm_equal_pefts_under_the_same_masks(
 
 def _apart(base: LoadedBase, users: Sequence[list[Target]], adapters: Sequence[dict[str, Any]], as_peft: Make) -> float:
     """Train in the bank and alone; return the largest relative difference of any user's weights."""
-    config = adapter_config(find_targets(base.model, None), None, base="x", rank=4, alpha=8.0)
+    config = adapter_config(base.model, find_targets(base.model, None), None, base="x", rank=4, alpha=8.0)
     models = [as_peft(base, tensors, config, trainable=True) for tensors in adapters]
     alone = [train_alone(model, user, CONFIG) for model, user in zip(models, users, strict=True)]
     bank = new_bank(base, adapters)
@@ -227,7 +230,7 @@ def test_float32_answers_are_the_same_after_fifty_steps(
     users = [targets_of(base, tasks, examples(seed, 20)) for seed in (1, 2)]
     bank = new_bank(base, adapters)
     assert [result.steps for result in train(base, bank, users, config)] == [50, 50]
-    peft_config = adapter_config(find_targets(base.model, None), None, base="x", rank=4, alpha=8.0)
+    peft_config = adapter_config(base.model, find_targets(base.model, None), None, base="x", rank=4, alpha=8.0)
     probe = torch.randint(2, 258, (64, 16), generator=torch.Generator().manual_seed(5))
     for slot, (tensors, user) in enumerate(zip(adapters, users, strict=True), start=1):
         alone = as_peft(base, tensors, peft_config, trainable=True)

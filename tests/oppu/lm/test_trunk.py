@@ -160,8 +160,9 @@ def test_an_answer_reads_each_prompt_once_below(make_base: Make, tasks: Tasks) -
 
 @pytest.mark.parametrize(("upper", "blocks"), [(1.0, None), (0.5, [1]), (0.01, [1]), (0.51, None)])
 def test_peft_is_told_the_blocks(upper: float, blocks: list[int] | None, make_base: Make) -> None:
-    targets = find_targets(make_base().model, None, upper)
-    assert adapter_config(targets, None, base="x", rank=4, alpha=8.0)["layers_to_transform"] == blocks
+    base = make_base()
+    targets = find_targets(base.model, None, upper)
+    assert adapter_config(base.model, targets, None, base="x", rank=4, alpha=8.0)["layers_to_transform"] == blocks
     assert {block_of(name) for name in targets} == {("model.layers", n) for n in blocks or (0, 1)}
 
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import numpy as np
 
-from oppu.store.port import Candidate, Claim, IngestBatch, IngestResult, NewAnswer, NewEvent, OffsetAdvance
+from oppu.store.records import Candidate, Claim, IngestBatch, IngestResult, NewAnswer, NewEvent, OffsetAdvance
 from oppu.store.sql import SqlStore
 from oppu.values import BaseId, EventId, OutRecord, Partition, RequestId, UserId
 

@@ -9,7 +9,7 @@ import pytest
 from oppu.clock import ManualClock
 from oppu.errors import ConfigError
 from oppu.settings import StoreSettings
-from oppu.store.port import ClaimState, Lift, Outcome
+from oppu.store.records import ClaimState, Lift, Outcome
 from oppu.store.sql import SqlStore
 from oppu.values import BaseId, Head, UserId
 from tests.oppu.store.conftest import Opener
@@ -207,6 +207,51 @@ def test_attempts_count_claims_that_never_ended(store: SqlStore, writer: Writer,
     assert [take(store, ADA, ttl_seconds=-1).attempts for _ in range(3)] == [1, 2, 3]
     assert fail()
     assert take(store, ADA).attempts == 1
+
+
+def test_a_claim_given_back_was_never_made(store: SqlStore, writer: Writer, fail: Callable[..., bool]) -> None:
+    writer.write(some("ada", 4))
+    assert fail() and fail(retry_after=30)
+    before, log = store.adapter(BASE, ADA), store.adapter_log(BASE, ADA, limit=9)
+    claim = take(store, ADA)
+    assert store.give_back(claim)
+    assert store.adapter(BASE, ADA) == before and store.adapter_log(BASE, ADA, limit=9) == log
+    assert before is not None and (before.failures, before.considered_through) == (2, 0)
+    assert due(store, later=29) == [] and due(store, later=30) == [("ada", 4)]
+    again = take(store, ADA)
+    assert (again.attempts, again.token) == (1, claim.token + 1)
+    assert again.next_version != claim.next_version  # files may lie there already
+    assert store.outbox(9) == []
+
+
+def test_a_claim_given_back_is_no_attempt_and_forgives_none(store: SqlStore, writer: Writer) -> None:
+    writer.write(some("ada", 4))
+    for _ in range(2):
+        take(store, ADA, ttl_seconds=-1)
+    for _ in range(3):
+        claim = take(store, ADA)
+        assert claim.attempts == 3
+        assert store.give_back(claim)
+    late = take(store, ADA, ttl_seconds=-1)
+    assert store.give_back(late)  # it expired, but nobody took it
+    assert take(store, ADA).attempts == 3
+
+
+def test_only_the_current_claim_is_given_back(store: SqlStore, writer: Writer) -> None:
+    writer.write([*some("ada", 4), *some("bob", 1)])
+    zombie = take(store, ADA, ttl_seconds=-1)
+    claim = take(store, ADA, holder="w2")
+    assert not store.give_back(zombie)
+    assert store.claim(BASE, ADA, holder="w3", ttl_seconds=1) is None
+    assert store.publish(claim, candidate_of(claim), now=NOW, announce=announce("ada"))
+    assert not store.give_back(claim)
+    released = take(store, BOB)
+    assert store.release(BASE, BOB, now=NOW)  # which sets the count to zero
+    assert store.give_back(released) and not store.give_back(released)
+    last = take(store, BOB)
+    assert last.attempts == 1
+    store.roll_back(BASE, BOB, to=None, reason="", now=NOW, announce=announce("bob"))
+    assert not store.give_back(last)
 
 
 def test_an_attempt_is_concluded_as_an_attempt(store: SqlStore, writer: Writer) -> None:

@@ -10,7 +10,7 @@ from sqlalchemy import event, text
 
 from oppu.errors import OffsetConflict, TransientError
 from oppu.settings import StoreSettings
-from oppu.store.port import Claim
+from oppu.store.records import Claim
 from oppu.store.sql import SqlStore
 from oppu.values import BaseId, Partition, UserId
 from tests.oppu.store.conftest import Opener

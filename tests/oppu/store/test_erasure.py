@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from oppu.store.port import Lift, Outcome
+from oppu.privacy import UserHash
+from oppu.store.records import Lift, Outcome
 from oppu.store.schema import metadata
 from oppu.store.sql import SqlStore
 from oppu.values import BaseId, OutRecord, Partition, RequestId, UserId
@@ -131,6 +132,27 @@ def test_an_unknown_user_is_refused_from_then_on(store: SqlStore, writer: Writer
     assert store.users([ADA], BASE)[ADA].epoch == 2
 
 
+def test_erasures_are_listed_by_hash_and_time(store: SqlStore, writer: Writer) -> None:
+    assert store.erasures(after="", since=None, limit=9) == {}
+    writer.write(some("ada", 1))
+    day = timedelta(days=1)
+    for user_id, times in ((ADA, (NOW - day, NOW)), (BOB, (NOW,)), (UserId("eve"), (NOW - day,))):
+        for now in times:
+            store.erase(user_id, cluster_id=CLUSTER, end_offsets={}, now=now, announce=TOMBSTONE)
+    hashed = UserHash("test key")
+    expected = sorted([(hashed(ADA), 3), (hashed(BOB), 2), (hashed("eve"), 2)])
+    found: list[tuple[str, int]] = []
+    after = ""
+    while page := store.erasures(after=after, since=None, limit=2):
+        found += page.items()
+        after = max(page)
+    assert found == expected
+    assert store.users([ADA], BASE)[ADA].epoch == 3
+    recent = store.erasures(after="", since=NOW, limit=9)
+    assert list(recent.items()) == [entry for entry in expected if entry[0] != hashed("eve")]
+    assert store.erasures(after="", since=NOW + day, limit=9) == {}
+
+
 def test_a_claim_from_before_is_worth_nothing(store: SqlStore, writer: Writer) -> None:
     writer.write(some("ada", 2))
     old = take(store, ADA)
@@ -142,6 +164,7 @@ def test_a_claim_from_before_is_worth_nothing(store: SqlStore, writer: Writer) -
     assert not store.publish(old, candidate_of(old), now=NOW, announce=announce("ada"))
     assert not store.renew(old, 60)
     assert not store.conclude(old, Outcome.REJECTED, considered_through=1, reason="", now=NOW)
+    assert not store.give_back(old)
     store.record_lift(old, Lift(1, 1.0, 1.0, 1, 1), through=1, now=NOW)
     assert store.lift(BASE).events == 0
     assert store.publish(new, candidate_of(new), now=NOW, announce=announce("ada"))

@@ -9,7 +9,7 @@ import pytest
 from oppu.errors import OffsetConflict
 from oppu.settings import StoreSettings
 from oppu.store import transport
-from oppu.store.port import IngestBatch, IngestResult, OffsetAdvance, StoredOffset
+from oppu.store.records import IngestBatch, IngestResult, OffsetAdvance, StoredOffset
 from oppu.store.sql import SqlStore
 from oppu.values import EventId, OutRecord, Partition, UserId
 from tests.oppu.store.conftest import Opener

@@ -67,6 +67,7 @@ def test_steps_scan_nothing(filled: Writer) -> None:
         store.adapter_log(BASE, ADA, limit=3)
         store.delete_outbox([1, 2])
         store.purge_answers(before=NOW)
+        store.erasures(after="", since=NOW, limit=9)
 
     lines = sqlite_plans(store, work)
     assert [line for line in lines if "SCAN" in line and not any(fine in line for fine in _ALLOWED)] == []

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oppu.settings import StoreSettings
-from oppu.store.port import NewEvent
+from oppu.store.records import NewEvent
 from oppu.store.schema import from_micros, to_micros
 from oppu.store.sql import SqlStore, open_store
 from oppu.values import BaseId, UserId

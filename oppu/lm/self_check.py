@@ -1,0 +1,127 @@
+"""Whether a base reads and writes here as it does by itself: looked at once, when it is loaded.
+
+Rows of unequal length share a batch, with explicit positions: padded on the right to be read, on the left to write. A
+base that numbers its positions otherwise, or whose state cannot pass over padding, would answer wrongly without a word.
+"""
+
+import copy
+import logging
+from typing import Any
+
+import torch
+
+from oppu.errors import ConfigError
+from oppu.lm.bank import SlotBank
+from oppu.lm.encoding import Reading
+from oppu.lm.forward import Runner
+from oppu.lm.generation import left_padded
+from oppu.lm.kv_cache import roomy_cache
+from oppu.lm.prompts import Ids
+
+logger = logging.getLogger(__name__)
+
+_LONG, _SHORT = 11, 6
+"""Tokens of the two sequences that share a batch."""
+_STRIDE = 7919
+"""A prime, to scatter their tokens over the vocabulary."""
+_ALIKE, _ALIKE_ROUNDED = 1 - 1e-4, 0.9
+"""Least cosine between logits, centred: equal but for rounding, in bfloat16 also but for an expert chosen otherwise."""
+_FAULTS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+def check_base(runner: Runner, bank: SlotBank) -> bool:
+    """Compare a base in a batch with itself alone.
+
+    Args:
+        runner: The base.
+        bank: Any bank on it; no adapter is used.
+
+    Returns:
+        Whether several continuations can share what is kept of one prompt; where not, it is read again for each.
+
+    Raises:
+        ConfigError: Naming ``model.base`` and what it does otherwise.
+    """
+    if runner.base.dtype == torch.float64:  # no setting names it; the library's masks overflow in it for some
+        return True
+    with torch.no_grad():
+        try:
+            faults = _faults(runner, bank)
+        except torch.OutOfMemoryError:
+            raise
+        except _FAULTS as error:
+            raise ConfigError(f"model.base: {runner.base.name!r} cannot be run row by row: {error}") from error
+        if faults:
+            raise ConfigError(
+                f"model.base: {runner.base.name!r} answers otherwise beside another row than alone: {', '.join(faults)}"
+            )
+        try:
+            shared = _shares(runner, bank)
+        except _FAULTS as error:
+            logger.info("base %s: each choice's line reads its prompt again: %s", runner.base.name, error)
+            return False
+    return shared
+
+
+def _faults(runner: Runner, bank: SlotBank) -> list[str]:
+    rows = _rows(runner)
+    alone = [_alone(runner, row) for row in rows]
+    with bank.use([0, 0]):
+        read = runner.logits([Reading(row, (len(row) - 1,)) for row in rows])
+        written = _left(runner, rows)
+    with bank.use([0]):
+        followed = _followed(runner, rows[0], 1)
+    return [
+        name
+        for name, found, wanted in (
+            ("when sequences are read", read, alone),
+            ("when texts are written", written, alone),
+            ("when a text goes on", followed, alone[:1]),
+        )
+        if not all(_alike(runner, one, other) for one, other in zip(found, wanted, strict=True))
+    ]
+
+
+def _shares(runner: Runner, bank: SlotBank) -> bool:
+    row = _rows(runner)[0]
+    with bank.use([0]):
+        alone = _alone(runner, row)
+    return all(_alike(runner, one, alone) for one in _followed(runner, row, 2, bank))
+
+
+def _rows(runner: Runner) -> list[Ids]:
+    vocabulary = runner.vocabulary
+    return [tuple((at * _STRIDE + 5) % vocabulary for at in range(size)) for size in (_LONG, _SHORT)]
+
+
+def _alone(runner: Runner, row: Ids) -> torch.Tensor:
+    """Return the next token's logits as the library computes them for one sequence."""
+    logits: torch.Tensor = runner.base.model(input_ids=runner.padded([row]), use_cache=False).logits[0, -1]
+    return logits
+
+
+def _left(runner: Runner, rows: list[Ids]) -> torch.Tensor:
+    ids, mask, positions = left_padded(rows, runner.base.device)
+    given = runner.given_positions(positions)
+    out: Any = runner.base.model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1, **given)
+    logits: torch.Tensor = out.logits[:, -1]
+    return logits
+
+
+def _followed(runner: Runner, row: Ids, times: int, bank: SlotBank | None = None) -> torch.Tensor:
+    """Read all but a sequence's last token, keep that, and read the last one so many times beside each other."""
+    cache = roomy_cache(runner.base.model.config, 0)
+    runner.logits_after([row[:-1]], [(len(row) - 2,)], cache, 0)
+    if times == 1 or bank is None:
+        return runner.logits_after([row[-1:]], [(0,)], cache, len(row) - 1)
+    own = copy.deepcopy(cache)
+    own.batch_repeat_interleave(times)
+    with bank.use([0] * times):
+        return runner.logits_after([row[-1:]] * times, [(0,)] * times, own, len(row) - 1)
+
+
+def _alike(runner: Runner, one: torch.Tensor, other: torch.Tensor) -> bool:
+    mine, wanted = (logits.double() - logits.double().mean() for logits in (one, other))
+    cosine = torch.nn.functional.cosine_similarity(mine, wanted, dim=0)
+    least = _ALIKE_ROUNDED if runner.base.dtype == torch.bfloat16 else _ALIKE
+    return bool(cosine > least)

@@ -1,0 +1,112 @@
+"""A base that would answer otherwise beside other rows than alone is refused when it is loaded."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers.pytorch_utils import Conv1D
+
+from oppu.errors import ConfigError
+from oppu.lm.base import LoadedBase, ready
+from oppu.lm.forward import Runner
+from oppu.lm.model import TorchModel
+from oppu.lm.port import AdapterRef, Row
+from oppu.settings import ModelSettings
+from oppu.tasks import Tasks
+from oppu.values import UserId
+from tests.oppu.lm.conftest import FAMILIES, byte_tokenizer, random_adapter
+
+COMMON: dict[str, Any] = {"vocab_size": 258, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 1}
+WIDE: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+}  # fmt: skip
+GROUPED: dict[str, Any] = {"num_key_value_heads": 2, "max_position_embeddings": 256}
+CHOICES = tuple(f"one thing after another, number {at} of them" for at in range(40))
+
+
+def wrapped(model: Any, dtype: torch.dtype = torch.float32) -> LoadedBase:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5.0)
+    return ready("odd", model, byte_tokenizer(), "0" * 32, device=torch.device("cpu"), dtype=dtype)
+
+
+def seeded(config: Any) -> Any:
+    torch.manual_seed(3)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", [*FAMILIES, "opt", "qwen3", "gemma2", "gemma3"])
+def test_usual_families_pass_and_share_prompts(
+    family: str, dtype: torch.dtype, make_base: Callable[..., LoadedBase], tasks: Tasks, settings: ModelSettings
+) -> None:
+    model = TorchModel(make_base(family, dtype), tasks, settings=settings, slots=1)
+    assert model._branches
+
+
+def test_positions_that_the_model_numbers_otherwise(tasks: Tasks, settings: ModelSettings) -> None:
+    config = transformers.RobertaConfig(is_decoder=True, max_position_embeddings=256, **WIDE, **COMMON)
+    with pytest.raises(ConfigError, match="when sequences are read, when texts are written"):
+        TorchModel(wrapped(seeded(config)), tasks, settings=settings, slots=1)
+
+
+def test_a_planted_fault_in_the_positions(
+    make_base: Callable[..., LoadedBase], tasks: Tasks, settings: ModelSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = Runner.given_positions
+    monkeypatch.setattr(Runner, "given_positions", lambda self, positions: right(self, positions + 3))
+    with pytest.raises(ConfigError, match=r"model\.base: 'gpt2' answers otherwise beside another row"):
+        TorchModel(make_base("gpt2"), tasks, settings=settings, slots=1)
+
+
+def test_a_state_that_padding_enters(tasks: Tasks, settings: ModelSettings) -> None:
+    config = transformers.RecurrentGemmaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, lru_width=32,
+        attention_window_size=64, **COMMON,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"model\.base"):
+        TorchModel(wrapped(seeded(config)), tasks, settings=settings, slots=1)
+
+
+def test_a_base_whose_state_cannot_be_shared_reads_the_prompt_for_every_line(
+    tasks: Tasks, settings: ModelSettings
+) -> None:
+    config = transformers.Qwen3NextConfig(
+        head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, linear_num_key_heads=2,
+        shared_expert_intermediate_size=24, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention", "full_attention"], **WIDE, **GROUPED, **COMMON,
+    )  # fmt: skip
+    model = TorchModel(wrapped(seeded(config)), tasks, settings=settings, slots=1)
+    assert not model._branches
+    model._runner.tokens = 64  # so little that lines would share their prompt
+    [found] = model.answer([Row("news_categorize", "an article " * 4, choices=CHOICES)])
+    assert np.exp(found.scores).sum() == pytest.approx(1.0)
+
+
+def test_of_a_base_that_sees_too_the_text_layers_alone_are_adapted(
+    tasks: Tasks, settings: ModelSettings, as_peft: Callable[..., Any]
+) -> None:
+    config = transformers.Gemma3Config(
+        text_config={**WIDE, **GROUPED, "vocab_size": 258, "head_dim": 16, "sliding_window": 16},
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "image_size": 28, "patch_size": 14,
+        },
+    )  # fmt: skip
+    base = wrapped(seeded(config))
+    assert base.max_positions == 256
+    model = TorchModel(base, tasks, settings=settings, slots=1)
+    assert len(model._targets) == 6 and not any("vision" in name for name in model._targets)
+    assert not any(isinstance(layer, Conv1D) for layer in model._targets.values())
+    tensors = {n: t for n, t in random_adapter(base.model, 1).items() if "vision" not in n}
+    ref = AdapterRef(UserId("ada"), 0, 1)
+    model.install(ref, tensors)
+    own, plain = model.answer([Row("news_headline", "words", adapter=r, max_new_tokens=3) for r in (ref, None)])
+    assert own.text is not None and plain.text is not None
+    peft = as_peft(base, tensors, model.adapter_config())
+    assert len(tensors) == sum("lora_" in name for name, _ in peft.named_parameters())
