@@ -4,7 +4,7 @@ Choices come from the record; else from a given list; else from the task, where 
 from; else they are what may be learnt from. Invariant: a label that occurs in a test part alone is no choice: such a
 query stays, cannot be answered rightly, and is counted. An output that is one of the choices but for case and space,
 or the same number, or names one by its place (``[2]``, ``2``) or text, is taken as that choice. A rating may bring its
-unit or scale (``4 stars``, ``4/5``, ``4,5``), which is left out. Places count from 1, or
+unit or scale (``4 stars``, ``4/5``, ``4,5``), which is left out, where all name the same one. Places count from 1, or
 from 0 where some item says 0 and none the number of its choices.
 """
 
@@ -20,7 +20,9 @@ from oppu.tasks import Task
 
 _PLACE = re.compile(r"\[?(\d{1,4})\]?")
 _LEADING = re.compile(r"(?:\[(\d{1,4})\]|\((\d{1,4})\)|(\d{1,4})[.:)])(?!\d)")
-_RATED = re.compile(r"\s*(\d+)(?:[.,](\d+))?\s*(?:stars?|points?|out of \d+|/\s*\d+|\u2605+)?\s*", re.IGNORECASE)
+_RATED = re.compile(
+    r"\s*(\d+)(?:\.(\d+)|,(\d{1,2}))?\s*(?:stars?|points?|\u2605+|(?:/|out of)\s*(\d+))?\s*", re.IGNORECASE
+)
 _BETWEEN = "\"'\u201c\u201d.,; "
 """What separates candidates, and is no part of them."""
 _CANDIDATE = re.compile(r"\[(\d{1,4})\]\s*:")
@@ -55,7 +57,7 @@ def settle(items: Sequence[Item], task: Task, learnable: Learnable, given: Seque
         ConfigError: Nothing is left, or there are not two labels.
     """
     if task.kind == "rating":
-        items = [_without_unit(item) for item in items]
+        items = _without_units(items)
     if task.kind == "text":
         made, source = [replace(item, choices=()) for item in items], "none"
     else:
@@ -223,14 +225,21 @@ def _key(text: str, around: str = "\"'") -> object:
     return " ".join(text.casefold().split()).strip(around)
 
 
-def _without_unit(item: Item) -> Item:
-    return replace(item, output=_figure(item.output), choices=tuple(map(_figure, item.choices)))
+def _without_units(items: Sequence[Item]) -> list[Item]:
+    """Leave units and scales out of ratings; scales stay where there are several, or some number lies past it."""
+    rated = [found for item in items for text in _said(item) if (found := _RATED.fullmatch(text))]
+    scales = {found[4] for found in rated if found[4]}
+    fits = len(scales) < 2 and all(_figure(found) <= float(scale) for scale in scales for found in rated)
+
+    def number(text: str) -> str:
+        found = None if _are_numbers([text]) else _RATED.fullmatch(text)
+        return f"{_figure(found):g}" if found and (fits or not found[4]) else text
+
+    return [replace(item, output=number(item.output), choices=tuple(map(number, item.choices))) for item in items]
 
 
-def _figure(text: str) -> str:
-    """Return a rating's number; the text as it is where it is one already, or is none."""
-    found = None if _are_numbers([text]) else _RATED.fullmatch(text)
-    return found[1] + (f".{found[2]}" if found[2] else "") if found else text
+def _figure(found: re.Match[str]) -> float:
+    return float(f"{found[1]}.{found[2] or found[3] or 0}")
 
 
 def _number(text: str) -> object:

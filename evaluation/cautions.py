@@ -20,12 +20,15 @@ def cautions(result: Mapping[str, Any]) -> list[str]:
     Returns:
         Lines of Markdown, a blank one after each.
     """
-    data, adapting = result.get("data") or {}, result["items_that_adapt_the_base"]
+    data, adapting = result.get("data") or {}, result.get("items_that_adapt_the_base") or {}
     left, every = data.get("items_left_out", 0), data.get("items", 0) + data.get("items_left_out", 0)
     few = [f"{fold} on {count} items" for fold, count in adapting.items() if 0 < count < ENOUGH_ITEMS]
-    judged = [f"{fold} by {count}" for fold, count in result["calibrate_users"].items() if count < ENOUGH_JUDGES]
+    judged = [
+        f"{fold} by {count}" for fold, count in (result.get("calibrate_users") or {}).items() if count < ENOUGH_JUDGES
+    ]
     bare = [fold for fold, count in adapting.items() if not count]
     seeds = len(set(result["seeds"]))
+    untested, lacking = result.get("not_tested") or (), result.get("left_out") or ()
     said = {
         "A shortened run: not evidence.": not result["evidence"],
         f"{seeds} of the {SEEDS} seeds that a result takes: an indication.": seeds < SEEDS,
@@ -38,7 +41,7 @@ def cautions(result: Mapping[str, Any]) -> list[str]:
         f"Few users chose for all: {', '.join(judged)}; what nobody chose is the first of its kind.": judged,
         f"{left} of {every} items do not fit the task and are left out.": left > _MANY_LEFT_OUT * every,
         f"Not tested, for want of another target on the same base or of long histories: "
-        f"{'; '.join(result['not_tested'])}.": result["not_tested"],
-        f"Arms that not all users had, and none shows: {', '.join(result['left_out'])}.": result["left_out"],
+        f"{'; '.join(untested)}.": untested,
+        f"Arms that not all users had, and none shows: {', '.join(lacking)}.": lacking,
     }
     return [line for text, holds in said.items() if holds for line in (f"**{text}**", "")]

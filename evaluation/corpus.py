@@ -44,12 +44,13 @@ class _Recorded(BehaviorEvent):
     @field_validator("output", mode="before")
     @classmethod
     def _as_text(cls, value: object) -> object:
-        return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+        return str(value) if number else value
 
     @field_validator("choices", mode="before")
     @classmethod
     def _none_if_empty(cls, value: object) -> object:
-        return value or None
+        return None if value == [] else value
 
 
 @dataclass(frozen=True, slots=True)

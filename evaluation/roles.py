@@ -86,7 +86,7 @@ def roles(people: Mapping[str, list[Item]], most: Mapping[str, int], bounds: Bou
     if not targets:
         raise ConfigError(_too_few(people, bounds))
     if bounds.population:
-        others = _population(most, bounds)
+        others = _population(people, most, bounds)
     else:
         others = {u: _role(u, most[u], bounds) for u in people if most[u] < bounds.target or u in bounds.unasked}
     items = sum(len(people[u]) for u, role in others.items() if role == "adapt")
@@ -135,9 +135,9 @@ def some_users(items: Sequence[Item], bounds: Bounds, *, users: int, adapt_items
     return [item for item in items if item.user_id in kept]
 
 
-def _population(most: Mapping[str, int], bounds: Bounds) -> dict[str, str]:
+def _population(people: Mapping[str, object], most: Mapping[str, int], bounds: Bounds) -> dict[str, str]:
     """Return the roles of those who are never targets; where none has the items to calibrate, fewer do."""
-    found = {u: _role(u, most[u], bounds) for u in sorted(bounds.population & set(most))}
+    found = {u: _role(u, most[u], bounds) for u in people if u in bounds.population}
     if "calibrate" in found.values() or bounds.strict:
         return found
     return {u: _role(u, most[u], replace(bounds, calibrate=LEAST_ITEMS)) for u in found}

@@ -2,8 +2,8 @@
 
 Users fall by hash and number of items into adapt, calibrate and target. Invariants: items that say the same (equal
 text, near-duplicates) form one group, and a group lies on one side only: a target's test wins over calibrate, that
-over a target's training part, that over adapt; what loses is dropped. Within a user a group's first item is kept, of
-each choice that was put: one paper may be asked about with other candidates.
+over a target's training part, that over adapt; what loses is dropped. Within a user a group's first item is kept; where
+other choices were put, as of other papers to cite, the first of each answer.
 Where users act on the same few things, as on films, that would leave targets or the base nothing to learn: then a
 target may learn what others are asked about, which none of his arms but controls can see, controls leave out what he is
 asked about, and of the things that calibrate users and others have in common every second one adapts the base.
@@ -322,8 +322,19 @@ def _before_test(fold: Fold) -> Fold:
 
 
 def _first_of_group(items: Iterable[tuple[Item, Side]], groups: Mapping[str, int]) -> list[tuple[Item, Side]]:
-    first: dict[tuple[str, int, frozenset[str]], tuple[Item, Side]] = {}
-    for item, side in items:
-        offered = frozenset(normal(text) for text in candidates(item.input)[1] or item.choices)
-        first.setdefault((item.user_id, groups[item.item_id], offered), (item, side))
+    placed = list(items)
+    offered: dict[tuple[str, int], set[frozenset[str]]] = defaultdict(set)
+    for item, _ in placed:
+        texts = candidates(item.input)[1] or item.choices
+        offered[item.user_id, groups[item.item_id]].add(frozenset(map(normal, texts)))
+    first: dict[tuple[str, int, str], tuple[Item, Side]] = {}
+    for item, side in placed:
+        key = item.user_id, groups[item.item_id]
+        first.setdefault((*key, _answer(item) if len(offered[key]) > 1 else ""), (item, side))
     return list(first.values())
+
+
+def _answer(item: Item) -> str:
+    """Return what an output stands for: the candidate at its place, where the input shows candidates."""
+    names, texts = candidates(item.input)
+    return normal(texts[names.index(item.output)] if item.output in names else item.output)

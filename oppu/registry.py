@@ -10,7 +10,6 @@ is the store's business. The only module that imports safetensors; never pickle,
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,7 +26,7 @@ from oppu.errors import AdapterUnreadable, ConfigError, TransientError
 from oppu.lm.port import AdapterRef, AdapterSource, Tensors
 from oppu.lora_config import alpha_of, fitted
 from oppu.privacy import UserHash
-from oppu.registry_place import Place, Spoilt
+from oppu.registry_place import Place, Spoilt, plain_name
 from oppu.values import BaseId, UserId
 
 logger = logging.getLogger(__name__)
@@ -36,7 +35,6 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 MANIFEST = "manifest.json"
 _FORMAT = 1
-_PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _MANIFEST_BYTES = 2**20
 
 
@@ -88,7 +86,7 @@ class AdapterRegistry(AdapterSource):
         Raises:
             TransientError: The place is empty and should not be: a share is not mounted, or the URL is another's.
         """
-        self._place.open([_plain_name(base) for base in in_use])
+        self._place.open([plain_name(base) for base in in_use])
 
     def path(self, ref: AdapterRef) -> str:
         """Return the folder of a version."""
@@ -226,10 +224,14 @@ class AdapterRegistry(AdapterSource):
             self._remove(f"{folder}/{version}")
         return gone
 
+    def check(self) -> None:
+        """Raise ``TransientError`` where the registry is not there, or cannot be reached."""
+        self._place.check()
+
     def delete_user(self, user_id: UserId) -> None:
         """Erase every version of a user, in all epochs and on all bases."""
         self._place.refresh()
-        for base in self._place.entries(self._place.root):
+        for base in self._place.bases():
             self._remove(f"{self._place.root}/{base}/{self._hash(user_id)}")
 
     def sweep(self, erased: Mapping[str, int]) -> int:
@@ -248,7 +250,7 @@ class AdapterRegistry(AdapterSource):
         self._place.refresh()
         root, removed = self._place.root, 0
         fault: TransientError | None = None
-        for base in self._place.entries(root):
+        for base in self._place.bases():
             for user, epoch in erased.items():
                 try:
                     for past in self._earlier(f"{root}/{base}/{user}", epoch):
@@ -262,7 +264,7 @@ class AdapterRegistry(AdapterSource):
 
     # --- names
     def _user_folder(self, base: str, user_id: UserId) -> str:
-        return f"{self._place.root}/{_plain_name(base)}/{self._hash(user_id)}"
+        return f"{self._place.root}/{plain_name(base)}/{self._hash(user_id)}"
 
     def _epoch_folder(self, user_id: UserId, epoch: int) -> str:
         return f"{self._user_folder(self._base, user_id)}/{epoch}"
@@ -350,10 +352,6 @@ class AdapterRegistry(AdapterSource):
         # the manifest first: what is half deleted must not look like a version
         if not self._place.remove(folder, first=MANIFEST):
             logger.debug("registry: nothing left to delete")
-
-
-def _plain_name(base: str) -> str:
-    return base if _PLAIN.fullmatch(base) else hashlib.sha256(base.encode()).hexdigest()
 
 
 def _format(tensors: Tensors) -> bytes:

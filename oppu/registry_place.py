@@ -6,8 +6,10 @@ from ``Exception`` alone. A root without the mark is no registry: an empty mount
 """
 
 import errno
+import hashlib
 import io
 import os
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -18,10 +20,16 @@ from oppu.errors import ConfigError, OppuError, TransientError
 
 MARK = ".oppu-registry"
 """No base's folder has this name: none begins with a dot."""
+_PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _MARK_TEXT = b"A registry of adapters lies here. Without this file it counts as away.\n"
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _SPOILT = frozenset({errno.EACCES, errno.EPERM, errno.ELOOP})
 """What says that this one file cannot be read; waiting for it would hold up all other users."""
+
+
+def plain_name(base: str) -> str:
+    """Return a base's folder."""
+    return base if _PLAIN.fullmatch(base) else hashlib.sha256(base.encode()).hexdigest()
 
 
 class Spoilt(OppuError):
@@ -121,6 +129,10 @@ class Place:
         except Exception as error:  # a client's own
             raise _away("list", folder, error) from error
         return sorted({path.rstrip("/").rsplit("/", 1)[-1] for path in found} - {MARK})
+
+    def bases(self) -> list[str]:
+        """Return the folders of bases; others may lie beside them, as a volume's ``lost+found``."""
+        return [name for name in self.entries(self.root) if _PLAIN.fullmatch(name)]
 
     def exists(self, path: str) -> bool:
         """Say whether a file is there; unlike fsspec's own, not in doubt."""

@@ -146,6 +146,8 @@ class Updater:
     def _claim(self, tick: Tick, now: datetime) -> Steps[None]:
         size, base = self.settings.users_per_tick, self.model.base
         due = self.store.due(base, now=now, min_pending=self.settings.min_pending, limit=LOOK_AHEAD * size)
+        if due:
+            self.registry.check()  # what is trained while it is away could not be kept
         for user_id in planning.plan(due, now=now, budget_users=size):
             if self._draining:
                 return

@@ -106,6 +106,8 @@ def erase(session: Session, user_id: str, *, yes: bool) -> None:
     ends = _end_offsets(settings, names.events)
     tombstone = OutRecord(names.updates, user_id.encode(), None)
     bases = history.bases()
+    if history.counts()["adapters"]:
+        compose.registry(settings, bases[0]).check()  # else rows would go, and files stay where nobody looks
     known = history.erase(
         UserId(user_id), cluster_id=cluster, end_offsets=ends, now=datetime.now(UTC), announce=tombstone
     )

@@ -115,7 +115,9 @@ def ready(
     Raises:
         ConfigError: The tokenizer lacks an end token.
     """
-    model = cast(model.to(device), dtype).eval().requires_grad_(False)
+    model = model.to(device).eval().requires_grad_(False)
+    if model.dtype != dtype:  # one that was loaded in it may keep some weights wider, and knows which
+        cast(model, dtype)
     prompts_of(tokenizer)
     return LoadedBase(
         name=name,

@@ -71,7 +71,7 @@ class TorchModel:
         self._bank = self._new_bank(slots, trainable=False)
         self._adapters = AdapterBank(self._bank, on_event)
         self._scratch = self._new_bank(1, trainable=False)
-        self._branches = check_base(self._runner, self._scratch)
+        self._branches = check_base(self._runner, self._scratch, self._targets)
         self._lock = threading.RLock()
 
     @property

@@ -6,13 +6,16 @@ base that numbers its positions otherwise, or whose state cannot pass over paddi
 
 import copy
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from oppu.errors import ConfigError
 from oppu.lm.bank import SlotBank
 from oppu.lm.encoding import Reading
+from oppu.lm.faults import device_fault, out_of_memory
 from oppu.lm.forward import Runner
 from oppu.lm.generation import left_padded
 from oppu.lm.kv_cache import roomy_cache
@@ -29,38 +32,63 @@ _ALIKE, _ALIKE_ROUNDED = 1 - 1e-4, 0.9
 _FAULTS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
-def check_base(runner: Runner, bank: SlotBank) -> bool:
+def check_base(runner: Runner, bank: SlotBank, targets: Mapping[str, nn.Module]) -> bool:
     """Compare a base in a batch with itself alone.
 
     Args:
         runner: The base.
         bank: Any bank on it; no adapter is used.
+        targets: The layers that adapters attach to, by module name.
 
     Returns:
         Whether several continuations can share what is kept of one prompt; where not, it is read again for each.
 
     Raises:
-        ConfigError: Naming ``model.base`` and what it does otherwise.
+        ConfigError: Naming ``model.base`` and what it does otherwise; or ``model.lora_targets`` where none of them is
+            run to read text.
     """
     if runner.base.dtype == torch.float64:  # no setting names it; the library's masks overflow in it for some
         return True
     with torch.no_grad():
         try:
-            faults = _faults(runner, bank)
-        except torch.OutOfMemoryError:
-            raise
+            unread, faults = _unread(runner, targets), _faults(runner, bank)
         except _FAULTS as error:
+            _not_the_bases(error)
             raise ConfigError(f"model.base: {runner.base.name!r} cannot be run row by row: {error}") from error
+        if unread:
+            raise ConfigError(f"model.lora_targets: reading text runs none of {', '.join(sorted(targets)[:3])}, …")
         if faults:
             raise ConfigError(
                 f"model.base: {runner.base.name!r} answers otherwise beside another row than alone: {', '.join(faults)}"
             )
         try:
-            shared = _shares(runner, bank)
+            shared, why = _shares(runner, bank), "the answers differ"
         except _FAULTS as error:
-            logger.info("base %s: each choice's line reads its prompt again: %s", runner.base.name, error)
-            return False
+            _not_the_bases(error)
+            shared, why = False, str(error)
+    if not shared:
+        logger.warning("base %s: each choice's line reads its prompt again: %s", runner.base.name, why)
     return shared
+
+
+def _not_the_bases(error: Exception) -> None:
+    """Raise what says nothing about the base."""
+    if (lost := device_fault(error)) is not None:
+        raise lost from error
+    if out_of_memory(error):
+        raise error
+
+
+def _unread(runner: Runner, targets: Mapping[str, nn.Module]) -> bool:
+    """Say whether a forward passes all targets by, as those of a model that see or hear."""
+    run: list[nn.Module] = []
+    hooks = [layer.register_forward_hook(lambda own, *_: run.append(own)) for layer in targets.values()]
+    try:
+        _alone(runner, _rows(runner)[0])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return not run
 
 
 def _faults(runner: Runner, bank: SlotBank) -> list[str]:

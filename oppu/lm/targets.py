@@ -28,10 +28,14 @@ def find_targets(model: nn.Module, endings: Sequence[str] | None, upper: float =
     Raises:
         ConfigError: Naming ``model.lora_targets`` where nothing matches or a match is not linear.
     """
+    read = set(dict(_decoder_modules(model)))  # of a model that sees or hears too, what reads text
     for group in [tuple(endings)] if endings else _AUTOMATIC:
         every = {name: module for name, module in model.named_modules() if _ends(name, group)}
-        read = set(dict(_decoder_modules(model)))  # of a model that sees or hears too, what reads text
-        found = {name: module for name, module in every.items() if name in read} or every
+        if endings:  # what is named outright may lie beside it, as the head does
+            beside = [ending for ending in group if not any(_ends(name, [ending]) for name in read & every.keys())]
+            found = {name: m for name, m in every.items() if name in read or _ends(name, beside)}
+        else:
+            found = {name: module for name, module in every.items() if name in read}
         wrong = [name for name, module in found.items() if not isinstance(module, (nn.Linear, Conv1D))]
         if wrong:
             raise ConfigError(f"model.lora_targets: not linear layers: {', '.join(wrong[:3])}")

@@ -139,7 +139,13 @@ class TestRatings:
         assert answers(done) == ["4", "4", "5"] and done.notes["items_left_out"] == 0
         own = settled(["4 stars"], TASKS["product_rating"], choices=("3 stars", "4 stars"))
         assert (answers(own), own.items[0].choices) == (["4"], ("3", "4"))
-        assert answers(settled(["4", "4 pieces", "four"], TASKS["product_rating"])) == ["4"]
+        assert answers(settled(["4", "4 pieces", "four", "1,200 points"], TASKS["product_rating"])) == ["4"]
+
+    @pytest.mark.parametrize("said", [["4/5", "8/10", "3"], ["4/5", "2020/2021", "3"], ["4/5", "2/5", "8", "3"]])
+    def test_scales_that_differ_are_not_mixed(self, said: list[str]) -> None:
+        done = settled(said, TASKS["product_rating"])
+        assert answers(done) == [text for text in said if "/" not in text]
+        assert done.notes["items_left_out"] == sum("/" in text for text in said)
 
     def test_another_scale_is_learnt_and_in_order(self) -> None:
         assert settled(["10", "9.5", "2", "10.0"], TASKS["product_rating"]).items[0].choices == ("2", "9.5", "10")

@@ -173,9 +173,12 @@ def test_a_number_is_a_rating_and_no_choices_are_none(tmp_path: Path) -> None:
     rows = [event(1, output=4), event(2, output=4.5), event(3, choices=[])]
     found = read(lines(tmp_path / "e.jsonl", rows), "news_categorize").items
     assert [i.output for i in found[:2]] == ["4", "4.5"] and found[2].choices == ()
-    for odd in (True, [1], {"a": 1}):
+    for odd in (True, [1], {"a": 1}, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="line 1: output"):
             read(lines(tmp_path / "e.jsonl", [event(1, output=odd)]), "news_categorize")
+    for none in (0, False, ""):
+        with pytest.raises(ConfigError, match="line 1: choices"):
+            read(lines(tmp_path / "e.jsonl", [event(1, choices=none)]), "news_categorize")
 
 
 def test_half_a_character_becomes_a_question_mark(tmp_path: Path) -> None:

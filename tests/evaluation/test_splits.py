@@ -350,7 +350,7 @@ class TestQuestionsOnOneThing:
         for user in range(4):
             for at in range(30):
                 paper = " ".join(f"u{user}paper{at // 5}x{k}" for k in range(40))
-                pair = f"work {user} {at}", f"other {user} {at % 4 or at}"
+                pair = f"work {user} {at}", f"other {user} {at}"
                 shown = f"{paper} [1]: {pair[0]} [2]: {pair[1]}" if inside else paper
                 one = replace(item(f"t{user}", at, text=shown), choices=("[1]", "[2]") if inside else pair)
                 made.append(replace(one, output=one.choices[at % 2]))
@@ -359,6 +359,20 @@ class TestQuestionsOnOneThing:
         # four papers are learnt, each with five pairs; of the fifth's the last is held back, so that the others go
         assert [(p.cut, len(p.items)) for p in fold.target] == [(20, 26)] * 4
         check(fold, vectors(items))
+
+    def test_the_same_answer_beside_other_choices_is_a_repeat(self) -> None:
+        items = [
+            replace(item("t0", at, text=f"a paper number {at // 2}"), choices=("x", f"other {at}"), output="x")
+            for at in range(40)
+        ]
+        assert len(only(items).target[0].items) == 20
+
+    def test_users_of_a_population_who_have_sister_items_alone_are_nobody_here(self) -> None:
+        items = people({f"t{n}": 25 for n in range(3)} | {f"p{n}": 12 for n in range(6)})
+        sisters = people({"p9": 12}, task="write")
+        bounds = replace(BOUNDS, population=frozenset(f"p{n}" for n in range(10)))
+        [fold] = make_folds(items, stacked(items), bounds, final=True, sisters=sisters)
+        assert {i.user_id for i in fold.adapt} <= {f"p{n}" for n in range(6)}
 
     def test_the_same_question_again_is_a_repeat(self) -> None:
         items = [

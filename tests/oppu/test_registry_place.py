@@ -220,6 +220,13 @@ def test_a_sweep_takes_earlier_epochs_on_all_bases_and_nothing_else(registry: Ad
     assert_same(registry.load(neighbour), tensors())
 
 
+def test_what_is_no_bases_folder_is_not_looked_into(registry: AdapterRegistry, share: Path) -> None:
+    (share / "adapters" / "lost+found" / str(HASH(USER)) / "1").mkdir(parents=True)
+    assert registry.sweep({HASH(USER): 2}) == 1
+    registry.delete_user(USER)
+    assert (share / "adapters" / "lost+found" / str(HASH(USER)) / "1").exists()
+
+
 def test_a_folder_that_cannot_be_swept_keeps_no_other(brittle: AdapterRegistry) -> None:
     users = [UserId(f"user{n}") for n in range(3)]
     for user in users:

@@ -115,6 +115,10 @@ def test_erase(settings: Settings, world: World, run: Run, tmp_path: Path) -> No
     names = compose.topics(settings)
     send(settings, OutRecord(names.events, b"ada", json.dumps(EVENT).encode()))
     assert list((tmp_path / "adapters").rglob("*.safetensors"))
+    (tmp_path / "adapters").rename(tmp_path / "elsewhere")  # a share that is not mounted
+    away = run("erase", "ada", "--yes")
+    assert away.code == 1 and "registry: not there" in away.err and world.head("ada") is not None
+    (tmp_path / "elsewhere").rename(tmp_path / "adapters")
     done = run("erase", "ada", "--yes")
     assert (done.code, done.out) == (0, "erased\n")
     assert not list((tmp_path / "adapters").rglob("*.safetensors"))

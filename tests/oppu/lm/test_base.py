@@ -15,6 +15,7 @@ from oppu.lm import base as base_module
 from oppu.lm.base import fingerprint_of, load_base, prompts_of
 from oppu.lm.casting import cast
 from oppu.settings import ModelSettings
+from tests.oppu.lm.conftest import byte_tokenizer
 
 Make = Callable[..., Any]
 
@@ -57,6 +58,23 @@ def test_rotary_frequencies_are_not_rounded(saved: Path) -> None:
     ids = torch.arange(2, 202)[None]
     with torch.no_grad():
         assert torch.equal(base.model(ids).logits, library(ids).logits)
+
+
+def test_what_the_library_keeps_wider_stays_so(tmp_path: Path) -> None:
+    config = transformers.DeepseekV3Config(
+        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2,
+        moe_intermediate_size=24, kv_lora_rank=8, q_lora_rank=None, qk_rope_head_dim=8, qk_nope_head_dim=8,
+        v_head_dim=8, first_k_dense_replace=1, max_position_embeddings=256,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(str(tmp_path))
+    byte_tokenizer().save_pretrained(str(tmp_path))
+    library = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path), dtype=torch.bfloat16)
+    base = load_base(ModelSettings(base=str(tmp_path), threads=1, dtype="bfloat16"))
+    types = {name: tensor.dtype for name, tensor in library.state_dict().items()}
+    assert {torch.float32, torch.bfloat16} <= set(types.values())
+    assert {name: tensor.dtype for name, tensor in base.model.state_dict().items()} == types
 
 
 def test_what_lies_in_the_file_is_cast_and_tied_weights_stay_tied() -> None:

@@ -29,6 +29,19 @@ def test_torchs_own_errors_are_told_apart_by_their_names() -> None:
     assert out_of_memory(exhausted) and device_fault(exhausted) is None
 
 
+@pytest.mark.parametrize(
+    ("text", "memory"),
+    [
+        ("CUDA error: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx`", False),
+    ],
+)
+def test_a_device_that_lacks_memory_or_refuses_a_product_goes_on(text: str, memory: bool) -> None:
+    for error in (RuntimeError(text), type("AcceleratorError", (RuntimeError,), {})(text)):
+        assert device_fault(error) is None and out_of_memory(error) is memory
+
+
 @pytest.mark.parametrize("error", [ValueError("CUDA error"), RuntimeError("no CUDA error"), KeyError("x")])
 def test_any_other_error_is_not(error: Exception) -> None:
     assert device_fault(error) is None and not out_of_memory(error)

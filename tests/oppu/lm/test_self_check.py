@@ -9,11 +9,12 @@ import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
 
-from oppu.errors import ConfigError
+from oppu.errors import ConfigError, ModelLost
 from oppu.lm.base import LoadedBase, ready
 from oppu.lm.forward import Runner
 from oppu.lm.model import TorchModel
 from oppu.lm.port import AdapterRef, Row
+from oppu.lm.targets import find_targets
 from oppu.settings import ModelSettings
 from oppu.tasks import Tasks
 from oppu.values import UserId
@@ -38,6 +39,16 @@ def wrapped(model: Any, dtype: torch.dtype = torch.float32) -> LoadedBase:
 def seeded(config: Any) -> Any:
     torch.manual_seed(3)
     return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def seeing() -> Any:
+    return transformers.Gemma3Config(
+        text_config={**WIDE, **GROUPED, "vocab_size": 258, "head_dim": 16, "sliding_window": 16},
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "image_size": 28, "patch_size": 14,
+        },
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -88,17 +99,41 @@ def test_a_base_whose_state_cannot_be_shared_reads_the_prompt_for_every_line(
     assert np.exp(found.scores).sum() == pytest.approx(1.0)
 
 
+def test_layers_that_reading_text_never_runs_are_refused(tasks: Tasks, settings: ModelSettings) -> None:
+    named = settings.model_copy(update={"lora_targets": ("out_proj",)})  # the vision tower's alone
+    with pytest.raises(ConfigError, match=r"model\.lora_targets: reading text runs none of model\.vision"):
+        TorchModel(wrapped(seeded(seeing())), tasks, settings=named, slots=1)
+
+
+def test_what_is_named_outright_beside_the_decoder_is_not_dropped(make_base: Callable[..., LoadedBase]) -> None:
+    found = find_targets(make_base().model, ("q_proj", "lm_head"))
+    assert "lm_head" in found and len(found) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (RuntimeError("CUDA error: illegal memory access"), ModelLost),
+        (torch.OutOfMemoryError("no"), torch.OutOfMemoryError),
+        (RuntimeError("odd shapes"), ConfigError),
+    ],
+)  # fmt: skip
+def test_a_lost_device_is_not_the_bases_fault(
+    error: Exception, raised: type[Exception], make_base: Callable[..., LoadedBase], tasks: Tasks,
+    settings: ModelSettings, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Runner, "logits", fail)
+    with pytest.raises(raised):
+        TorchModel(make_base(), tasks, settings=settings, slots=1)
+
+
 def test_of_a_base_that_sees_too_the_text_layers_alone_are_adapted(
     tasks: Tasks, settings: ModelSettings, as_peft: Callable[..., Any]
 ) -> None:
-    config = transformers.Gemma3Config(
-        text_config={**WIDE, **GROUPED, "vocab_size": 258, "head_dim": 16, "sliding_window": 16},
-        vision_config={
-            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "image_size": 28, "patch_size": 14,
-        },
-    )  # fmt: skip
-    base = wrapped(seeded(config))
+    base = wrapped(seeded(seeing()))
     assert base.max_positions == 256
     model = TorchModel(base, tasks, settings=settings, slots=1)
     assert len(model._targets) == 6 and not any("vision" in name for name in model._targets)
