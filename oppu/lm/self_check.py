@@ -49,9 +49,11 @@ def check_base(runner: Runner, bank: SlotBank, targets: Mapping[str, nn.Module])
     """
     if runner.base.dtype == torch.float64:  # no setting names it; the library's masks overflow in it for some
         return True
+    rows = _rows(runner)
     with torch.no_grad():
         try:
-            unread, faults = _unread(runner, targets), _faults(runner, bank)
+            alone, unread = _alone(runner, rows, targets)
+            faults = _faults(runner, bank, rows, alone)
         except _FAULTS as error:
             _not_the_bases(error)
             raise ConfigError(f"model.base: {runner.base.name!r} cannot be run row by row: {error}") from error
@@ -62,7 +64,8 @@ def check_base(runner: Runner, bank: SlotBank, targets: Mapping[str, nn.Module])
                 f"model.base: {runner.base.name!r} answers otherwise beside another row than alone: {', '.join(faults)}"
             )
         try:
-            shared, why = _shares(runner, bank), "the answers differ"
+            followed = _followed(runner, bank, rows[0], 2)
+            shared, why = all(_alike(runner, one, alone[0]) for one in followed), "the answers differ"
         except _FAULTS as error:
             _not_the_bases(error)
             shared, why = False, str(error)
@@ -79,26 +82,24 @@ def _not_the_bases(error: Exception) -> None:
         raise error
 
 
-def _unread(runner: Runner, targets: Mapping[str, nn.Module]) -> bool:
-    """Say whether a forward passes all targets by, as those of a model that see or hear."""
+def _alone(runner: Runner, rows: list[Ids], targets: Mapping[str, nn.Module]) -> tuple[list[torch.Tensor], bool]:
+    """Return the next token's logits as the library computes them for each sequence by itself, and whether that passes
+    all targets by, as those of a model that see or hear."""
     run: list[nn.Module] = []
     hooks = [layer.register_forward_hook(lambda own, *_: run.append(own)) for layer in targets.values()]
     try:
-        _alone(runner, _rows(runner)[0])
+        found = [runner.base.model(input_ids=runner.padded([row]), use_cache=False).logits[0, -1] for row in rows]
     finally:
         for hook in hooks:
             hook.remove()
-    return not run
+    return found, not run
 
 
-def _faults(runner: Runner, bank: SlotBank) -> list[str]:
-    rows = _rows(runner)
-    alone = [_alone(runner, row) for row in rows]
+def _faults(runner: Runner, bank: SlotBank, rows: list[Ids], alone: list[torch.Tensor]) -> list[str]:
     with bank.use([0, 0]):
         read = runner.logits([Reading(row, (len(row) - 1,)) for row in rows])
         written = _left(runner, rows)
-    with bank.use([0]):
-        followed = _followed(runner, rows[0], 1)
+    followed = _followed(runner, bank, rows[0], 1)
     return [
         name
         for name, found, wanted in (
@@ -110,22 +111,9 @@ def _faults(runner: Runner, bank: SlotBank) -> list[str]:
     ]
 
 
-def _shares(runner: Runner, bank: SlotBank) -> bool:
-    row = _rows(runner)[0]
-    with bank.use([0]):
-        alone = _alone(runner, row)
-    return all(_alike(runner, one, alone) for one in _followed(runner, row, 2, bank))
-
-
 def _rows(runner: Runner) -> list[Ids]:
     vocabulary = runner.vocabulary
     return [tuple((at * _STRIDE + 5) % vocabulary for at in range(size)) for size in (_LONG, _SHORT)]
-
-
-def _alone(runner: Runner, row: Ids) -> torch.Tensor:
-    """Return the next token's logits as the library computes them for one sequence."""
-    logits: torch.Tensor = runner.base.model(input_ids=runner.padded([row]), use_cache=False).logits[0, -1]
-    return logits
 
 
 def _left(runner: Runner, rows: list[Ids]) -> torch.Tensor:
@@ -136,16 +124,16 @@ def _left(runner: Runner, rows: list[Ids]) -> torch.Tensor:
     return logits
 
 
-def _followed(runner: Runner, row: Ids, times: int, bank: SlotBank | None = None) -> torch.Tensor:
+def _followed(runner: Runner, bank: SlotBank, row: Ids, times: int) -> torch.Tensor:
     """Read all but a sequence's last token, keep that, and read the last one so many times beside each other."""
     cache = roomy_cache(runner.base.model.config, 0)
-    runner.logits_after([row[:-1]], [(len(row) - 2,)], cache, 0)
-    if times == 1 or bank is None:
-        return runner.logits_after([row[-1:]], [(0,)], cache, len(row) - 1)
-    own = copy.deepcopy(cache)
-    own.batch_repeat_interleave(times)
+    with bank.use([0]):
+        runner.logits_after([row[:-1]], [(len(row) - 2,)], cache, 0)
+    if times > 1:
+        cache = copy.deepcopy(cache)
+        cache.batch_repeat_interleave(times)
     with bank.use([0] * times):
-        return runner.logits_after([row[-1:]] * times, [(0,)] * times, own, len(row) - 1)
+        return runner.logits_after([row[-1:]] * times, [(0,)] * times, cache, len(row) - 1)
 
 
 def _alike(runner: Runner, one: torch.Tensor, other: torch.Tensor) -> bool:

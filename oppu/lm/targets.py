@@ -28,7 +28,7 @@ def find_targets(model: nn.Module, endings: Sequence[str] | None, upper: float =
     Raises:
         ConfigError: Naming ``model.lora_targets`` where nothing matches or a match is not linear.
     """
-    read = set(dict(_decoder_modules(model)))  # of a model that sees or hears too, what reads text
+    read = _that_read_text(model)
     for group in [tuple(endings)] if endings else _AUTOMATIC:
         every = {name: module for name, module in model.named_modules() if _ends(name, group)}
         if endings:  # what is named outright may lie beside it, as the head does
@@ -58,8 +58,8 @@ def adapter_config(
 
     places = {place[1] for name in targets if (place := block_of(name)) is not None}
     blocks = sorted(places) if places and min(places) > 0 else None  # else in all of them
-    names = sorted(endings or {name.rpartition(".")[2] for name in targets})
-    if any(_ends(name, names) for name in set(dict(model.named_modules())) - set(dict(_decoder_modules(model)))):
+    names, read = sorted(endings or {name.rpartition(".")[2] for name in targets}), _that_read_text(model)
+    if any(name not in read and _ends(name, names) for name, _ in model.named_modules()):
         names, blocks = sorted(targets), None  # endings would find layers that read no text
 
     config = LoraConfig(
@@ -76,12 +76,12 @@ def adapter_config(
     return {name: _plain(value) for name, value in sorted(config.to_dict().items())}
 
 
-def _decoder_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the modules that read text, by name: all but the head, and what a model sees or hears with."""
+def _that_read_text(model: nn.Module) -> set[str]:
+    """Return the names of the modules that read text: all but the head, and what a model sees or hears with."""
     get_decoder = getattr(model, "get_decoder", None)
     decoder = get_decoder() if get_decoder is not None else model
     own = {id(module) for module in decoder.modules()}
-    return [(name, module) for name, module in model.named_modules() if id(module) in own]
+    return {name for name, module in model.named_modules() if id(module) in own}
 
 
 def _uppermost(found: dict[str, nn.Module], upper: float) -> dict[str, nn.Module]:
