@@ -96,13 +96,22 @@ _ALL = _Days(None, None)
 
 
 @dataclass(frozen=True, slots=True)
+class _Question:
+    """What was put with an item: the choices offered, and what its output stands for among them."""
+
+    offered: frozenset[str]
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
 class _World:
-    """What every fold divides: each user's items, their groups, and the days that divide a target's. ``most`` is the
-    number of items of each user in the task where he has most; ``closed`` are, of who is a target in some fold, the
-    days where he is none: what is not opened exists there neither."""
+    """What every fold divides: each user's items, their groups, what was put with each, and the days that divide a
+    target's. ``most`` is the number of items of each user in the task where he has most; ``closed`` are, of who is a
+    target in some fold, the days where he is none: what is not opened exists there neither."""
 
     people: Mapping[str, list[Item]]
     groups: Mapping[str, int]
+    questions: Mapping[str, _Question]
     days: Mapping[str, _Days]
     sisters: tuple[Item, ...]
     most: Mapping[str, int]
@@ -135,7 +144,8 @@ def make_folds(
     parts = roles(people, most, bounds)
     targets = {user for role in parts.values() for user, kind in role.items() if kind == "target"}
     closed = {user: _Days(days[user].end, None) for user in targets}
-    world = _World(people, groups, days, tuple(sisters), most, bounds, closed)
+    questions = {item.item_id: _question(item) for item in items}
+    world = _World(people, groups, questions, days, tuple(sisters), most, bounds, closed)
     folds = [_fold(name, world, role) for name, role in parts.items()]
     if sum(fold.lost for fold in folds) > MOST_LOST * len(folds):
         folds = [_fold(name, world, role, shared=True) for name, role in parts.items()]
@@ -270,7 +280,7 @@ def _fold(name: str, world: _World, role: Mapping[str, str], *, shared: bool = F
         return wins == side or (shared and (side, wins) == (Side.ADAPT, Side.TRAIN))
 
     stay = {
-        which: _first_of_group([(i, side) for i, side in placed if stays(i, side, shared=which)], world.groups)
+        which: _first_of_group([(i, side) for i, side in placed if stays(i, side, shared=which)], world)
         for which in (False, True)
     }
     left = {which: Counter(side for _, side in own) for which, own in stay.items()}
@@ -321,20 +331,20 @@ def _before_test(fold: Fold) -> Fold:
     return replace(fold, adapt=adapt, before=first)
 
 
-def _first_of_group(items: Iterable[tuple[Item, Side]], groups: Mapping[str, int]) -> list[tuple[Item, Side]]:
-    placed = list(items)
+def _first_of_group(placed: Sequence[tuple[Item, Side]], world: _World) -> list[tuple[Item, Side]]:
     offered: dict[tuple[str, int], set[frozenset[str]]] = defaultdict(set)
     for item, _ in placed:
-        texts = candidates(item.input)[1] or item.choices
-        offered[item.user_id, groups[item.item_id]].add(frozenset(map(normal, texts)))
+        offered[item.user_id, world.groups[item.item_id]].add(world.questions[item.item_id].offered)
     first: dict[tuple[str, int, str], tuple[Item, Side]] = {}
     for item, side in placed:
-        key = item.user_id, groups[item.item_id]
-        first.setdefault((*key, _answer(item) if len(offered[key]) > 1 else ""), (item, side))
+        key = item.user_id, world.groups[item.item_id]
+        answer = world.questions[item.item_id].answer if len(offered[key]) > 1 else ""
+        first.setdefault((*key, answer), (item, side))
     return list(first.values())
 
 
-def _answer(item: Item) -> str:
-    """Return what an output stands for: the candidate at its place, where the input shows candidates."""
+def _question(item: Item) -> _Question:
+    """Read what was put; where the input shows candidates, an output stands for the one at its place."""
     names, texts = candidates(item.input)
-    return normal(texts[names.index(item.output)] if item.output in names else item.output)
+    answer = texts[names.index(item.output)] if item.output in names else item.output
+    return _Question(frozenset(map(normal, texts or item.choices)), normal(answer))

@@ -123,11 +123,10 @@ class Place:
     def entries(self, folder: str) -> list[str]:
         """Return the names in a folder, the mark excepted; none where it is missing."""
         try:
-            found = [str(path) for path in self._fs.ls(folder, detail=False)]
+            with _mapped("list", folder, *_MISSING):
+                found = [str(path) for path in self._fs.ls(folder, detail=False)]
         except _MISSING:
             return []
-        except Exception as error:  # a client's own
-            raise _away("list", folder, error) from error
         return sorted({path.rstrip("/").rsplit("/", 1)[-1] for path in found} - {MARK})
 
     def bases(self) -> list[str]:
@@ -137,11 +136,10 @@ class Place:
     def exists(self, path: str) -> bool:
         """Say whether a file is there; unlike fsspec's own, not in doubt."""
         try:
-            self._fs.info(path)
+            with _mapped("find", path, *_MISSING):
+                self._fs.info(path)
         except _MISSING:
             return False
-        except Exception as error:  # a client's own
-            raise _away("find", path, error) from error
         return True
 
     def modified(self, path: str) -> datetime:
