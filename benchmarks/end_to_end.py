@@ -1,26 +1,35 @@
-"""The inference worker between two Kafka topics, on a real broker, against its model alone on the same rows.
+"""Inference workers between two Kafka topics, on a real broker, against their model alone on the same rows.
 
-Every user has a history and an adapter. All requests lie in the topic at once, so the worker is never idle; broker,
-worker and client share the machine. The model's own rate is taken in this process when they are gone.
+Every user has a history and an adapter. A round's requests lie in the topic at once, so the workers are never idle;
+broker, workers and client share the machine. Between the rounds, while they wait, as many processes as there are
+workers answer the same rows with the model alone: a ratio is of neighbours in time.
 """
 
+import multiprocessing
+import statistics
 import tempfile
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.live import Publisher, await_events, client_of, events, provenance, ready
-from benchmarks.timing import Cell, rounded
+from benchmarks.timing import REPEATS, Cell, Timing, rounded, timed
 from oppu.cli import Session, compose
 from oppu.cli.up import Stack, stack
 from oppu.client import Client
 from oppu.errors import FatalError
+from oppu.lm.model import TorchModel
 from oppu.lm.port import AdapterRef, Row, Tensors
 from oppu.settings import Settings
+from oppu.tasks import Tasks
 from oppu.values import BaseId, UserId
 from oppu.wire import BehaviorEvent, PredictionRequest
 
@@ -31,49 +40,66 @@ default_deadline_seconds = 0
 HISTORY = 20
 """Events of each user."""
 ANSWER_SECONDS = 600.0
+SETTLED_SECONDS = 0.2
+"""By then a worker has counted the step whose answers were just read."""
 STAGES = "oppu_inference_stage_duration_seconds"
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Requests a second through Kafka and of the model alone, and seconds by stage of the former."""
+    """Seconds of each round through Kafka and of the model alone, and of the former by stage."""
 
     requests: int
-    rate: float
-    model_rate: float
+    kafka: Timing
+    model: Timing
     stages: list[dict[str, Cell]] = field(repr=False)
 
     @property
+    def ratios(self) -> list[float]:
+        """The workers' rate over the model's, by round."""
+        return [rounded(m / k) for m, k in zip(self.model.seconds, self.kafka.seconds, strict=True)]
+
+    @property
     def ratio(self) -> float:
-        """The worker's rate over the model's."""
-        return rounded(self.rate / self.model_rate)
+        """The median of ``ratios``."""
+        return statistics.median(self.ratios)
 
 
-def measure(requests: int, users: int) -> Measured:
+def measure(requests: int, users: int, *, workers: int = 1, repeats: int = REPEATS) -> Measured:
     """Run it.
 
     Args:
-        requests: How many are asked.
-        users: Whose.
+        requests: How many are asked in a round.
+        users: Whose; no more than the bank has places.
+        workers: Inference workers, and processes of the model alone.
+        repeats: Rounds that count, after one that does not.
 
     Returns:
-        Rates and stages.
+        Timings and stages.
 
     Raises:
         FatalError: Not every request was answered with its user's adapter.
     """
+    kafka, model, spent = list[float](), list[float](), defaultdict[str, float](float)
     with tempfile.TemporaryDirectory(prefix="oppu-end-to-end-") as folder:
-        with stack(Session(None), Path(folder) / "stack", workers=("ingest", "infer"), overrides=OVERRIDES) as running:
-            settings = running.settings
+        started = ("ingest", *("infer" for _ in range(workers)))
+        with stack(Session(None), Path(folder) / "stack", workers=started, overrides=OVERRIDES) as running:
             history = _histories(users)
-            asked = [_request(number, history[number % len(history)], users) for number in range(requests)]
-            with client_of(settings) as client:
-                ready(running)
-                tensors = _prepared(settings, client, history, users)
-                seconds, stages = _through_kafka(running, client, asked)
-        rate = requests / seconds
-        model_rate = requests / _model_only(settings, asked, tensors)
-    return Measured(requests, rate, model_rate, _shown(stages, seconds))
+            with client_of(running.settings) as client:
+                ready(running, workers)
+                tensors = _prepared(running.settings, client, history, users)
+                with _alone(running.settings, tensors, users, workers) as alone:
+                    for number in range(-1, repeats):
+                        asked = [_request(n, number, history[n % len(history)], users) for n in range(requests)]
+                        first = [timed(partial(alone, asked))] if number % 2 else []
+                        seconds, stages = _through_kafka(running, client, asked)
+                        beside = first or [timed(partial(alone, asked))]
+                        if number >= 0:
+                            kafka.append(seconds)
+                            model += beside
+                            for stage, took in stages.items():
+                                spent[stage] += took
+    return Measured(requests, Timing(tuple(kafka)), Timing(tuple(model)), _shown(spent, workers * sum(kafka)))
 
 
 def _histories(users: int) -> list[BehaviorEvent]:
@@ -81,10 +107,11 @@ def _histories(users: int) -> list[BehaviorEvent]:
     return [event.model_copy(update={"user_id": f"user-{number % users}"}) for number, event in named]
 
 
-def _request(number: int, event: BehaviorEvent, users: int) -> PredictionRequest:
+def _request(number: int, turn: int, event: BehaviorEvent, users: int) -> PredictionRequest:
     user = f"user-{number * 7 % users}"  # neighbours in the topic are different users
+    text = f"{event.input} {turn}-{number}"  # no text is asked about twice: its vector may be at hand
     return PredictionRequest(
-        request_id=f"ask-{number}", user_id=user, task=event.task, input=event.input, choices=event.choices
+        request_id=f"ask-{turn}-{number}", user_id=user, task=event.task, input=text, choices=event.choices
     )
 
 
@@ -99,17 +126,18 @@ def _prepared(settings: Settings, client: Client, history: Sequence[BehaviorEven
     publisher = Publisher(settings, base, history[0])
     for user in range(users):
         publisher.publish(UserId(f"user-{user}"))
-    client.ask([_request(-1 - n, history[n], users) for n in range(64)], timeout_seconds=ANSWER_SECONDS)
+    client.ask([_request(n, -2, history[n % len(history)], users) for n in range(64)], timeout_seconds=ANSWER_SECONDS)
     return publisher.tensors
 
 
 def _through_kafka(
     running: Stack, client: Client, asked: Sequence[PredictionRequest]
 ) -> tuple[float, Mapping[str, float]]:
-    url = (running.settings.service.state_dir / "inference-0.url").read_text(encoding="utf-8").strip() + "/metrics"
-    before, began = _stages(url), time.monotonic()
+    before, began = _stages(running.settings), time.monotonic()
     answers = client.ask(asked, timeout_seconds=ANSWER_SECONDS)
-    seconds, after = time.monotonic() - began, _stages(url)
+    seconds = time.monotonic() - began
+    time.sleep(SETTLED_SECONDS)
+    after = _stages(running.settings)
     made = [answers[request.request_id].provenance for request in asked if request.request_id in answers]
     personal = sum(p is not None and p.adapter_version is not None and bool(p.retrieved) for p in made)
     if personal < len(asked):
@@ -117,35 +145,71 @@ def _through_kafka(
     return seconds, {stage: after[stage] - before.get(stage, 0.0) for stage in after}
 
 
-def _model_only(settings: Settings, asked: Sequence[PredictionRequest], tensors: Tensors) -> float:
-    """Return the seconds that the model takes for the same rows in the worker's chunks."""
-    model, tasks = compose.model(settings, slots=settings.inference.resident_adapters), compose.tasks(settings)
-    refs = {user: AdapterRef(UserId(user), 0, 1) for user in dict.fromkeys(request.user_id for request in asked)}
+@contextmanager
+def _alone(settings: Settings, tensors: Tensors, users: int, processes: int) -> Iterator["_Answering"]:
+    """Hold processes, each with the model and everybody's adapter in its bank."""
+    context = multiprocessing.get_context("spawn")
+    with ExitStack() as open_pools:
+        load = (settings, tensors, users)
+        pools = [ProcessPoolExecutor(1, context, _load, load) for _ in range(processes)]
+        yield _Answering([open_pools.enter_context(pool) for pool in pools])
+
+
+@dataclass(frozen=True, slots=True)
+class _Answering:
+    """Answers requests with the model alone, an equal part of them in each process."""
+
+    pools: Sequence[ProcessPoolExecutor]
+
+    def __call__(self, asked: Sequence[PredictionRequest]) -> None:
+        parts = [asked[first :: len(self.pools)] for first in range(len(self.pools))]
+        for running in [pool.submit(_answer, part) for pool, part in zip(self.pools, parts, strict=True)]:
+            running.result()
+
+
+class _Loaded:
+    """What a process of the model alone holds."""
+
+    settings: Settings
+    model: TorchModel
+    tasks: Tasks
+
+
+def _load(settings: Settings, tensors: Tensors, users: int) -> None:
+    _Loaded.settings, _Loaded.tasks = settings, compose.tasks(settings)
+    _Loaded.model = compose.model(settings, slots=settings.inference.resident_adapters)
+    for number in range(users):
+        _Loaded.model.install(AdapterRef(UserId(f"user-{number}"), 0, 1), tensors)
+
+
+def _answer(asked: Sequence[PredictionRequest]) -> None:
+    """Answer in the worker's chunks."""
+    size = _Loaded.settings.inference.batch
     rows = [
-        Row(r.task, r.input, choices=tasks.require(r.task).allowed(r.choices), adapter=refs[r.user_id]) for r in asked
+        Row(
+            r.task,
+            r.input,
+            choices=_Loaded.tasks.require(r.task).allowed(r.choices),
+            adapter=AdapterRef(UserId(r.user_id), 0, 1),
+        )
+        for r in asked
     ]
-    size, total = settings.inference.batch, 0.0
-    for first in range(-size, len(rows), size):
-        chunk = rows[max(first, 0) : max(first, 0) + size]
-        for row in chunk:
-            if row.adapter is not None:
-                model.install(row.adapter, tensors)
-        began = time.monotonic()
-        model.answer(chunk)
-        total += time.monotonic() - began if first >= 0 else 0.0  # the first chunk runs twice, once to warm up
-    return total
+    for first in range(0, len(rows), size):
+        _Loaded.model.answer(rows[first : first + size])
 
 
-def _stages(url: str) -> dict[str, float]:
-    """Return the seconds that the worker has spent by stage so far."""
-    with urllib.request.urlopen(url, timeout=5) as response:  # noqa: S310 - our own loopback address
-        text = response.read().decode()
-    return {
-        sample.labels["phase"]: sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.name == f"{STAGES}_sum"
-    }
+def _stages(settings: Settings) -> Mapping[str, float]:
+    """Return the seconds that the workers have spent by stage so far."""
+    found = defaultdict[str, float](float)
+    for place in settings.service.state_dir.glob("inference-*.url"):
+        url = place.read_text(encoding="utf-8").strip() + "/metrics"
+        with urllib.request.urlopen(url, timeout=5) as response:  # noqa: S310 - our own loopback address
+            text = response.read().decode()
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name == f"{STAGES}_sum":
+                    found[sample.labels["phase"]] += sample.value
+    return found
 
 
 def _shown(stages: Mapping[str, float], seconds: float) -> list[dict[str, Cell]]:

@@ -70,9 +70,10 @@ def client_of(settings: Settings) -> Iterator[Client]:
         client.close()
 
 
-def ready(running: Stack) -> str:
-    """Wait for both workers and return where ingest shows its metrics."""
-    deadline, waiting, url = time.monotonic() + READY_SECONDS, {"ingest", "inference-0"}, ""
+def ready(running: Stack, inference_workers: int = 1) -> str:
+    """Wait for the workers and return where ingest shows its metrics."""
+    further = {f"inference-0.{number}" for number in range(1, inference_workers)}
+    deadline, waiting, url = time.monotonic() + READY_SECONDS, {"ingest", "inference-0"} | further, ""
     while waiting:
         if time.monotonic() > deadline:
             raise FatalError(f"not ready within {READY_SECONDS:g} s: {', '.join(sorted(waiting))}")

@@ -18,7 +18,7 @@ from inference.answers import EMPTY_GENERATION, Answer, AnswerWriter
 from inference.attempt import Attempt, Prepared
 from inference.blending import DEFAULT as DEFAULT_TEXT
 from inference.blending import TextFusion
-from inference.evidence import HistoryRetriever, gather
+from inference.evidence import HistoryRetriever, expect, gather
 from oppu.clock import Clock
 from oppu.errors import ModelLost, OppuError, Reason
 from oppu.fusion import DEFAULT, Array, Fusion, log_softmax, pick
@@ -28,7 +28,7 @@ from oppu.lm.port import LanguageModel, Row, Scored
 from oppu.metrics import Metrics
 from oppu.settings import Settings
 from oppu.store.port import HistoryStore
-from oppu.values import Record, UserId
+from oppu.values import Record, UserId, UserState
 
 logger = logging.getLogger(__name__)
 
@@ -80,15 +80,35 @@ class Engine:
             ModelLost: The model computes nothing any more.
         """
         if not asks:
+            self.forget()
             return []
         watch = _Stopwatch(self._clock, self._metrics)
         with watch.stage("history"):
             states = self._parts.store.users(_users(asks), self._parts.model.base)
         wanted = dict.fromkeys(ask.user_id for ask in asks if ask.request.options.adapter)
         self._parts.shelf.expect(states[user] for user in wanted if user in states)
+        left: Sequence[Ask] = ()
+        self._expect(asks, states)
+        try:
+            answers = self._answer_pieces(asks, states, watch, now)
+            left = asks[len(answers) :]
+            return answers
+        finally:
+            self._expect(left, states)
+
+    def forget(self) -> None:
+        """Drop what was begun for asks that may not come again."""
+        self._expect((), {})
+
+    def _expect(self, asks: Sequence[Ask], states: Mapping[UserId, UserState]) -> None:
+        expect(asks, states, self._parts.retriever, self._settings.retriever)
+
+    def _answer_pieces(
+        self, asks: Sequence[Ask], states: Mapping[UserId, UserState], watch: "_Stopwatch", now: datetime
+    ) -> list[Answer]:
+        """Gather evidence piece by piece: what the step's time does not reach has not been searched for in vain."""
         answers: list[Answer] = []
         size = self._settings.inference.batch
-        # evidence is gathered piece by piece: what the step's time does not reach has not been searched for in vain
         for first in range(0, len(asks), size):
             piece = watch.fork()
             with piece.stage("retrieve"):

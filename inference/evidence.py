@@ -25,6 +25,10 @@ from retriever.port import Degradation, Hit, Profile, Query, Retrieved, knn_dist
 class HistoryRetriever(Protocol):
     """What inference asks of the retriever (``retriever.service.Retriever``)."""
 
+    def expect(self, queries: Sequence[Query]) -> None:
+        """Begin to embed what will be asked, most urgent first, and forget what was expected beside it."""
+        ...
+
     def retrieve(self, queries: Sequence[Query]) -> list[Retrieved]:
         """Answer queries of many users, in order."""
         ...
@@ -115,13 +119,33 @@ def gather(
     Raises:
         FatalError: Something of another user came back.
     """
+    queries = _queries(asks, states, settings)
     known = [(i, ask, states[ask.user_id]) for i, ask in enumerate(asks) if _has_history(ask, states)]
-    queries = {i: _query(ask, state, settings) for i, ask, state in known}
-    queries = {i: query for i, query in queries.items() if query.k > 0}
     profiled = {i: (state, ask.task.name, None) for i, ask, state in known if ask.request.options.profile}
     found = dict(zip(queries, _retrieve(retriever, list(queries.values())), strict=True))
     profiles = dict(zip(profiled, _profiles(retriever, list(profiled.values())), strict=True))
     return [Personal(states.get(ask.user_id), found.get(i), profiles.get(i)) for i, ask in enumerate(asks)]
+
+
+def expect(
+    asks: Sequence[Ask], states: Mapping[UserId, UserState], retriever: HistoryRetriever, settings: RetrieverSettings
+) -> None:
+    """Say all that ``gather`` will be asked, so that queries are embedded while the model runs.
+
+    Args:
+        asks: The requests, in the order in which they will be gathered for.
+        states: Known users.
+        retriever: Views of the history.
+        settings: Defaults of k and neighbours.
+    """
+    retriever.expect(list(_queries(asks, states, settings).values()))
+
+
+def _queries(asks: Sequence[Ask], states: Mapping[UserId, UserState], settings: RetrieverSettings) -> dict[int, Query]:
+    """Return the queries of those asks that want items of a history that there is, by their places."""
+    known = [(i, ask, states[ask.user_id]) for i, ask in enumerate(asks) if _has_history(ask, states)]
+    queries = {i: _query(ask, state, settings) for i, ask, state in known}
+    return {i: query for i, query in queries.items() if query.k > 0}
 
 
 def _has_history(ask: Ask, states: Mapping[UserId, UserState]) -> bool:

@@ -163,6 +163,7 @@ class InferenceWorker:
 
         It can be repeated until it succeeds: what it still owes does not hang on the error it is called with.
         """
+        self._engine.forget()
         if isinstance(error, ProducerFenced):
             self._reopen_due = True
         if not self._reopen_due:
@@ -178,6 +179,7 @@ class InferenceWorker:
 
     def close(self) -> None:
         """Leave the group and release both clients; an open transaction is aborted."""
+        self._engine.forget()
         producer, consumer = self._producer, self._consumer
         self._producer = self._consumer = None
         self._next.clear()

@@ -9,6 +9,7 @@ import logging
 import math
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,7 @@ from retriever.dense import Found, Probe
 from retriever.port import Degradation, Hit, Profile, Query, Retrieved
 from retriever.profile import ALGORITHM, Summary
 from retriever.ranking import by_score, fused, without_repeats
+from retriever.vectors import QueryVectors
 from retriever.view import TaskItems, View, Views
 
 logger = logging.getLogger(__name__)
@@ -57,10 +59,19 @@ class Retriever:
         embedder: The embedder of the query texts and of the stored vectors.
         settings: Mode, bounds, half-life.
         metrics: Index sizes and events are shown here.
+        executor: Embeds queries, one call at a time, so that it can be done ahead (``expect``); closed with the
+            retriever. ``None``: they are embedded when they are asked.
     """
 
-    def __init__(self, store: HistoryStore, embedder: Embedder, settings: RetrieverSettings, metrics: Metrics) -> None:
-        self._embedder = embedder
+    def __init__(
+        self,
+        store: HistoryStore,
+        embedder: Embedder,
+        settings: RetrieverSettings,
+        metrics: Metrics,
+        executor: Executor | None = None,
+    ) -> None:
+        self._vectors = QueryVectors(embedder, executor)
         self._settings = settings
         self._views = Views(store, embedder.fingerprint, embedder.dim, settings, metrics)
         self._lock = threading.Lock()
@@ -75,6 +86,14 @@ class Retriever:
     def resident_users(self) -> int:
         """How many users' views are loaded."""
         return len(self._views)
+
+    def expect(self, queries: Sequence[Query]) -> None:
+        """Begin to embed what will be asked, where there is an executor, and forget all else. Returns at once.
+
+        Args:
+            queries: Most urgent first.
+        """
+        self._vectors.expect([query.text for query in queries if self._compares(query)])
 
     def retrieve(self, queries: Sequence[Query], vectors: Sequence[Vector | None] | None = None) -> list[Retrieved]:
         """Search each query's own user's items of its task.
@@ -131,6 +150,7 @@ class Retriever:
         with self._lock:
             if not self._closed:
                 self._closed = True
+                self._vectors.close()
                 self._views.clear()
                 logger.debug("retriever closed")
 
@@ -146,16 +166,19 @@ class Retriever:
         found: dict[int, Vector] = {}
         missing: list[int] = []
         for i, query in enumerate(queries):
-            if query.user.last_seq > 0 and self._wanted(query) > 0:
+            if self._compares(query):
                 given = vectors[i] if vectors is not None else None
                 if given is None:
                     missing.append(i)
                 else:
                     found[i] = given
         if missing:
-            rows = self._embedder.embed([queries[i].text for i in missing])
-            found.update(zip(missing, rows, strict=True))
+            found.update(zip(missing, self._vectors.of([queries[i].text for i in missing]), strict=True))
         return found
+
+    def _compares(self, query: Query) -> bool:
+        """Say whether a query's text is compared with anything by likeness."""
+        return query.user.last_seq > 0 and self._wanted(query) > 0
 
     def _wanted(self, query: Query) -> int:
         """Return how many items a query wants of the dense ranking, repeats aside."""

@@ -162,25 +162,39 @@ def residency(
 
 
 @bench.command("end-to-end")
-@click.option("--requests", default=2000, show_default=True, type=click.IntRange(min=64))
+@click.option("--requests", default=1024, show_default=True, type=click.IntRange(min=64), help="Of a round.")
 @click.option("--users", default=200, show_default=True, type=click.IntRange(min=1))
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="That infer.")
 @quick
 @json_file
-def end_to_end(*, requests: int, users: int, quick: bool, out: Path | None) -> None:
-    """The inference worker between two Kafka topics, against its model alone on the same rows."""
+def end_to_end(*, requests: int, users: int, workers: int, quick: bool, out: Path | None) -> None:
+    """Inference workers between two Kafka topics, against their model alone on the same rows."""
     from benchmarks import end_to_end as work
     from benchmarks.timing import machine, show, write
+    from oppu.settings import Settings
 
-    done = work.measure(128 if quick else requests, 10 if quick else users)
+    most = Settings.load().inference.resident_adapters
+    if users > most:
+        raise ConfigError(f"--users: expected at most {most}, the places of the bank")
+    done = (
+        work.measure(128, 10, workers=workers, repeats=1) if quick else work.measure(requests, users, workers=workers)
+    )
     show("where the time goes", done.stages)
-    click.echo(f"requests a second: {done.rate:.1f}; of the model alone: {done.model_rate:.1f}; ratio {done.ratio:.3f}")
+    rates = {name: done.requests / timing.median for name, timing in (("kafka", done.kafka), ("model", done.model))}
+    click.echo(
+        f"requests a second: {rates['kafka']:.1f} (spread {done.kafka.spread:.2f}); of the model alone: "
+        f"{rates['model']:.1f} ({done.model.spread:.2f}); ratio {done.ratio:.3f}, by round {done.ratios}"
+    )
     write(
         out,
         {
             "machine": machine(),
             "requests": done.requests,
+            "workers": workers,
             "ratio_to_model_only": done.ratio,
-            "requests_per_second": done.rate,
+            "ratios": done.ratios,
+            "requests_per_second": rates["kafka"],
+            "requests_per_second_model_only": rates["model"],
             "stages": done.stages,
         },
     )

@@ -16,6 +16,8 @@ from oppu.settings import Settings
 from oppu.wire import Topics
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from inference.blending import TextFusion
     from inference.worker import InferenceWorker
     from ingest.step import IngestWorker
@@ -138,11 +140,13 @@ def registry(settings: Settings, base: str, adapter_config: object = None) -> Ad
     )
 
 
-def retriever(settings: Settings, history: HistoryStore, embed: Embedder, metrics: Metrics) -> Retriever:
-    """Build the retriever over the store."""
+def retriever(
+    settings: Settings, history: HistoryStore, embed: Embedder, metrics: Metrics, ahead: Executor | None = None
+) -> Retriever:
+    """Build the retriever over the store; ``ahead``: a thread that embeds what will be asked."""
     from retriever.service import Retriever
 
-    return Retriever(history, embed, settings.retriever, metrics)
+    return Retriever(history, embed, settings.retriever, metrics, ahead)
 
 
 def ingest_worker(settings: Settings, metrics: Metrics) -> IngestWorker:
@@ -164,6 +168,8 @@ def ingest_worker(settings: Settings, metrics: Metrics) -> IngestWorker:
 
 def inference_worker(settings: Settings, metrics: Metrics) -> InferenceWorker:
     """Build the inference worker, its base model loaded."""
+    from concurrent.futures import ThreadPoolExecutor
+
     from inference.host_cache import HostCache
     from inference.readers import Readers
     from inference.worker import InferenceWorker
@@ -176,7 +182,7 @@ def inference_worker(settings: Settings, metrics: Metrics) -> InferenceWorker:
     return InferenceWorker(
         broker(settings),
         history,
-        retriever(settings, history, embedder(settings), metrics),
+        retriever(settings, history, embedder(settings), metrics, ThreadPoolExecutor(1, "query-vectors")),
         language_model,
         HostCache(
             registry(settings, language_model.base, language_model.adapter_config()),

@@ -1,4 +1,4 @@
-"""``oppu up``: broker, topics, store and one worker of each kind, supervised on one machine.
+"""``oppu up``: broker, topics, store and the workers, supervised on one machine.
 
 Each worker is a process of its own, restarted with a growing delay when it dies. Everything ends with this process:
 on SIGTERM in order, on kill -9 because the children die with their parent.
@@ -41,8 +41,15 @@ DRAIN_SECONDS = 20.0
 
 @click.command()
 @click.option("--dir", "folder", type=click.Path(path_type=Path), default=Path(".oppu"), show_default=True)
+@click.option(
+    "--inference-workers",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Share the requests; as many as cores, with OPPU_MODEL__THREADS=1, answer most.",
+)
 @click.pass_obj
-def up(session: Session, folder: Path) -> None:
+def up(session: Session, folder: Path, *, inference_workers: int) -> None:
     """Run everything on this machine until interrupted."""
     from oppu.logs import configure_logging
 
@@ -50,7 +57,7 @@ def up(session: Session, folder: Path) -> None:
     stop: queue.SimpleQueue[int] = queue.SimpleQueue()  # an event's lock may be held where the signal comes
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: stop.put(number))
-    with stack(session, folder) as running:
+    with stack(session, folder, workers=(*WORKERS, *("infer",) * (inference_workers - 1))) as running:
         click.echo(f"Kafka at {running.bootstrap_servers}; data in {folder}; Ctrl-C stops everything.")
         click.echo(f"In another terminal: export OPPU_CONFIG={running.config}")
         while not _asked_to_stop(stop, LOOK_AT_BROKER_SECONDS):
@@ -68,9 +75,10 @@ def _asked_to_stop(stop: "queue.SimpleQueue[int]", seconds: float) -> bool:
 
 @dataclass
 class Child:
-    """One supervised worker process."""
+    """One supervised worker process; ``name`` is its own, ``command`` what it runs."""
 
     name: str
+    command: str
     process: subprocess.Popen[bytes]
     started: float
     delay: float = FIRST_RESTART_SECONDS
@@ -94,9 +102,11 @@ class Stack:
     changing: threading.Lock = field(default_factory=threading.Lock)
 
     def start_workers(self, names: Sequence[str] = WORKERS) -> None:
-        """Start the workers and watch over them."""
-        for name in names:
-            self.children[name] = Child(name, self._spawn(name), time.monotonic())
+        """Start the workers and watch over them; a name that comes again is a further process of the same."""
+        for place, command in enumerate(names):
+            again = names[:place].count(command)
+            name = f"{command}-{again + 1}" if again else command
+            self.children[name] = Child(name, command, self._spawn(name, command), time.monotonic())
         threading.Thread(target=self._supervise, name="supervisor", daemon=True).start()
 
     def keep_broker(self) -> None:
@@ -153,11 +163,11 @@ class Stack:
             child.delay = min(2 * child.delay, LAST_RESTART_SECONDS)
             logger.warning("%s ended with %s; its log is %s", child.name, code, self._log(child.name))
         elif now >= child.restart_at:
-            child.process, child.started, child.restart_at = self._spawn(child.name), now, None
+            child.process, child.started, child.restart_at = self._spawn(child.name, child.command), now, None
             child.restarts += 1
 
-    def _spawn(self, name: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "oppu", "--config", str(self.config), name]
+    def _spawn(self, name: str, worker: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "oppu", "--config", str(self.config), worker]
         with self._log(name).open("ab") as log:
             return subprocess.Popen(  # noqa: S603 - our own command line
                 command,

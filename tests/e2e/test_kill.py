@@ -18,7 +18,7 @@ from sqlalchemy import create_engine, text
 from oppu.cli import Session, compose
 from oppu.cli.dead_letters import _read as read_dead_letters
 from oppu.cli.demo import read_sample
-from oppu.cli.up import Stack, stack
+from oppu.cli.up import WORKERS, Stack, stack
 from oppu.client import Client
 from oppu.values import OutRecord
 from oppu.wire import BehaviorEvent, PredictionRequest
@@ -73,7 +73,7 @@ class Killer(threading.Thread):
 
 @pytest.fixture
 def running(tmp_path: Path, kafka_classpath: list[Path]) -> Iterator[Stack]:
-    with stack(Session(None), tmp_path / "stack", overrides=OVERRIDES) as opened:
+    with stack(Session(None), tmp_path / "stack", workers=(*WORKERS, "infer"), overrides=OVERRIDES) as opened:
         yield opened
 
 

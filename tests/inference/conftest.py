@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -15,7 +16,7 @@ import pytest
 from inference.worker import InferenceWorker
 from oppu.clock import ManualClock
 from oppu.effects import Effect, Steps, perform
-from oppu.embedder import HashEmbedder
+from oppu.embedder import Embedder, HashEmbedder
 from oppu.errors import AdapterUnreadable, TransientError
 from oppu.kafka.memory import CLUSTER_ID, MemoryBroker
 from oppu.kafka.topics import topic_specs
@@ -262,14 +263,16 @@ def make_world() -> Iterator[Callable[..., World]]:
     """Return a function that builds a world over settings; ``parts`` replace ports of the worker."""
     made: list[World] = []
 
-    def make(settings: Settings, **parts: Any) -> World:
+    def make(
+        settings: Settings, *, embedder: Embedder | None = None, ahead: Executor | None = None, **parts: Any
+    ) -> World:
         clock, metrics = ManualClock(START), fresh()
         broker = MemoryBroker(clock)
         broker.admin().create_topics(topic_specs(settings))
         migrate(settings.store)
         store = open_store(settings.store, deployment_key="key", clock=clock)
         model, adapters = FakeModel(slots=settings.inference.resident_adapters), Adapters()
-        retriever = Retriever(store, HashEmbedder(), settings.retriever, metrics)
+        retriever = Retriever(store, embedder or HashEmbedder(), settings.retriever, metrics, ahead)
         ports: Mapping[str, Any] = {
             "broker": broker,
             "store": store,

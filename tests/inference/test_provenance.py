@@ -41,6 +41,9 @@ class Parted:
     def __init__(self) -> None:
         self.world: World
 
+    def expect(self, queries: list[Query]) -> None:
+        self.world.retriever.expect(queries)
+
     def retrieve(self, queries: list[Query]) -> list[Retrieved]:
         found = self.world.retriever.retrieve(queries)
         neighbours = [tuple(hit for hit in one.neighbours if hit.event.seq <= 2) for one in found]

@@ -479,6 +479,9 @@ class TestModelFaults:
 class TestOthersData:
     def test_a_hit_of_another_user_stops_the_worker(self, settings: Settings, make_world: Callable[..., World]) -> None:
         class Leaking:
+            def expect(self, queries: list[Query]) -> None:
+                pass
+
             def retrieve(self, queries: list[Query]) -> list[Retrieved]:
                 other = UserState(UserId("bert"), 0, 1, None)
                 return world.retriever.retrieve([dataclasses.replace(query, user=other) for query in queries])
@@ -498,6 +501,9 @@ class TestOthersData:
         self, settings: Settings, make_world: Callable[..., World]
     ) -> None:
         class Leaking:
+            def expect(self, queries: list[Query]) -> None:
+                pass
+
             def retrieve(self, queries: list[Query]) -> list[Retrieved]:
                 return world.retriever.retrieve(queries)
 
