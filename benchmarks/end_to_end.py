@@ -9,7 +9,6 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,9 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from prometheus_client.parser import text_string_to_metric_families
-
-from benchmarks.live import Publisher, await_events, client_of, events, provenance, ready
+from benchmarks.live import Publisher, await_events, client_of, events, provenance, ready, samples
 from benchmarks.timing import REPEATS, Cell, Timing, rounded, timed
 from oppu.cli import Session, compose
 from oppu.cli.up import Stack, stack
@@ -82,7 +79,7 @@ def measure(requests: int, users: int, *, workers: int = 1, repeats: int = REPEA
     """
     kafka, model, spent = list[float](), list[float](), defaultdict[str, float](float)
     with tempfile.TemporaryDirectory(prefix="oppu-end-to-end-") as folder:
-        started = ("ingest", *("infer" for _ in range(workers)))
+        started = ("ingest", *("infer",) * workers)
         with stack(Session(None), Path(folder) / "stack", workers=started, overrides=OVERRIDES) as running:
             history = _histories(users)
             with client_of(running.settings) as client:
@@ -203,12 +200,8 @@ def _stages(settings: Settings) -> Mapping[str, float]:
     found = defaultdict[str, float](float)
     for place in settings.service.state_dir.glob("inference-*.url"):
         url = place.read_text(encoding="utf-8").strip() + "/metrics"
-        with urllib.request.urlopen(url, timeout=5) as response:  # noqa: S310 - our own loopback address
-            text = response.read().decode()
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                if sample.name == f"{STAGES}_sum":
-                    found[sample.labels["phase"]] += sample.value
+        for sample in samples(url, f"{STAGES}_sum"):
+            found[sample.labels["phase"]] += sample.value
     return found
 
 

@@ -8,14 +8,12 @@ import json
 import os
 import tempfile
 import time
-import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
-from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.live import Publisher, await_events, client_of, events, provenance, ready
+from benchmarks.live import Publisher, await_events, client_of, events, provenance, ready, samples
 from oppu.cli import Session, compose
 from oppu.cli.up import stack
 from oppu.client import Client
@@ -132,14 +130,7 @@ def _warm_up(settings: Settings, client: Client, events: Sequence[BehaviorEvent]
 
 def _buckets(url: str) -> dict[float, float]:
     """Return the histogram's cumulative counts by upper bound, in seconds."""
-    with urllib.request.urlopen(url, timeout=5) as response:  # noqa: S310 - our own loopback address
-        text = response.read().decode()
-    return {
-        float(sample.labels["le"]): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.name == f"{HISTOGRAM}_bucket"
-    }
+    return {float(sample.labels["le"]): sample.value for sample in samples(url, f"{HISTOGRAM}_bucket")}
 
 
 def _bound(counts: Mapping[float, float], share: float) -> float:

@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from http import HTTPStatus
 
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
 from oppu.cli import compose
 from oppu.cli.demo import read_sample
 from oppu.cli.up import Stack
@@ -84,6 +87,15 @@ def ready(running: Stack, inference_workers: int = 1) -> str:
                 url = f"{at}/metrics" if name == "ingest" else url
         time.sleep(0.1)
     return url
+
+
+def samples(url: str, name: str) -> list[Sample]:
+    """Return a worker's samples of this name, from where it shows its metrics."""
+    with urllib.request.urlopen(url, timeout=5) as response:  # noqa: S310 - our own loopback address
+        text = response.read().decode()
+    return [
+        sample for family in text_string_to_metric_families(text) for sample in family.samples if sample.name == name
+    ]
 
 
 def _says_ready(url: str) -> bool:

@@ -21,6 +21,9 @@ from oppu.values import UserId, UserState
 from oppu.wire import Degraded
 from retriever.port import Degradation, Hit, Profile, Query, Retrieved, knn_distribution
 
+_Known = tuple[int, Ask, UserState]
+"""An ask's place among those of a call, the ask, and its user, who has a history."""
+
 
 class HistoryRetriever(Protocol):
     """What inference asks of the retriever (``retriever.service.Retriever``)."""
@@ -119,8 +122,8 @@ def gather(
     Raises:
         FatalError: Something of another user came back.
     """
-    queries = _queries(asks, states, settings)
-    known = [(i, ask, states[ask.user_id]) for i, ask in enumerate(asks) if _has_history(ask, states)]
+    known = _with_history(asks, states)
+    queries = _queries(known, settings)
     profiled = {i: (state, ask.task.name, None) for i, ask, state in known if ask.request.options.profile}
     found = dict(zip(queries, _retrieve(retriever, list(queries.values())), strict=True))
     profiles = dict(zip(profiled, _profiles(retriever, list(profiled.values())), strict=True))
@@ -138,18 +141,18 @@ def expect(
         retriever: Views of the history.
         settings: Defaults of k and neighbours.
     """
-    retriever.expect(list(_queries(asks, states, settings).values()))
+    retriever.expect(list(_queries(_with_history(asks, states), settings).values()))
 
 
-def _queries(asks: Sequence[Ask], states: Mapping[UserId, UserState], settings: RetrieverSettings) -> dict[int, Query]:
-    """Return the queries of those asks that want items of a history that there is, by their places."""
-    known = [(i, ask, states[ask.user_id]) for i, ask in enumerate(asks) if _has_history(ask, states)]
+def _with_history(asks: Sequence[Ask], states: Mapping[UserId, UserState]) -> list[_Known]:
+    found = ((i, ask, states.get(ask.user_id)) for i, ask in enumerate(asks))
+    return [(i, ask, state) for i, ask, state in found if state is not None and state.last_seq > 0]
+
+
+def _queries(known: Sequence[_Known], settings: RetrieverSettings) -> dict[int, Query]:
+    """Return the queries of those asks that want items, by their places."""
     queries = {i: _query(ask, state, settings) for i, ask, state in known}
     return {i: query for i, query in queries.items() if query.k > 0}
-
-
-def _has_history(ask: Ask, states: Mapping[UserId, UserState]) -> bool:
-    return ask.user_id in states and states[ask.user_id].last_seq > 0
 
 
 def _query(ask: Ask, state: UserState, settings: RetrieverSettings) -> Query:
