@@ -101,7 +101,7 @@ class Engine:
         self._expect((), {})
 
     def _expect(self, asks: Sequence[Ask], states: Mapping[UserId, UserState]) -> None:
-        expect(asks, states, self._parts.retriever, self._settings.retriever)
+        expect(asks, states, self._parts.retriever, self._settings)
 
     def _answer_pieces(
         self, asks: Sequence[Ask], states: Mapping[UserId, UserState], watch: "_Stopwatch", now: datetime
@@ -112,7 +112,7 @@ class Engine:
         for first in range(0, len(asks), size):
             piece = watch.fork()
             with piece.stage("retrieve"):
-                personal = gather(asks[first : first + size], states, self._parts.retriever, self._settings.retriever)
+                personal = gather(asks[first : first + size], states, self._parts.retriever, self._settings)
             prepared = [Prepared(*known) for known in zip(asks[first : first + size], personal, strict=True)]
             for chunk in _chunks(prepared, size, self._settings.inference.resident_adapters):
                 answers.extend(self._answer_chunk(chunk, piece.fork(), now))

@@ -16,7 +16,7 @@ from inference.admission import Ask
 from inference.blending import caches
 from oppu.errors import FatalError
 from oppu.lm.blend import Texts
-from oppu.settings import RetrieverSettings
+from oppu.settings import Settings
 from oppu.values import UserId, UserState
 from oppu.wire import Degraded
 from retriever.port import Degradation, Hit, Profile, Query, Retrieved, knn_distribution
@@ -106,7 +106,7 @@ def gather(
     asks: Sequence[Ask],
     states: Mapping[UserId, UserState],
     retriever: HistoryRetriever,
-    settings: RetrieverSettings,
+    settings: Settings,
 ) -> list[Personal]:
     """Retrieve for all asks in one call, and read their profiles in another.
 
@@ -114,7 +114,7 @@ def gather(
         asks: The requests.
         states: Known users, as read at the beginning of the step.
         retriever: Views of the history.
-        settings: Defaults of k and neighbours.
+        settings: Defaults of k and neighbours, and whose prompts hold items.
 
     Returns:
         One value an ask, in order.
@@ -131,7 +131,7 @@ def gather(
 
 
 def expect(
-    asks: Sequence[Ask], states: Mapping[UserId, UserState], retriever: HistoryRetriever, settings: RetrieverSettings
+    asks: Sequence[Ask], states: Mapping[UserId, UserState], retriever: HistoryRetriever, settings: Settings
 ) -> None:
     """Say all that ``gather`` will be asked, so that queries are embedded while the model runs.
 
@@ -139,7 +139,7 @@ def expect(
         asks: The requests, in the order in which they will be gathered for.
         states: Known users.
         retriever: Views of the history.
-        settings: Defaults of k and neighbours.
+        settings: Defaults of k and neighbours, and whose prompts hold items.
     """
     retriever.expect(list(_queries(_with_history(asks, states), settings).values()))
 
@@ -149,16 +149,21 @@ def _with_history(asks: Sequence[Ask], states: Mapping[UserId, UserState]) -> li
     return [(i, ask, state) for i, ask, state in found if state is not None and state.last_seq > 0]
 
 
-def _queries(known: Sequence[_Known], settings: RetrieverSettings) -> dict[int, Query]:
+def _queries(known: Sequence[_Known], settings: Settings) -> dict[int, Query]:
     """Return the queries of those asks that want items, by their places."""
-    queries = {i: _query(ask, state, settings) for i, ask, state in known}
-    return {i: query for i, query in queries.items() if query.k > 0}
+    return {i: _query(ask, state, settings) for i, ask, state in known if _wanted(ask, settings) > 0}
 
 
-def _query(ask: Ask, state: UserState, settings: RetrieverSettings) -> Query:
+def _wanted(ask: Ask, settings: Settings) -> int:
+    """Return k."""
     asked = ask.request.options.retrieve
-    k = settings.k if asked is None else asked
-    return Query(state, ask.task.name, ask.request.input, k, settings.neighbours)
+    return settings.retriever.k if asked is None else asked
+
+
+def _query(ask: Ask, state: UserState, settings: Settings) -> Query:
+    """Ask for the neighbours; ranking items for a prompt costs as much again, so only where it holds any."""
+    k = _wanted(ask, settings) if settings.model.prompts_hold_evidence(ask.choices) else 0
+    return Query(state, ask.task.name, ask.request.input, k, settings.retriever.neighbours)
 
 
 def _retrieve(retriever: HistoryRetriever, queries: list[Query]) -> list[Retrieved]:

@@ -21,7 +21,6 @@ class Judge:
 
     evidence: EvidenceSource
     fusion: Fusion
-    k: int
     neighbours: int
 
     def earned(self, job: Job) -> float:
@@ -51,7 +50,7 @@ class Judge:
         if not asked:
             return
         events = [job.work().split.pending[at] for at in asked]
-        queries = [Query(job.state, e.task, e.input, self.k, self.neighbours, before_seq=e.seq) for e in events]
+        queries = [Query(job.state, e.task, e.input, 0, self.neighbours, before_seq=e.seq) for e in events]
         found = self.evidence.retrieve(queries)
         profiles = self.evidence.profiles([(job.state, e.task, e.seq) for e in events])
         for at, event, retrieved, profile in zip(asked, events, found, profiles, strict=True):

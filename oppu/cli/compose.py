@@ -256,7 +256,7 @@ def updater(settings: Settings, metrics: Metrics) -> Updater:
         user_hash=user_hash(settings),
         collection=settings.registry,
         prompts=Prompts(evidence, settings.model, settings.retriever.k),
-        judge=Judge(evidence, fusion(settings), settings.retriever.k, settings.retriever.neighbours),
+        judge=Judge(evidence, fusion(settings), settings.retriever.neighbours),
     )
 
 

@@ -280,7 +280,7 @@ class UpdaterProcess(Process):
             user_hash=UserHash(KEY),
             clock=self.world.clock,
             judge=Judge(
-                SpyRetriever(self.world.store, HashEmbedder(), self.world.settings.retriever, fresh()), DEFAULT, 4, 8
+                SpyRetriever(self.world.store, HashEmbedder(), self.world.settings.retriever, fresh()), DEFAULT, 8
             ),
         )
 

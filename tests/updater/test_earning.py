@@ -17,7 +17,7 @@ from updater.job import Ended
 
 def test_an_adapter_earns_by_what_it_foresaw_better_than_the_evidence(world: World) -> None:
     retriever = Retriever(world.store, HashEmbedder(), RetrieverSettings(), world.metrics)
-    judge = Judge(retriever, DEFAULT, k=4, neighbours=8)
+    judge = Judge(retriever, DEFAULT, neighbours=8)
     updater = world.new_updater("judging", judge=judge)
 
     world.act("ada", GLAD)
@@ -54,7 +54,7 @@ def expected(world: World, retriever: Retriever, first: int) -> float:
 
 def test_an_adapter_earns_by_its_texts_against_the_base(world: World) -> None:
     retriever = Retriever(world.store, HashEmbedder(), RetrieverSettings(), world.metrics)
-    updater = world.new_updater("judging", judge=Judge(retriever, DEFAULT, k=4, neighbours=8))
+    updater = world.new_updater("judging", judge=Judge(retriever, DEFAULT, neighbours=8))
     world.act("ada", GLAD, task="title")
     world.tick(updater)
     world.act("ada", ["glad", "sad", "sad", "glad", "", "odd"], task="title")
@@ -67,7 +67,7 @@ def test_an_adapter_earns_by_its_texts_against_the_base(world: World) -> None:
 
 def test_an_update_that_failed_leaves_what_was_earned(world: World) -> None:
     retriever = Retriever(world.store, HashEmbedder(), RetrieverSettings(), world.metrics)
-    updater = world.new_updater("judging", judge=Judge(retriever, DEFAULT, k=4, neighbours=8))
+    updater = world.new_updater("judging", judge=Judge(retriever, DEFAULT, neighbours=8))
     world.act("ada", GLAD)
     world.tick(updater)
     world.act("ada", GLAD)
