@@ -168,12 +168,11 @@ def ingest_worker(settings: Settings, metrics: Metrics) -> IngestWorker:
 
 def inference_worker(settings: Settings, metrics: Metrics) -> InferenceWorker:
     """Build the inference worker, its base model loaded."""
-    from concurrent.futures import ThreadPoolExecutor
-
     from inference.host_cache import HostCache
     from inference.readers import Readers
     from inference.worker import InferenceWorker
     from oppu.clock import SystemClock
+    from retriever.vectors import background
 
     history, language_model = (
         store(settings),
@@ -182,7 +181,7 @@ def inference_worker(settings: Settings, metrics: Metrics) -> InferenceWorker:
     return InferenceWorker(
         broker(settings),
         history,
-        retriever(settings, history, embedder(settings), metrics, ThreadPoolExecutor(1, "query-vectors")),
+        retriever(settings, history, embedder(settings), metrics, background()),
         language_model,
         HostCache(
             registry(settings, language_model.base, language_model.adapter_config()),

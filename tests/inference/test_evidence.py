@@ -1,17 +1,22 @@
 """What of the user's own history gets into an answer, and what is said of what does not."""
 
 import math
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 
 import numpy as np
 import pytest
 
 from inference.evidence import Personal
+from oppu.settings import Settings
 from oppu.values import Event, EventId, UserId, UserState
+from retriever.lexical import LexicalIndex
 from retriever.port import Degradation, Hit, Profile, Retrieved
+from tests.inference.conftest import LABELS, World
 
 ANNA = UserState(UserId("anna"), 0, 9, None)
 AT = datetime(2026, 1, 1, tzinfo=UTC)
+WORDS = ("red apple", "blue sky", "green tree")
 
 
 def _hit(seq: int, output: str, similarity: float) -> Hit:
@@ -74,3 +79,27 @@ def test_whole_evidence_is_not_degraded() -> None:
 )
 def test_every_lack_is_named(personal: Personal, behind: bool, expected: list[tuple[str, str]]) -> None:
     assert [(fault.part, fault.reason) for fault in personal.degraded(behind=behind)] == expected
+
+
+@pytest.mark.parametrize(("held", "ranked"), [("none", 0), ("text", 0), ("all", len(WORDS))])
+def test_items_are_ranked_for_prompts_that_hold_some_and_neighbours_vote_in_any_case(
+    settings: Settings, make_world: Callable[..., World], monkeypatch: pytest.MonkeyPatch, held: str, ranked: int
+) -> None:
+    indexed: list[str] = []
+    extend = LexicalIndex.extend
+
+    def noted(self: LexicalIndex, texts: Iterable[str]) -> None:
+        indexed.extend(kept := list(texts))
+        extend(self, kept)
+
+    monkeypatch.setattr(LexicalIndex, "extend", noted)
+    model = settings.model.model_copy(update={"prompt_evidence": held})
+    world = make_world(settings.model_copy(update={"model": model}))
+    world.remember("anna", [(words, LABELS[at % 2]) for at, words in enumerate(WORDS)])
+    world.ask("anna", "one", input="red apple")
+    world.ask("anna", "bare", input="red apple", options={"retrieve": 0})
+    world.turn()
+    assert len(indexed) == ranked
+    one, bare = world.answer("one").provenance, world.answer("bare").provenance
+    assert one is not None and bare is not None
+    assert set(one.retrieved) == {f"anna-{at}" for at in range(len(WORDS))} and not bare.retrieved

@@ -1,5 +1,7 @@
 """Query vectors that are computed ahead: the same as those computed when asked, each text once, nothing else kept."""
 
+import os
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from oppu.embedder import HashEmbedder
-from retriever.vectors import FIRST_WINDOW, MOST_WINDOW, QueryVectors
+from retriever.vectors import FIRST_WINDOW, MOST_WINDOW, NICENESS, QueryVectors, background
 
 TEXTS = [f"text number {n}" for n in range(700)]
 
@@ -164,3 +166,21 @@ def test_closing_waits_for_what_has_begun_and_drops_the_rest(embedder: Watched) 
     assert len(embedder.calls) <= 1
     with pytest.raises(RuntimeError):
         own.of(["late"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux only")
+def test_its_thread_gives_way_and_no_other_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before = niceness()
+    with background() as thread:
+        assert thread.submit(niceness).result() == min(before + NICENESS, 19)
+    assert niceness() == before
+
+    def forbidden(*_: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "setpriority", forbidden)
+    with background() as thread:
+        assert thread.submit(niceness).result() == before
