@@ -108,7 +108,7 @@ class RetrieverSettings(_Section):
     """Evidence from a user's history."""
 
     mode: Literal["dense", "bm25", "recency", "hybrid"] = Field(
-        "hybrid", description="dense, bm25, recency or hybrid (reciprocal-rank fusion of them)."
+        "hybrid", description="How items for prompts are ranked: dense, bm25, recency or hybrid (reciprocal ranks)."
     )
     k: int = Field(4, ge=0, description="Items retrieved where a request does not say.")
     neighbours: int = Field(16, ge=1, description="Neighbours in the kNN distribution over outputs.")
