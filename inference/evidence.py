@@ -155,7 +155,7 @@ def _queries(known: Sequence[_Known], settings: Settings) -> dict[int, Query]:
 
 
 def _wanted(ask: Ask, settings: Settings) -> int:
-    """Return k."""
+    """Return how many items an ask wants; with none it has no neighbours either."""
     asked = ask.request.options.retrieve
     return settings.retriever.k if asked is None else asked
 
