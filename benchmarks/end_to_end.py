@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from benchmarks.live import Publisher, await_events, client_of, events, provenance, ready, samples
+from benchmarks.live import Publisher, await_events, client_of, events, provenance, samples
 from benchmarks.timing import REPEATS, Cell, Timing, rounded, timed
 from oppu.cli import Session, compose
-from oppu.cli.up import Stack, stack
+from oppu.cli.up import stack
 from oppu.client import Client
 from oppu.errors import FatalError
 from oppu.lm.model import TorchModel
@@ -83,13 +83,13 @@ def measure(requests: int, users: int, *, workers: int = 1, repeats: int = REPEA
         with stack(Session(None), Path(folder) / "stack", workers=started, overrides=OVERRIDES) as running:
             history = _histories(users)
             with client_of(running.settings) as client:
-                ready(running, workers)
+                urls = [url for name, url in running.addresses().items() if name.startswith("inference")]
                 tensors = _prepared(running.settings, client, history, users)
                 with _alone(running.settings, tensors, users, workers) as alone:
                     for number in range(-1, repeats):
                         asked = [_request(n, number, history[n % len(history)], users) for n in range(requests)]
                         first = [timed(partial(alone, asked))] if number % 2 else []
-                        seconds, stages = _through_kafka(running, client, asked)
+                        seconds, stages = _through_kafka(urls, client, asked)
                         beside = first or [timed(partial(alone, asked))]
                         if number >= 0:
                             kafka.append(seconds)
@@ -128,13 +128,13 @@ def _prepared(settings: Settings, client: Client, history: Sequence[BehaviorEven
 
 
 def _through_kafka(
-    running: Stack, client: Client, asked: Sequence[PredictionRequest]
+    urls: Sequence[str], client: Client, asked: Sequence[PredictionRequest]
 ) -> tuple[float, Mapping[str, float]]:
-    before, began = _stages(running.settings), time.monotonic()
+    before, began = _stages(urls), time.monotonic()
     answers = client.ask(asked, timeout_seconds=ANSWER_SECONDS)
     seconds = time.monotonic() - began
     time.sleep(SETTLED_SECONDS)
-    after = _stages(running.settings)
+    after = _stages(urls)
     made = [answers[request.request_id].provenance for request in asked if request.request_id in answers]
     personal = sum(p is not None and p.adapter_version is not None and bool(p.retrieved) for p in made)
     if personal < len(asked):
@@ -195,12 +195,11 @@ def _answer(asked: Sequence[PredictionRequest]) -> None:
         _Loaded.model.answer(rows[first : first + size])
 
 
-def _stages(settings: Settings) -> Mapping[str, float]:
+def _stages(urls: Sequence[str]) -> Mapping[str, float]:
     """Return the seconds that the workers have spent by stage so far."""
     found = defaultdict[str, float](float)
-    for place in settings.service.state_dir.glob("inference-*.url"):
-        url = place.read_text(encoding="utf-8").strip() + "/metrics"
-        for sample in samples(url, f"{STAGES}_sum"):
+    for url in urls:
+        for sample in samples(f"{url}/metrics", f"{STAGES}_sum"):
             found[sample.labels["phase"]] += sample.value
     return found
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.live import Publisher, await_events, client_of, events, provenance, ready, samples
+from benchmarks.live import Publisher, await_events, client_of, events, provenance, samples
 from oppu.cli import Session, compose
 from oppu.cli.up import stack
 from oppu.client import Client
@@ -42,7 +42,7 @@ def main(count: int, rate: float, asks: int, trials: int, out: Path | None) -> N
     with tempfile.TemporaryDirectory(prefix="oppu-freshness-") as folder:
         with stack(Session(None), Path(folder) / "stack", workers=("ingest", "infer"), overrides=OVERRIDES) as running:
             with client_of(running.settings) as client:
-                ingest = ready(running)
+                ingest = f"{running.addresses()['ingest']}/metrics"
                 sent = events(PRELOADED + count + asks)
                 _warm_up(running.settings, client, sent[:PRELOADED])
                 found |= _retrievable(running.settings, client, ingest, sent[PRELOADED:-asks], rate)

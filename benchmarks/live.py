@@ -1,18 +1,16 @@
-"""What the live benchmarks share: events, a client, workers that are ready, answers, and versions published by hand."""
+"""What the live benchmarks share: events, a client, answers, metrics, and versions published by hand."""
 
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from http import HTTPStatus
 
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from oppu.cli import compose
 from oppu.cli.demo import read_sample
-from oppu.cli.up import Stack
 from oppu.client import Client
 from oppu.errors import FatalError
 from oppu.lm.port import AdapterRef, Example, LanguageModel, Tensors, TrainConfig, TrainJob
@@ -21,7 +19,7 @@ from oppu.store.records import Candidate
 from oppu.values import BaseId, UserId
 from oppu.wire import AdapterUpdate, After, BehaviorEvent, PredictionRequest, Provenance, record_for
 
-READY_SECONDS, STORED_SECONDS, ANSWER_SECONDS = 120.0, 120.0, 60.0
+STORED_SECONDS, ANSWER_SECONDS = 120.0, 60.0
 CLAIM_SECONDS = 60.0
 
 
@@ -73,22 +71,6 @@ def client_of(settings: Settings) -> Iterator[Client]:
         client.close()
 
 
-def ready(running: Stack, inference_workers: int = 1) -> str:
-    """Wait for the workers and return where ingest shows its metrics."""
-    further = {f"inference-0.{number}" for number in range(1, inference_workers)}
-    deadline, waiting, url = time.monotonic() + READY_SECONDS, {"ingest", "inference-0"} | further, ""
-    while waiting:
-        if time.monotonic() > deadline:
-            raise FatalError(f"not ready within {READY_SECONDS:g} s: {', '.join(sorted(waiting))}")
-        for name in sorted(waiting):
-            place = running.settings.service.state_dir / f"{name}.url"
-            if place.exists() and _says_ready(at := place.read_text(encoding="utf-8").strip()):
-                waiting.discard(name)
-                url = f"{at}/metrics" if name == "ingest" else url
-        time.sleep(0.1)
-    return url
-
-
 def samples(url: str, name: str) -> list[Sample]:
     """Return a worker's samples of this name, from where it shows its metrics."""
     with urllib.request.urlopen(url, timeout=5) as response:  # noqa: S310 - our own loopback address
@@ -96,14 +78,6 @@ def samples(url: str, name: str) -> list[Sample]:
     return [
         sample for family in text_string_to_metric_families(text) for sample in family.samples if sample.name == name
     ]
-
-
-def _says_ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/readyz", timeout=2) as response:  # noqa: S310 - our own loopback address
-            return bool(response.status == HTTPStatus.OK)
-    except OSError:
-        return False
 
 
 def events(count: int) -> list[BehaviorEvent]:

@@ -10,8 +10,6 @@ import hashlib
 import json
 import shutil
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -44,7 +42,7 @@ interval_seconds = 1.0
 WAVES = 8
 ASKED_EVERY = 2
 """One in so many live events is asked about."""
-READY_SECONDS, SETTLE_SECONDS, INGEST_SECONDS = 120.0, 180.0, 60.0
+SETTLE_SECONDS, INGEST_SECONDS = 180.0, 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +65,14 @@ def demo(session: Session, folder: Path) -> None:
     base = _adapted_base(session.settings, sample, folder)
     _say(started, "starting Kafka and the workers")
     with stack(session, folder, overrides=OVERRIDES.format(base=json.dumps(str(base)))) as running:
-        urls = _wait_until_ready(running)
+        addresses = running.addresses()
         _say(started, f"Kafka at {running.bootstrap_servers}, workers ready")
         client = Client(compose.broker(running.settings), compose.topics(running.settings))
         try:
             report = _run(running, client, sample, started)
         finally:
             client.close()
-        report.urls.update(urls)
+        report.urls.update({worker: f"{url}/metrics" for worker, url in addresses.items()})
         print_report(report, folder)
     (folder / "report.json").write_text(json.dumps(report.fields(), indent=2) + "\n", encoding="utf-8")
     if report.lost or report.duplicated:
@@ -165,31 +163,6 @@ def _adapted_base(settings: Settings, sample: Sample, folder: Path) -> Path:
     done = adapt_base(settings, sample.population, base, RECIPE)
     click.echo(f"base model: {done}")
     return base
-
-
-def _wait_until_ready(running: Stack) -> dict[str, str]:
-    deadline = time.monotonic() + READY_SECONDS
-    state, names = running.settings.service.state_dir, {"ingest": "ingest", "updater": "update", "inference-0": "infer"}
-    urls: dict[str, str] = {}
-    while time.monotonic() < deadline:
-        for name in names:
-            path = state / f"{name}.url"
-            if name not in urls and path.exists() and _answers(url := path.read_text(encoding="utf-8").strip()):
-                urls[name] = f"{url}/metrics"
-        if len(urls) == len(names):
-            return urls
-        time.sleep(0.2)
-    missing = ", ".join(f"{running.folder / log}.log" for name, log in names.items() if name not in urls)
-    raise FatalError(f"not ready within {READY_SECONDS:g} s; see {missing}")
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/readyz", timeout=2) as response:  # noqa: S310 - our own loopback address
-            ready: bool = response.status == 200
-            return ready
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def _await_events(store: HistoryStore, count: int) -> None:

@@ -14,8 +14,11 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +38,7 @@ FIRST_RESTART_SECONDS, LAST_RESTART_SECONDS = 0.2, 10.0
 STEADY_SECONDS = 30.0
 """A worker that ran so long starts its delays afresh."""
 LOOK_AT_BROKER_SECONDS = 0.5
+READY_SECONDS = 120.0
 DRAIN_SECONDS = 20.0
 """Time for a worker to finish its step before it is killed; a train batch takes a few seconds."""
 
@@ -108,6 +112,40 @@ class Stack:
             name = f"{command}-{again + 1}" if again else command
             self.children[name] = Child(name, command, self._spawn(name, command), time.monotonic())
         threading.Thread(target=self._supervise, name="supervisor", daemon=True).start()
+
+    def addresses(self) -> dict[str, str]:
+        """Wait until all workers are ready.
+
+        Returns:
+            The URL of each one's ``/metrics`` and ``/readyz``, without the path, by what it calls itself: ``ingest``,
+            ``updater``, ``inference-0``, and further ones of the machine ``inference-0.1`` and so on.
+
+        Raises:
+            FatalError: One of them is not ready in time.
+        """
+        waiting, found = self._own_names(), dict[str, str]()
+        deadline = time.monotonic() + READY_SECONDS
+        while True:
+            for name in list(waiting):
+                url = _ready_at(self.settings.service.state_dir / f"{name}.url")
+                if url is not None:
+                    found[name] = url
+                    del waiting[name]
+            if not waiting:
+                return found
+            if time.monotonic() > deadline:
+                logs = ", ".join(str(self._log(child)) for child in waiting.values())
+                raise FatalError(f"not ready within {READY_SECONDS:g} s: {', '.join(waiting)}; see {logs}")
+            time.sleep(0.1)
+
+    def _own_names(self) -> dict[str, str]:
+        """Return what the workers call themselves, with the name of a child that is the one or another like it."""
+        stems = {"ingest": "ingest", "update": "updater", "infer": f"inference-{self.settings.inference.slot}"}
+        names: dict[str, str] = {}
+        for child in self.children.values():
+            stem, again = stems[child.command], child.name.removeprefix(child.command).removeprefix("-")
+            names[f"{stem}.{int(again) - 1}" if again else stem] = child.name
+        return names
 
     def keep_broker(self) -> None:
         """Start the broker again where it has died; the workers wait for it meanwhile.
@@ -217,6 +255,16 @@ def stack(session: Session, folder: Path, *, workers: Sequence[str] = WORKERS, o
             yield running
         finally:
             running.stop()
+
+
+def _ready_at(place: Path) -> str | None:
+    """Return the address in a worker's file where it says there that it is ready."""
+    try:
+        url = place.read_text(encoding="utf-8").strip()
+        with urllib.request.urlopen(f"{url}/readyz", timeout=2) as response:  # noqa: S310 - our own loopback address
+            return url if response.status == HTTPStatus.OK else None
+    except (OSError, ValueError, HTTPException):  # no file yet, half a file, nobody there, or somebody else
+        return None
 
 
 def write_config(session: Session, folder: Path, bootstrap_servers: str, overrides: str = "") -> Path:

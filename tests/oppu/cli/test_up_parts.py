@@ -2,16 +2,23 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from oppu.cli import Session
-from oppu.cli.up import write_config
-from oppu.settings import Settings
+from oppu.cli import Session, up
+from oppu.cli.up import Child, Stack, write_config
+from oppu.clock import ManualClock
+from oppu.errors import FatalError
+from oppu.health import Health, serve
+from oppu.metrics import fresh
+from oppu.settings import InferenceSettings, ServiceSettings, Settings
 from tests.oppu.cli.conftest import Run
 
 pytestmark = pytest.mark.usefixtures("run")  # away from the settings of whoever runs the tests
@@ -114,3 +121,73 @@ def test_nothing_else_is_needed_to_run_a_worker_by_hand(run: Run, tmp_path: Path
     )
     assert done.returncode == 2
     assert "oppu: service.state_dir: cannot make " in done.stderr
+
+
+@pytest.fixture
+def stack(tmp_path: Path) -> Stack:
+    """Return a stack of ended workers, two of which infer."""
+    settings = Settings(service=ServiceSettings(state_dir=tmp_path), inference=InferenceSettings(slot="eu"))
+    stack = Stack("127.0.0.1:1", settings, tmp_path / "oppu.toml", tmp_path, {}, None)  # type: ignore[arg-type]
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait(30)
+    for name in ("ingest", "update", "infer", "infer-2"):
+        stack.children[name] = Child(name, name.partition("-")[0], process, 0.0)
+    return stack
+
+
+WORKERS = ("ingest", "updater", "inference-eu", "inference-eu.1")
+
+
+def test_it_says_where_every_worker_listens_once_all_are_ready(
+    stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(up, "READY_SECONDS", 0.0)
+    health = {name: Health(ManualClock(), live_within_seconds=10) for name in WORKERS}
+    with ExitStack() as servers:
+        urls = {}
+        for name in WORKERS:
+            server = serve("127.0.0.1", 0, fresh().registry, health[name])
+            servers.callback(server.close)
+            urls[name] = f"http://127.0.0.1:{server.port}"
+        for name in WORKERS[:3]:
+            (tmp_path / f"{name}.url").write_text(f"{urls[name]}\n")
+        with pytest.raises(FatalError, match=r"0 s: inference-eu\.1; see .*infer-2\.log$"):
+            stack.addresses()
+        (tmp_path / "inference-eu.1.url").write_text(urls["inference-eu.1"])
+        assert stack.addresses() == urls
+        health["updater"].not_ready("loop", "waits for the store")
+        with pytest.raises(FatalError, match=r"0 s: updater; see .*update\.log$"):
+            stack.addresses()
+
+
+@pytest.mark.parametrize("content", ["", "http://127.0.0.1:", "rubbish"])
+def test_an_address_that_is_not_one_yet_is_waited_for(
+    stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    monkeypatch.setattr(up, "READY_SECONDS", 0.0)
+    for name in WORKERS:
+        (tmp_path / f"{name}.url").write_text(content)
+    with pytest.raises(FatalError, match="0 s: ingest, updater, inference-eu, inference-eu.1;"):
+        stack.addresses()
+
+
+def test_somebody_else_at_a_worker_s_address_is_not_ready(
+    stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(up, "READY_SECONDS", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        answering = threading.Thread(target=_greet, args=(listener, len(WORKERS)))
+        answering.start()
+        for name in WORKERS:
+            (tmp_path / f"{name}.url").write_text(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        with pytest.raises(FatalError, match="not ready within 0 s"):
+            stack.addresses()
+        answering.join(10)
+
+
+def _greet(listener: socket.socket, times: int) -> None:
+    for _ in range(times):
+        connection, _address = listener.accept()
+        with connection:
+            connection.recv(1000)
+            connection.sendall(b"220 not http\r\n\r\n")
