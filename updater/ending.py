@@ -18,7 +18,7 @@ from oppu.settings import UpdaterSettings
 from oppu.store.port import HistoryStore
 from oppu.store.records import Outcome
 from updater import plan as planning
-from updater.job import Ended, Job, Stranded
+from updater.job import Ended, Job
 from updater.lease import Drained, Leases
 from updater.scoring import Verdict
 from updater.state import State
@@ -31,9 +31,12 @@ class Tick:
     """What one tick has in hand."""
 
     leases: Leases
-    reached: bool = False
-    """Whether the registry has answered for somebody."""
-    stranded: list[tuple[Job, Stranded]] = field(default_factory=list)
+    read: bool = False
+    """Whether the registry has given somebody's files."""
+    wrote: bool = False
+    """Whether it has taken somebody's: a full or read-only one gives and does not take."""
+    unread: list[tuple[Job, Exception]] = field(default_factory=list)
+    unwritten: list[tuple[Job, Exception]] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
     ended: Counter[Ended] = field(default_factory=Counter)
 
@@ -71,11 +74,12 @@ class Endings:
             self.discard(tick, job, "the claim had moved before it was given back")
 
     def settle(self, tick: Tick) -> Steps[None]:
-        """End the attempts that the registry stranded: failed, if it answered for others; else it is away, and a
-        ``TransientError`` says so."""
-        if tick.stranded and not tick.reached:
-            raise TransientError(str(tick.stranded[0][1]))
-        for job, error in tick.stranded:
+        """End the attempts that the registry stranded: failed, if it did the same for others; else it is away, or
+        full, and a ``TransientError`` says so."""
+        for stranded, possible in ((tick.unread, tick.read or tick.wrote), (tick.unwritten, tick.wrote)):
+            if stranded and not possible:
+                raise TransientError(str(stranded[0][1]))
+        for job, error in (*tick.unread, *tick.unwritten):
             if tick.leases.lost(job.user_id):
                 self.discard(tick, job, "the claim was lost")
             else:

@@ -174,7 +174,7 @@ class Updater:
         for job in jobs:
             fault = self._caught(lambda job=job: self._prepare(job, gatherer, tick))  # type: ignore[misc]
             if isinstance(fault, Stranded):
-                tick.stranded.append((job, fault))
+                tick.unread.append((job, fault))
             elif isinstance(fault, Exception):
                 yield from self._endings.give_up(tick, job, fault)
             elif job.machine.state is State.CLAIMED:
@@ -187,7 +187,7 @@ class Updater:
         if job.claim.attempts > self.settings.quarantine_after:
             raise _Killer(f"{job.claim.attempts - 1} attempts in a row ended with the process")
         job.material = gatherer.gather(job)
-        tick.reached |= job.parent_ref is not None
+        tick.read |= job.parent_ref is not None
         if not job.material.train:
             return
         job.machine.advance(State.SCORING)
@@ -284,13 +284,13 @@ class Updater:
         try:
             written: Written = yield Effect("registry.write", lambda: self._write(job, judged), job.label)
         except AdapterUnreadable as error:
-            tick.reached = True
+            tick.read = True
             yield from self._endings.give_up(tick, job, error)
             return
         except TransientError as error:
-            tick.stranded.append((job, Stranded(str(error))))
+            tick.unwritten.append((job, Stranded(str(error))))
             return
-        tick.reached = True
+        tick.wrote = True
         candidate = Candidate(
             version=job.ref.version,
             parent=job.parent,

@@ -343,3 +343,25 @@ def test_a_registry_that_answers_for_nobody_is_nobodys_failure(world: World, mon
     assert (world.status("ada").failures, world.due()) == (0, 1)
     monkeypatch.undo()
     assert world.tick().ended == {Ended.PUBLISHED: 1}
+
+
+def test_a_registry_that_gives_and_does_not_take_is_nobodys_failure(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a full disk: every parent can be read, no candidate can be written."""
+    published(world, "ada")
+    published(world, "bob")
+    world.act("ada", GLAD)
+    world.act("bob", GLAD)
+
+    def full(self: object, ref: AdapterRef, *args: object, **kwargs: object) -> object:
+        raise TransientError("registry: no space left on device")
+
+    monkeypatch.setattr(type(world.registry), "write", full)
+    for _ in range(SETTINGS.quarantine_after + 2):
+        with pytest.raises(TransientError, match="no space left"):
+            world.tick()
+    assert [world.status(user).failures for user in ("ada", "bob")] == [0, 0]
+    assert world.due() == 2
+    monkeypatch.undo()
+    assert world.tick().ended == {Ended.PUBLISHED: 2}
