@@ -1,6 +1,6 @@
 """``oppu bench``: speed and memory, as ratios against baselines that ran in the same minutes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from oppu.cli import Session, compose
 from oppu.errors import ConfigError
 
 if TYPE_CHECKING:
+    from benchmarks.timing import Cell
     from oppu.lm.base import LoadedBase
 
 json_file = click.option("--json", "out", type=click.Path(path_type=Path), help="Also write the result there.")
@@ -33,6 +34,13 @@ def with_base(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(base_options):
         command = option(command)
     return command
+
+
+def _told(rows: "Iterable[dict[str, Cell]]") -> "Iterator[dict[str, Cell]]":
+    """Pass rows on, and print each to stderr as it comes: the table is shown at the end, half an hour later."""
+    for row in rows:
+        click.echo(", ".join(f"{name} {value}" for name, value in row.items() if value is not None), err=True)
+        yield row
 
 
 @click.group()
@@ -69,9 +77,9 @@ def bank_serve(
     if tokens:
         scope = replace(scope, tokens=tokens, wide_tokens=[one for one in scope.wide_tokens if one in tokens])
     result: dict[str, object] = {"machine": machine(), "base": base, "dtype": dtype}
-    rows = list(work.against_others(loaded, scope))
+    rows = list(_told(work.against_others(loaded, scope)))
     show("64 rows of 64 users; ratios of throughput, the bank's over the other's", rows)
-    wide = list(work.sweep_users(loaded, scope, on_gpu(device)))
+    wide = list(_told(work.sweep_users(loaded, scope, on_gpu(device))))
     show("as many rows, more and more users", wide)
     moved = {rank: work.bytes_moved(loaded, work.ROWS, rank) for rank in scope.ranks}
     click.echo(f"adapter bytes of one batch of {work.ROWS} users, by rank: {moved}")
@@ -153,7 +161,7 @@ def residency(
     )
     if tokens:
         scope = replace(scope, tokens=tokens)
-    rows = list(work.measure(loaded, scope, say))
+    rows = list(_told(work.measure(loaded, scope, say)))
     show(f"batches of {work.ROWS}, {scope.slots} slots, {scope.adapters} adapters on disk", rows)
     counts = [count for count in (1_000, 10_000, 100_000) if count < registered] + ([registered] if registered else [])
     grown = list(work.growth(loaded, counts, say))
