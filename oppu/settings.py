@@ -121,13 +121,15 @@ class ModelSettings(_Section):
     """The shared base model and the embedder."""
 
     base: str = Field("offline", description="Hugging Face id or path of a causal LM; 'offline' = MiniLM warm start.")
-    embedder: str = Field("offline", description="sentence-transformers id or path; 'offline' = packaged MiniLM.")
+    embedder: str = Field(
+        "offline", description="sentence-transformers id or path, chosen once; 'offline' = packaged MiniLM."
+    )
     device: str = Field("cpu", description="Torch device: cpu, cuda, cuda:1 …")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Of base, embedder and served adapters. auto: bfloat16 where the hardware has it."
     )
     threads: int | None = Field(None, ge=1, description="Torch threads; none = all cores.")
-    max_tokens: int = Field(256, ge=32, description="Prompt length; evidence is cut first, the query never.")
+    max_tokens: int = Field(256, ge=32, description="Prompt length; evidence is cut first, the query's end last.")
     lora_rank: int = Field(8, ge=1, le=256, description="Rank of new adapters.")
     lora_alpha: float = Field(16.0, gt=0, description="Their scale is alpha / rank.")
     lora_targets: tuple[str, ...] | None = Field(None, description="Module name endings; none = query and value.")

@@ -53,6 +53,7 @@ def _no_nul(value: str) -> str:
 
 Identifier = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_no_nul)]
 Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_no_nul)]
+MaybeBlank = Annotated[str, StringConstraints(min_length=0), AfterValidator(_no_nul)]
 Time = Annotated[AwareDatetime, Field(strict=False, description="RFC 3339 with an offset."), BeforeValidator(_rfc_3339)]
 
 
@@ -69,7 +70,7 @@ class BehaviorEvent(_Wire):
     task: Identifier
     occurred_at: Time
     input: Text
-    output: Text
+    output: MaybeBlank = Field(description="Blank only where the task's bare_history lets a text stand alone.")
     choices: Annotated[tuple[Text, ...], Field(min_length=2, strict=False)] | None = None
     in_reply_to: Identifier | None = Field(None, description="request_id of the prediction this answers.")
 
@@ -151,8 +152,8 @@ class AdapterUpdate(_Wire):
     schema_version: int = SCHEMA_VERSION
     user_id: str
     base: str
-    version: int | None
-    parent: int | None
+    version: int | None = Field(None, description="Left out: the base alone.")
+    parent: int | None = Field(None, description="Left out: trained afresh.")
     cause: Literal["published", "rolled_back"]
 
 
@@ -208,7 +209,7 @@ def record_for(topic: str, user_id: str, message: BaseModel, **headers: bytes) -
 
 
 def parse_event(record: Record, *, limits: LimitsSettings, now: datetime) -> BehaviorEvent:
-    """Parse and check a behaviour event, its task aside.
+    """Parse and check a behaviour event, its task aside, and so whether its output may be blank.
 
     Args:
         record: The record as read.
@@ -223,7 +224,7 @@ def parse_event(record: Record, *, limits: LimitsSettings, now: datetime) -> Beh
     """
     event = _parse(BehaviorEvent, record, limits)
     _check_time("occurred_at", event.occurred_at, limits, now)
-    _check_limits({"input": event.input, "output": event.output}, event.choices, limits)
+    _check_limits({"input": event.input, "output": event.output}, event.choices, limits, blank={"output"})
     return event.model_copy(update={"occurred_at": event.occurred_at.astimezone(UTC)})
 
 
@@ -386,9 +387,11 @@ def _check_time(name: str, time: datetime, limits: LimitsSettings, now: datetime
         )
 
 
-def _check_limits(texts: dict[str, str], choices: Collection[str] | None, limits: LimitsSettings) -> None:
+def _check_limits(
+    texts: dict[str, str], choices: Collection[str] | None, limits: LimitsSettings, blank: Collection[str] = ()
+) -> None:
     for name, text in {**texts, **{f"choices.{i}": c for i, c in enumerate(choices or ())}}.items():
-        if not text.strip():
+        if not text.strip() and name not in blank:
             raise InvalidRecord(Reason.INVALID_RECORD, f"{name}: expected text that is not blank")
         if len(text) > limits.text_characters:
             raise InvalidRecord(

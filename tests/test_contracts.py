@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 
 from oppu.cli.contracts import generate
-from oppu.wire import BehaviorEvent
+from oppu.wire import AdapterUpdate, BehaviorEvent, encode
 
 FOLDER = Path(__file__).parents[1] / "docs" / "contracts"
 EVENT = {
@@ -37,3 +37,17 @@ def test_event_schema_requires(name: str) -> None:
     schema = json.loads((FOLDER / "behavior-events.schema.json").read_text(encoding="utf-8"))
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({k: v for k, v in EVENT.items() if k != name}, schema)
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        AdapterUpdate(user_id="u1", base="b", version=1, parent=None, cause="published"),
+        AdapterUpdate(user_id="u1", base="b", version=2, parent=1, cause="published"),
+        AdapterUpdate(user_id="u1", base="b", version=None, parent=2, cause="rolled_back"),
+    ],
+)
+def test_updates_are_sent_as_their_schema_says(update: AdapterUpdate) -> None:
+    sent = encode(update)
+    jsonschema.validate(json.loads(sent), json.loads((FOLDER / "adapter-updates.schema.json").read_text("utf-8")))
+    assert AdapterUpdate.model_validate_json(sent) == update

@@ -15,6 +15,8 @@ from oppu.metrics import fresh
 from oppu.settings import Settings
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
+PACKAGES = ("oppu", "ingest", "retriever", "updater", "inference", "evaluation", "benchmarks")
+"""All that a command of the image may import."""
 
 
 def compose() -> dict[str, Any]:
@@ -77,12 +79,19 @@ def test_scrape_targets_are_services_of_the_compose_file() -> None:
 
 def test_dockerfile_copies_every_package_and_installs_an_extra_that_exists() -> None:
     text = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
-    for package in ("oppu", "ingest", "retriever", "updater", "inference"):
+    for package in PACKAGES:
         assert f"COPY {package} {package}" in text
         assert (DEPLOY.parent / package / "__init__.py").exists()
     project = (DEPLOY.parent / "pyproject.toml").read_text(encoding="utf-8")
     for extra in re.findall(r"'\.\[([a-z-]+)\]'", text):
         assert f"\n{extra} = [" in project
+
+
+def test_settings_that_alerts_and_the_compose_file_name_exist() -> None:
+    texts = [(DEPLOY / name).read_text(encoding="utf-8") for name in ("prometheus/rules.yml", "compose.yaml")]
+    for section, setting in re.findall(r"OPPU_([A-Z]+)__([A-Z_]+)", "\n".join(texts)):
+        fields = type(getattr(Settings(), section.lower())).model_fields
+        assert setting.lower() in fields, f"OPPU_{section}__{setting}"
 
 
 @pytest.mark.prometheus

@@ -44,7 +44,7 @@ _COMMANDS: Mapping[str, tuple[str, str, str]] = {
         "contracts",
         "Write the JSON Schemas, the AsyncAPI page and the settings table.",
     ),
-    "doctor": ("oppu.cli.operation", "doctor", "Check broker, topics, store, registry, model and settings."),
+    "doctor": ("oppu.cli.operation", "doctor", "Check settings, broker, topics, store, registry, embedder and model."),
     "completion": ("oppu.cli.operation", "completion", "Print the shell completion script."),
 }
 

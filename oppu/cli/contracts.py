@@ -90,10 +90,11 @@ def _channel(topic: str, contract: type[BaseModel]) -> dict[str, Any]:
 
 def _dead_letters() -> dict[str, Any]:
     headers = ("origin-topic", "origin-partition", "origin-offset", "origin-timestamp", "reason", "message")
-    properties = {name: {"type": "string"} for name in (*headers, "truncated", "length", "sha256")}
+    properties = {name: {"type": "string"} for name in (*headers, "truncated", "length", "sha256", "headers-dropped")}
     return {
         "address": "dead-letters",
-        "description": "A refused record: key and value are the original bytes; the headers say whence and why.",
+        "description": "A refused record: key and value are the original bytes, or their beginning (truncated); the "
+        "headers say whence and why, the original's own come as original.NAME, or not at all (headers-dropped).",
         "messages": {
             "DeadLetter": {
                 "contentType": "application/octet-stream",

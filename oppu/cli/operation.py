@@ -130,7 +130,9 @@ def doctor(session: Session, *, as_json: bool) -> None:
         "broker": lambda: f"cluster {compose.cluster_id(settings)}",
         "topics": lambda: _check_topics(settings),
         "store": lambda: ", ".join(f"{n} {name}" for name, n in compose.store(settings).counts().items()),
+        "registry": lambda: _check_registry(settings),
         "state folder": lambda: str(compose.state_dir(settings)),
+        "embedder": lambda: compose.embedder(settings).fingerprint,
         "model": lambda: f"base {compose.model(settings, slots=1).base}",
     }
     well = True
@@ -145,6 +147,18 @@ def doctor(session: Session, *, as_json: bool) -> None:
         )
     if not well:
         raise click.exceptions.Exit(1)
+
+
+def _check_registry(settings: Settings) -> str:
+    """Say whether the registry is there; while nobody has an adapter it may be new."""
+    adapters = compose.store(settings).counts()["adapters"]
+    try:
+        compose.registry(settings, "doctor").check()
+    except TransientError:
+        if adapters:
+            raise
+        return f"{settings.registry.url}: new, the first updater makes it"
+    return f"{settings.registry.url}: there, {adapters} adapters"
 
 
 @click.command()

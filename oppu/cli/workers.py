@@ -40,7 +40,7 @@ again after every operation, and would each time wait so long behind the one tha
 @click.command()
 @click.pass_obj
 def ingest(session: Session) -> None:
-    """Run an ingest worker: events in, stored, embedded, retrievable. Any number may run."""
+    """Run an ingest worker: events in, stored, embedded, retrievable. Up to one a partition."""
     _run_consumer(session.settings, "ingest", compose.ingest_worker)
 
 

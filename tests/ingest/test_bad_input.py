@@ -41,6 +41,9 @@ BAD: list[tuple[str, bytes | None, bytes | None, Reason]] = [
     ("oversized", event_bytes("e1", input="x" * 5000), b"u1", Reason.LIMIT_EXCEEDED),
     ("1 MB text", event_bytes("e1", input="x" * 1_000_000), b"u1", Reason.LIMIT_EXCEEDED),
     ("empty text", event_bytes("e1", input=""), b"u1", Reason.INVALID_RECORD),
+    ("empty output", event_bytes("e1", output=""), b"u1", Reason.INVALID_RECORD),
+    ("blank text output", event_bytes("e1", task="headline", output=" \t"), b"u1", Reason.INVALID_RECORD),
+    ("blank bare input", event_bytes("e1", task="tweet", input=" ", output=""), b"u1", Reason.INVALID_RECORD),
     ("naive time", event_bytes("e1", occurred_at="2025-12-31T12:00:00"), b"u1", Reason.INVALID_TIME),
     ("numeric time", event_bytes("e1", occurred_at=1767225600), b"u1", Reason.INVALID_TIME),
     ("absurd time", event_bytes("e1", occurred_at="9999-12-31T23:59:59Z"), b"u1", Reason.INVALID_TIME),
@@ -261,3 +264,12 @@ def test_a_damaged_prediction_is_counted_and_skipped(world: World) -> None:
     world.turn()
     assert world.outcomes() == {"skipped": 6}
     assert world.letters() == []
+
+
+@pytest.mark.parametrize("output", ["", " "])
+def test_a_bare_text_is_stored_where_the_task_takes_it(world: World, output: str) -> None:
+    world.send(event_bytes("e1", task="tweet", output=output), b"u1")
+    world.turn()
+    assert world.letters() == []
+    assert world.ids("u1") == ["e1"]
+    assert world.outcomes() == {"written": 1}

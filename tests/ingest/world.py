@@ -28,6 +28,7 @@ TASKS = Tasks(
         "news": Task("news", "choice", "article: {input}", "category:", labels=("politics", "sports")),
         "quote": Task("quote", "choice", "pick: {input}", "pick:"),
         "headline": Task("headline", "text", "article: {input}", "headline:"),
+        "tweet": Task("tweet", "text", "text: {input}", "tweet:", bare_history=True),
     }
 )
 TOPICS = Topics("oppu.")

@@ -8,6 +8,7 @@ import pytest
 from oppu.cli import compose
 from oppu.dead_letters import dead_letter
 from oppu.errors import Reason
+from oppu.registry_place import MARK
 from oppu.settings import KafkaSettings, Settings
 from oppu.values import OutRecord, Partition, Record, UserId
 from tests.oppu.cli.conftest import Run
@@ -151,6 +152,21 @@ def test_doctor(settings: Settings, world: World, run: Run, monkeypatch: pytest.
     assert [name for name, ok in checks.items() if not ok] == ["model"]
     assert done.code == 1
     monkeypatch.setattr(compose, "model", lambda *_args, **_named: world.model)
+    assert run("doctor").code == 0
+
+
+def test_doctor_finds_a_registry_that_is_not_there(
+    settings: Settings, world: World, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compose, "model", lambda *_args, **_named: world.model)
+    mark = tmp_path / "adapters" / MARK
+    mark.unlink()
+    done = run("doctor", "--json")
+    assert [(line["check"], "is the share mounted" in line["found"]) for line in done.lines if not line["ok"]] == [
+        ("registry", True)
+    ]
+    assert done.code == 1
+    mark.touch()
     assert run("doctor").code == 0
 
 
