@@ -1,8 +1,8 @@
 """How one user's update ends when it publishes nothing, and what is noted of every end.
 
 Invariant: a failed, abandoned or drained attempt has considered nothing, so its events stay pending. Failures are
-repeated after a back-off and quarantined in the end; what is given back neither adds to them nor forgives them. A
-claim that has moved on is never written under.
+repeated after a back-off and quarantined in the end, but for those of files alone, which are not the user's; what is
+given back neither adds to them nor forgives them. A claim that has moved on is never written under.
 """
 
 import logging
@@ -18,7 +18,7 @@ from oppu.settings import UpdaterSettings
 from oppu.store.port import HistoryStore
 from oppu.store.records import Outcome
 from updater import plan as planning
-from updater.job import Ended, Job
+from updater.job import Ended, Job, Stranded
 from updater.lease import Drained, Leases
 from updater.scoring import Verdict
 from updater.state import State
@@ -61,7 +61,8 @@ class Endings:
         logger.debug("user %s: where it failed", job.user, exc_info=error)
         # messages of our own quote no content; a library's may quote the user's text
         said = str(error) if isinstance(error, OppuError) else type(error).__name__
-        yield from self.conclude(tick, job, Ended.FAILED, f"{stage}: {said}")
+        blameless = isinstance(error, Stranded)
+        yield from self.conclude(tick, job, Ended.FAILED, f"{stage}: {said}", blameless=blameless)
 
     def give_back(self, tick: Tick, job: Job, why: str) -> Steps[None]:
         """Release a claim as if it had never been made; or find that it has moved on."""
@@ -75,10 +76,11 @@ class Endings:
 
     def settle(self, tick: Tick) -> Steps[None]:
         """End the attempts that the registry stranded: failed, if it did the same for others; else it is away, or
-        full, and a ``TransientError`` says so."""
-        for stranded, possible in ((tick.unread, tick.read or tick.wrote), (tick.unwritten, tick.wrote)):
-            if stranded and not possible:
-                raise TransientError(str(stranded[0][1]))
+        full, and a ``TransientError`` says so. A lone one that was read and cannot be written fails and backs off."""
+        away = bool(tick.unread) and not (tick.read or tick.wrote)
+        full = bool(tick.unwritten) and not tick.wrote and (len(tick.unwritten) > 1 or not tick.read)
+        if away or full:
+            raise TransientError(str((tick.unread if away else tick.unwritten)[0][1]))
         for job, error in (*tick.unread, *tick.unwritten):
             if tick.leases.lost(job.user_id):
                 self.discard(tick, job, "the claim was lost")
@@ -99,13 +101,23 @@ class Endings:
                 logger.warning("claims cannot be given back, they expire: %s", error)
                 return
 
-    def conclude(self, tick: Tick, job: Job, how: Ended, reason: str, judged: Verdict | None = None) -> Steps[None]:
+    def conclude(
+        self,
+        tick: Tick,
+        job: Job,
+        how: Ended,
+        reason: str,
+        judged: Verdict | None = None,
+        *,
+        blameless: bool = False,
+    ) -> Steps[None]:
         """End an attempt, from the state that the job is in, and release its claim; or find that it has moved on.
 
-        ``how`` is rejected, skipped or failed; ``reason`` goes into the audit trail and never quotes content.
+        ``how`` is rejected, skipped or failed; ``reason`` goes into the audit trail and never quotes content. A
+        ``blameless`` failure backs off and is never quarantined.
         """
         now = self.clock.now()
-        retry, quarantine = self._after_failure(job, now) if how is Ended.FAILED else (None, False)
+        retry, quarantine = self._after_failure(job, now, blameless) if how is Ended.FAILED else (None, False)
 
         def conclude() -> bool:
             return self.store.conclude(
@@ -140,11 +152,11 @@ class Endings:
         self.metrics.updates.labels(how.value).inc()
         logger.info("user %s: version %d %s%s", job.user, job.ref.version, how, f": {reason}" if reason else "")
 
-    def _after_failure(self, job: Job, now: datetime) -> tuple[datetime | None, bool]:
+    def _after_failure(self, job: Job, now: datetime, blameless: bool) -> tuple[datetime | None, bool]:
         limit = self.settings.quarantine_after
         status = self.store.adapter(job.claim.base, job.user_id)
         failures = max((status.failures if status else 0) + 1, job.claim.attempts - 1)
-        if planning.should_quarantine(failures, after=limit):
+        if not blameless and planning.should_quarantine(failures, after=limit):
             logger.error("user %s: quarantined after %d failures in a row", job.user, failures)
             return None, True
         return planning.retry_at(failures, now=now, first_seconds=self.settings.retry_seconds), False

@@ -289,6 +289,8 @@ class Updater:
             return
         except TransientError as error:
             tick.unwritten.append((job, Stranded(str(error))))
+            # what was begun must not fill a full disk further
+            yield from self._tidy(Effect("registry.delete", lambda: self.registry.delete(job.ref), job.label))
             return
         tick.wrote = True
         candidate = Candidate(

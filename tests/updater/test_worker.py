@@ -9,6 +9,7 @@ from oppu.effects import Effect
 from oppu.errors import AdapterUnreadable, TransientError
 from oppu.lm.fake import TENSOR
 from oppu.lm.port import AdapterRef, TrainConfig
+from oppu.registry_place import Place
 from oppu.store.records import ClaimState, Outcome
 from oppu.values import UserId
 from tests.updater.world import GLAD, SAD, SETTINGS, World, announced, published
@@ -329,8 +330,11 @@ def test_one_users_files_hold_up_nobody_else(world: World, monkeypatch: pytest.M
         world.act("bob", GLAD)
         assert world.tick().ended == {Ended.PUBLISHED: 1, Ended.FAILED: 1}
         assert world.status("ada").failures == failures
-    assert world.status("ada").state is ClaimState.QUARANTINED
+    assert world.status("ada").state is not ClaimState.QUARANTINED, "her events are not at fault"
     assert world.head("ada") is not None
+    monkeypatch.undo()
+    world.clock.advance(24 * 3600)
+    assert world.tick().ended == {Ended.PUBLISHED: 1}
 
 
 def test_a_registry_that_answers_for_nobody_is_nobodys_failure(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,3 +369,24 @@ def test_a_registry_that_gives_and_does_not_take_is_nobodys_failure(
     assert world.due() == 2
     monkeypatch.undo()
     assert world.tick().ended == {Ended.PUBLISHED: 2}
+
+
+def test_a_lone_user_whose_files_cannot_be_written_backs_off(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not retrained again and again at once, nor quarantined; and what was begun of the version is gone."""
+    published(world, "ada")
+    world.act("ada", GLAD)
+    place, real = world.registry._place, Place.write
+
+    def filling(self: Place, path: str, content: bytes) -> None:
+        if path.endswith("manifest.json"):
+            raise TransientError("registry: no space left on device")
+        real(self, path, content)
+
+    monkeypatch.setattr(Place, "write", filling)
+    for failures in range(1, SETTINGS.quarantine_after + 2):
+        assert world.tick().ended == {Ended.FAILED: 1}
+        assert (world.status("ada").failures, world.due()) == (failures, 0)
+        world.clock.advance(24 * 3600)
+    assert place.entries(world.registry.path(world.ref("ada", 1)).rpartition("/")[0]) == ["1"]
+    monkeypatch.undo()
+    assert world.tick().ended == {Ended.PUBLISHED: 1}
