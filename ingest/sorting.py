@@ -94,10 +94,7 @@ class Sorter:
     def _sort_event(self, record: Record, now: datetime, result: Sorted) -> None:
         try:
             event = parse_event(record, limits=self._limits, now=now)
-            task = self._tasks.require(event.task)
-            if not event.output.strip() and not task.bare_history:
-                raise InvalidRecord(Reason.INVALID_RECORD, "output: expected text that is not blank")
-            task.check_output(event.output, event.choices)
+            self._tasks.require(event.task).check_output(event.output, event.choices)
         except InvalidRecord as error:
             where = record.partition
             logger.info("%s/%d offset %d is refused: %s", where.topic, where.index, record.offset, error.reason)

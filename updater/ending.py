@@ -35,8 +35,8 @@ class Tick:
     """Whether the registry has given somebody's files."""
     wrote: bool = False
     """Whether it has taken somebody's: a full or read-only one gives and does not take."""
-    unread: list[tuple[Job, Exception]] = field(default_factory=list)
-    unwritten: list[tuple[Job, Exception]] = field(default_factory=list)
+    unread: list[tuple[Job, Stranded]] = field(default_factory=list)
+    unwritten: list[tuple[Job, Stranded]] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
     ended: Counter[Ended] = field(default_factory=Counter)
 

@@ -61,11 +61,13 @@ class Task:
             choices: The record's own choices, if any.
 
         Raises:
-            InvalidRecord: With ``unknown_label``.
+            InvalidRecord: With ``unknown_label``; blank where it may not be, with ``invalid_record``.
         """
         allowed = self.allowed(choices)
-        if self.bare_history and not output.strip():
-            return
+        if not output.strip() and output not in allowed:
+            if self.bare_history:
+                return
+            raise InvalidRecord(Reason.INVALID_RECORD, "output: expected text that is not blank")
         if allowed and output not in allowed:
             shown = "the record's choices"  # they are the user's text, and a message quotes none
             if allowed is self.labels:

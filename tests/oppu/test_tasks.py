@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from oppu.errors import ConfigError, InvalidRecord, Reason
-from oppu.tasks import load_tasks
+from oppu.tasks import Task, load_tasks
 
 LAMP = {
     "citation": ("choice", 2),
@@ -77,3 +77,12 @@ def test_allowed_outputs(tmp_path: Path) -> None:
             call()
         assert caught.value.reason == reason
         assert "p, q" not in caught.value.message  # a record's own choices are its user's text
+
+
+@pytest.mark.parametrize("output", ["", " \t"])
+def test_a_blank_output_is_for_tasks_with_bare_histories(output: str) -> None:
+    Task("tweet", "text", "{input}", "is", bare_history=True).check_output(output, None)
+    for task in (Task("write", "text", "{input}", "is"), Task("label", "choice", "{input}", "is", labels=("a", "b"))):
+        with pytest.raises(InvalidRecord, match="output: expected text that is not blank") as caught:
+            task.check_output(output, None)
+        assert caught.value.reason is Reason.INVALID_RECORD
