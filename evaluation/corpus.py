@@ -19,8 +19,9 @@ from typing import Any
 from pydantic import ValidationError, field_validator
 
 from oppu.errors import ConfigError, InvalidRecord, Reason
+from oppu.parsing import check_version, refusal
 from oppu.tasks import Tasks
-from oppu.wire import BehaviorEvent, check_version, refusal
+from oppu.wire import BehaviorEvent
 
 FIRST_DAY = date(2000, 1, 1)
 """Of histories that have no days of their own."""

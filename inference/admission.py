@@ -11,11 +11,12 @@ from datetime import datetime
 from enum import StrEnum
 
 from oppu.errors import InvalidRecord, Reason
+from oppu.parsing import addressee, parse_request, user_key
 from oppu.settings import Settings
 from oppu.store.records import StoredOffset
 from oppu.tasks import Task, Tasks
 from oppu.values import Partition, Record, UserId
-from oppu.wire import PredictionRequest, addressee, parse_request, user_key
+from oppu.wire import PredictionRequest
 
 DEADLINE_MARGIN_SECONDS = 0.1
 """Waiting for history ends this long before the deadline: a degraded answer in time beats a late one."""

@@ -12,11 +12,12 @@ from datetime import UTC, datetime, timedelta
 from oppu.dead_letters import dead_letter
 from oppu.errors import InvalidRecord, Reason
 from oppu.kafka.topics import largest_record_bytes
+from oppu.parsing import parse_event, parse_prediction
 from oppu.settings import Settings
 from oppu.store.records import NewAnswer
 from oppu.tasks import Tasks
 from oppu.values import OutRecord, Record, RequestId, UserId
-from oppu.wire import BehaviorEvent, Prediction, Topics, parse_event, parse_prediction
+from oppu.wire import BehaviorEvent, Prediction, Topics
 
 logger = logging.getLogger(__name__)
 

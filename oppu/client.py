@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 from oppu.errors import TransientError
 from oppu.kafka.port import Broker, Produced
+from oppu.parsing import parse_prediction
 from oppu.values import OutRecord, Partition
-from oppu.wire import BehaviorEvent, Prediction, PredictionRequest, Topics, parse_prediction, record_for
+from oppu.wire import BehaviorEvent, Prediction, PredictionRequest, Topics, record_for
 
 POLL_SECONDS = 0.05
 JOIN_SECONDS = 30.0

@@ -23,13 +23,14 @@ from oppu.kafka.topics import topic_specs
 from oppu.lm.fake import BUCKETS, TENSOR, FakeModel, _bucket
 from oppu.lm.port import AdapterRef, Tensors
 from oppu.metrics import Metrics, fresh
+from oppu.parsing import parse_prediction
 from oppu.settings import InferenceSettings, KafkaSettings, Settings, StoreSettings
 from oppu.store.migrations import migrate
 from oppu.store.records import Candidate, IngestBatch, NewEvent, OffsetAdvance
 from oppu.store.sql import SqlStore, open_store
 from oppu.tasks import Task, Tasks
 from oppu.values import EventId, Headers, OutRecord, Partition, Record, UserId
-from oppu.wire import Prediction, Topics, parse_prediction
+from oppu.wire import Prediction, Topics
 from oppu.worker import StepOutcome
 from retriever.service import Retriever
 

@@ -9,21 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from oppu.errors import InvalidRecord, Reason
+from oppu.parsing import addressee, parse_event, parse_prediction, parse_request
 from oppu.settings import LimitsSettings
 from oppu.values import Partition, Record
-from oppu.wire import (
-    BehaviorEvent,
-    Prediction,
-    PredictionRequest,
-    Provenance,
-    addressee,
-    content_digest,
-    encode,
-    parse_event,
-    parse_prediction,
-    parse_request,
-    record_for,
-)
+from oppu.wire import BehaviorEvent, Prediction, PredictionRequest, Provenance, content_digest, encode, record_for
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 LIMITS = LimitsSettings()

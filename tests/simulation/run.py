@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from oppu.errors import TransientError
+from oppu.parsing import parse_prediction
 from oppu.values import OutRecord, Partition, UserId
-from oppu.wire import parse_prediction
 from tests.simulation.spies import SpyRetriever, Violation
 from tests.simulation.world import Odds, UpdaterProcess, World
 from updater.sweeping import PAUSE_SECONDS
