@@ -19,7 +19,7 @@ from oppu.cli.up import stack
 from oppu.client import Client
 from oppu.settings import Settings
 from oppu.values import BaseId, UserId
-from oppu.wire import After, BehaviorEvent
+from oppu.wire import BehaviorEvent, Coordinates
 
 HISTOGRAM = "oppu_ingest_event_to_retrievable_seconds"
 OVERRIDES = """
@@ -89,7 +89,7 @@ def _own_events(client: Client, events: Sequence[BehaviorEvent]) -> dict[str, ob
         reached[event.user_id] = provenance(client, event, f"before-{number}").history_sequence + 1
         [at] = client.send_events([event])
         began = time.monotonic()
-        made = provenance(client, event, f"own-{number}", After(partition=at.partition.index, offset=at.offset))
+        made = provenance(client, event, f"own-{number}", Coordinates(partition=at.partition.index, offset=at.offset))
         seconds.append(time.monotonic() - began)
         behind = any(part.part == "history" for part in made.degraded)
         degraded += behind

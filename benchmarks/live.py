@@ -17,7 +17,7 @@ from oppu.lm.port import AdapterRef, Example, LanguageModel, Tensors, TrainConfi
 from oppu.settings import Settings
 from oppu.store.records import Candidate
 from oppu.values import BaseId, UserId
-from oppu.wire import AdapterUpdate, After, BehaviorEvent, PredictionRequest, Provenance, record_for
+from oppu.wire import AdapterUpdate, BehaviorEvent, Coordinates, PredictionRequest, Provenance, record_for
 
 STORED_SECONDS, ANSWER_SECONDS = 120.0, 60.0
 CLAIM_SECONDS = 60.0
@@ -105,7 +105,7 @@ def await_events(counts: Callable[[], Mapping[str, int]], wanted: int) -> None:
         time.sleep(0.1)
 
 
-def provenance(client: Client, event: BehaviorEvent, request_id: str, after: After | None = None) -> Provenance:
+def provenance(client: Client, event: BehaviorEvent, request_id: str, after: Coordinates | None = None) -> Provenance:
     """Ask about an event's input and return what the answer was made of."""
     request = PredictionRequest(
         request_id=request_id,

@@ -13,7 +13,7 @@ from oppu.errors import Reason
 from oppu.kafka.topics import DEAD_LETTER_OVERHEAD_BYTES, largest_record_bytes
 from oppu.settings import Settings
 from oppu.values import OutRecord, Record
-from oppu.wire import Degraded, ErrorBody, Prediction, Provenance, Topics, record_for
+from oppu.wire import Coordinates, Degraded, ErrorBody, Prediction, Provenance, Topics, record_for
 
 Status = Literal["ok", "error", "dead_letter"]
 
@@ -79,6 +79,7 @@ class AnswerWriter:
         prediction = Prediction(
             request_id=ask.request.request_id,
             user_id=ask.request.user_id,
+            request=_coordinates(ask.record),
             task=ask.task.name,
             status="ok",
             output=output,
@@ -109,6 +110,7 @@ class AnswerWriter:
         prediction = Prediction(
             request_id=ask.request.request_id,
             user_id=ask.request.user_id,
+            request=_coordinates(ask.record),
             task=ask.task.name,
             status="error",
             error=ErrorBody(code=str(code), message=message),
@@ -139,6 +141,7 @@ class AnswerWriter:
         prediction = Prediction(
             request_id=request_id,
             user_id=user_id,
+            request=_coordinates(refusal.record),
             status="error",
             error=ErrorBody(code=code, message=refusal.message),
         )
@@ -151,3 +154,7 @@ class AnswerWriter:
             prediction,
             request_id=prediction.request_id.encode(),
         )
+
+
+def _coordinates(record: Record) -> Coordinates:
+    return Coordinates(partition=record.partition.index, offset=record.offset)

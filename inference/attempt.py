@@ -85,6 +85,7 @@ class Attempt:
         }
         return Provenance(
             base=base,
+            epoch=self.personal.epoch,
             adapter_version=adapter.version if adapter is not None else None,
             profile_version=profile.version if profile is not None else None,
             retrieved=retrieved,

@@ -17,7 +17,7 @@ from inference.blending import caches
 from oppu.errors import FatalError
 from oppu.lm.blend import Texts
 from oppu.settings import Settings
-from oppu.values import UserId, UserState
+from oppu.values import FIRST_EPOCH, UserId, UserState
 from oppu.wire import Degraded
 from retriever.port import Degradation, Hit, Profile, Query, Retrieved, knn_distribution
 
@@ -48,6 +48,11 @@ class Personal:
     state: UserState | None
     retrieved: Retrieved | None = None
     profile: Profile | None = None
+
+    @property
+    def epoch(self) -> int:
+        """The user's epoch; a user who is not known was never erased."""
+        return self.state.epoch if self.state is not None else FIRST_EPOCH
 
     @property
     def sequence(self) -> int:

@@ -16,7 +16,7 @@ from oppu.parsing import parse_event, parse_prediction
 from oppu.settings import Settings
 from oppu.store.records import NewAnswer
 from oppu.tasks import Tasks
-from oppu.values import OutRecord, Record, RequestId, UserId
+from oppu.values import OutRecord, Partition, Record, RequestId, UserId
 from oppu.wire import BehaviorEvent, Prediction, Topics
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,8 @@ class Sorter:
             return None
         if not 0 < len(request_id) <= IDENTIFIER_CHARACTERS or "\0" in user_id + request_id + output:
             return None
-        used = prediction.provenance.used if prediction.provenance is not None else ()
+        made, asked = prediction.provenance, prediction.request
+        used = made.used if made is not None else ()
         return NewAnswer(
             request_id=RequestId(request_id),
             user_id=UserId(user_id),
@@ -138,6 +139,8 @@ class Sorter:
             answered_at=recorded_at(record, now),
             partition=record.partition,
             offset=record.offset,
+            epoch=made.epoch if made is not None else None,
+            request=(Partition(self._topics.requests, asked.partition), asked.offset) if asked is not None else None,
         )
 
 

@@ -254,7 +254,7 @@ class IngestWorker:
             Outcome.CONFLICT: result.conflicts,
             Outcome.ERASED: result.erased,
             Outcome.REFUSED: len(batch.refused),
-            Outcome.ANSWER: len(batch.answers),
+            Outcome.ANSWER: result.kept,
             Outcome.SKIPPED: batch.skipped,
         }
         for outcome, number in numbers.items():

@@ -82,6 +82,10 @@ class Head:
     earned: float = 0.0
 
 
+FIRST_EPOCH = 1
+"""The epoch of a user who was never erased."""
+
+
 @dataclass(frozen=True, slots=True)
 class UserState:
     """What a step must know of a user before it reads anything cached: all three in one query."""

@@ -79,8 +79,8 @@ class RequestOptions(Wire):
     max_new_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
 
 
-class After(Wire):
-    """Coordinates that the producer of an event got acknowledged: answer only with that event in view."""
+class Coordinates(Wire):
+    """Where a record lies in its topic."""
 
     partition: Annotated[int, Field(ge=0, lt=2**31)]
     offset: Annotated[int, Field(ge=0, lt=2**63)]
@@ -97,7 +97,7 @@ class PredictionRequest(Wire):
     choices: Annotated[tuple[Text, ...], Field(min_length=2, strict=False)] | None = None
     options: RequestOptions = RequestOptions()
     deadline: Time | None = None
-    after: After | None = None
+    after: Coordinates | None = Field(None, description="An event's, as acknowledged: answer with it in view.")
 
 
 class ErrorBody(Wire):
@@ -118,6 +118,7 @@ class Provenance(Wire):
     """What the answer was made of."""
 
     base: str
+    epoch: Annotated[int, Field(ge=1)] | None = Field(None, description="The user's: each erasure begins a new one.")
     adapter_version: int | None = None
     profile_version: str | None = None
     retrieved: Annotated[tuple[str, ...], Field(strict=False, description="Events that had a say in it.")] = ()
@@ -132,6 +133,7 @@ class Prediction(Wire):
     schema_version: int = SCHEMA_VERSION
     request_id: str
     user_id: str
+    request: Coordinates | None = Field(None, description="Where the request lies that this answers.")
     task: str | None = None
     status: Literal["ok", "error"]
     output: str | None = None

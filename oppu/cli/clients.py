@@ -17,7 +17,7 @@ from oppu.cli import Session, compose, emit, json_option
 from oppu.cli.operation import partition_count
 from oppu.client import Client
 from oppu.errors import ConfigError, OppuError
-from oppu.wire import After, BehaviorEvent, Prediction, PredictionRequest, RequestOptions
+from oppu.wire import BehaviorEvent, Coordinates, Prediction, PredictionRequest, RequestOptions
 
 CHUNK = 500
 
@@ -154,13 +154,13 @@ def _request(text: str, user_id: str, task: str, options: dict[str, Any]) -> Pre
         raise ConfigError(*(f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors())) from error
 
 
-def _after(text: str | None) -> After | None:
+def _after(text: str | None) -> Coordinates | None:
     if text is None:
         return None
     partition, _, offset = text.partition(":")
     if not (partition.isdecimal() and offset.isdecimal()):
         raise ConfigError(f"--after: expected PARTITION:OFFSET, got {text}")
-    return After(partition=int(partition), offset=int(offset))
+    return Coordinates(partition=int(partition), offset=int(offset))
 
 
 def _shown(answer: Prediction) -> str:

@@ -103,7 +103,7 @@ def erase(session: Session, user_id: str, *, yes: bool) -> None:
     names = compose.topics(settings)
     with _admin(settings) as admin:
         cluster = admin.cluster_id()
-    ends = _end_offsets(settings, names.events)
+    ends = _end_offsets(settings, [names.events, names.requests, names.predictions])
     tombstone = OutRecord(names.updates, user_id.encode(), None)
     bases = history.bases()
     if history.counts()["adapters"]:
@@ -238,10 +238,10 @@ def _weaker(wanted: TopicSpec, found: TopicSpec) -> str:
     return ""
 
 
-def _end_offsets(settings: Settings, topic: str) -> dict[Partition, int]:
+def _end_offsets(settings: Settings, topics: list[str]) -> dict[Partition, int]:
     broker = compose.broker(settings)
-    partitions = [Partition(topic, index) for index in range(partition_count(settings, topic))]
-    reader = broker.consumer("oppu-erase-reader", [topic], lambda assigned, _: dict.fromkeys(assigned, 0),
+    partitions = [Partition(topic, index) for topic in topics for index in range(partition_count(settings, topic))]
+    reader = broker.consumer("oppu-erase-reader", topics, lambda assigned, _: dict.fromkeys(assigned, 0),
                              client_id="oppu-erase")  # fmt: skip
     try:
         return dict(reader.end_offsets(partitions))

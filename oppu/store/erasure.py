@@ -1,7 +1,7 @@
 """Locks on users' rows, and the erasure of a user.
 
 The row lock serialises all that gives out sequence numbers, matches answers or erases. Of an erased user there
-remains only the keyed hash of the id, the raised epoch, the time, and where each events partition ended.
+remains only the keyed hash of the id, the raised epoch, the time, and where each partition of theirs ended.
 """
 
 import json
@@ -16,9 +16,7 @@ from oppu.store.audit import append
 from oppu.store.database import chunks, insert_missing, upsert
 from oppu.store.records import AdapterLogEntry, Outcome
 from oppu.store.schema import adapters, answers, erasures, outbox, users
-from oppu.values import Partition, UserId
-
-_FIRST_EPOCH = 1
+from oppu.values import FIRST_EPOCH, Partition, UserId
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +60,7 @@ def lock_users(connection: Connection, user_ids: Iterable[UserId]) -> dict[UserI
         insert_missing(
             connection,
             users,
-            ({"user_id": user_id, "epoch": _FIRST_EPOCH, "last_seq": 0} for user_id in missing),
+            ({"user_id": user_id, "epoch": FIRST_EPOCH, "last_seq": 0} for user_id in missing),
         )
         locked |= _lock(connection, missing)
         missing = [user_id for user_id in missing if user_id not in locked]

@@ -60,7 +60,7 @@ def write_events(connection: Connection, user_hash: UserHash, batch: IngestBatch
     matched = _match(connection, result.rows, served)
     enqueue(connection, [*batch.dead_letters, *result.conflicts])
     dropped = len(batch.events) - len(fresh) + len(batch.answers) - len(served)
-    return IngestResult(len(result.rows), result.duplicates, len(result.conflicts), dropped, matched)
+    return IngestResult(len(result.rows), result.duplicates, len(result.conflicts), dropped, len(served), matched)
 
 
 def _event_is_erased(erased: dict[UserId, Erasure], cluster_id: str, event: NewEvent) -> bool:
@@ -69,11 +69,17 @@ def _event_is_erased(erased: dict[UserId, Erasure], cluster_id: str, event: NewE
 
 
 def _answer_is_erased(erased: dict[UserId, Erasure], cluster_id: str, answer: NewAnswer) -> bool:
-    # The trace may know the events' partitions only, so an answer's own time counts as well.
+    """Say whether an answer lies before its user's erasure, was made of what that took away, or answers what was asked
+    before it. One that does not say what it was made of goes by its time."""
     erasure = erased.get(answer.user_id)
-    return erasure is not None and (
-        erasure.covers(cluster_id, answer.partition, answer.offset) or answer.answered_at <= erasure.erased_at
-    )
+    if erasure is None:
+        return False
+    records = [(answer.partition, answer.offset), *([answer.request] if answer.request is not None else [])]
+    if any(erasure.covers(cluster_id, partition, offset) for partition, offset in records):
+        return True
+    if answer.epoch is None:
+        return answer.answered_at <= erasure.erased_at
+    return answer.epoch < erasure.epoch
 
 
 def _stored_digests(connection: Connection, fresh: Iterable[NewEvent]) -> dict[_Key, bytes]:

@@ -53,7 +53,20 @@ class NewEvent:
 
 @dataclass(frozen=True, slots=True)
 class NewAnswer:
-    """A prediction that was served, kept to be matched with what the user really did."""
+    """A prediction that was served, kept to be matched with what the user really did.
+
+    Attributes:
+        request_id: Names it; unique within a user.
+        user_id: Whose.
+        task: The task.
+        output: The answer.
+        arm: What contributed to it.
+        answered_at: The time of its record.
+        partition: Where its record lies.
+        offset: There.
+        epoch: The user's epoch when it was computed; ``None`` where it does not say.
+        request: Where the request lies; ``None`` where it does not say.
+    """
 
     request_id: RequestId
     user_id: UserId = field(repr=False)
@@ -63,6 +76,8 @@ class NewAnswer:
     answered_at: datetime
     partition: Partition
     offset: int
+    epoch: int | None = None
+    request: tuple[Partition, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +94,13 @@ class IngestBatch:
 
 @dataclass(frozen=True, slots=True)
 class IngestResult:
-    """What became of a batch. ``erased`` counts records from before their user's erasure."""
+    """What became of a batch: ``erased`` are events and answers of before an erasure, ``kept`` the other answers."""
 
     written: int
     duplicates: int
     conflicts: int
     erased: int
+    kept: int
     matched: int
 
 

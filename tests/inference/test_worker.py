@@ -532,6 +532,8 @@ def test_an_erased_user_is_a_stranger(world: World) -> None:
     after = world.answer("after")
     assert after.provenance is not None
     assert (after.provenance.used, after.provenance.history_sequence) == ((), 0)
+    made = [world.answer(name).provenance for name in ("before", "after", "stranger")]
+    assert [provenance.epoch for provenance in made if provenance is not None] == [1, 2, 1]
     assert after.scores == world.answer("stranger").scores
 
 
@@ -545,6 +547,17 @@ def test_timings_and_latency_come_from_the_clocks(world: World) -> None:
     world.turn()
     assert world.answer("r1").timings["queue"] == pytest.approx(250.0)
     assert world.sample("oppu_inference_request_to_answer_seconds_sum") == pytest.approx(0.25)
+
+
+def test_answers_say_where_their_request_lies(world: World) -> None:
+    world.ask("anna", "r1")
+    world.ask("anna", "late", deadline="2020-01-01T00:00:00Z")
+    world.ask("anna", "refused", task="unheard of")
+    world.turn()
+    asked = {json.loads(r.value or b"")["request_id"]: r for r in world.broker.records(world.topics.requests)}
+    for name, record in asked.items():
+        found = world.answer(name).request
+        assert found is not None and (found.partition, found.offset) == (record.partition.index, record.offset)
 
 
 def test_headers_carry_the_request_id(world: World) -> None:

@@ -7,8 +7,8 @@ import pytest
 
 from oppu.loop import LoopState
 from oppu.settings import StoreSettings
-from oppu.values import OutRecord
-from oppu.wire import ErrorBody, Prediction, Provenance, record_for
+from oppu.values import OutRecord, Partition, UserId
+from oppu.wire import Coordinates, ErrorBody, Prediction, Provenance, record_for
 from tests.ingest.world import TOPICS, World
 
 
@@ -81,6 +81,28 @@ def test_answers_that_are_of_no_use_are_skipped(world: World, changes: dict[str,
     world.turn()
     assert world.outcomes() == {"skipped": 1}
     assert quality(world) == {}
+
+
+def test_an_answer_to_what_was_asked_before_an_erasure_is_not_kept(world: World) -> None:
+    requests = Partition(TOPICS.requests, 1)
+    world.store.erase(
+        UserId("u1"),
+        cluster_id="memory",
+        end_offsets={requests: 7},
+        now=world.clock.now(),
+        announce=OutRecord(TOPICS.updates, b"u1", None),
+    )
+    world.clock.advance(1)
+    made = Provenance(base="b", epoch=2)
+    world.producer.send(
+        [
+            prediction("waited", request=Coordinates(partition=1, offset=6), provenance=made),
+            prediction("elsewhere", request=Coordinates(partition=0, offset=6), provenance=made),
+            prediction("computed amid it", provenance=Provenance(base="b", epoch=1)),
+        ]
+    )
+    world.turn()
+    assert world.outcomes() == {"answer": 1, "erased": 2}
 
 
 @pytest.mark.parametrize("key", [None, b"u2", b""])

@@ -26,6 +26,7 @@ class Sent:
     events: list[tuple[str, str, Partition, int]] = field(default_factory=list)
     rubbish: set[tuple[Partition, int]] = field(default_factory=set)
     requests: dict[str, tuple[str, str | None]] = field(default_factory=dict)
+    asked: dict[str, tuple[Partition, int]] = field(default_factory=dict)
     erased_at: dict[Partition, int] = field(default_factory=dict)
     number: int = 0
 
@@ -102,15 +103,16 @@ def _ask(world: World, sent: Sent) -> None:
     if mine and user != ERASED and chance.random() < 0.5:
         _, needed, partition, offset = mine[-1]
         request["after"] = {"partition": partition.index, "offset": offset}
-    world.produce([OutRecord(world.topics.requests, user.encode(), json.dumps(request).encode())])
+    record = OutRecord(world.topics.requests, user.encode(), json.dumps(request).encode())
+    (sent.asked[request["request_id"]],) = world.produce([record])
     sent.requests[request["request_id"]] = (user, needed)
 
 
 def _erase(world: World, sent: Sent) -> None:
     """Erase a user, as a command does that dies before the files: everything sent so far is to be gone."""
     ends = {Partition(world.topics.events, n): 0 for n in range(world.settings.kafka.partitions)}
-    for partition, offset in {*(event[2:] for event in sent.events), *sent.rubbish}:
-        ends[partition] = max(ends[partition], offset + 1)
+    for partition, offset in {*(event[2:] for event in sent.events), *sent.rubbish, *sent.asked.values()}:
+        ends[partition] = max(ends.get(partition, 0), offset + 1)
     tombstone = OutRecord(world.topics.updates, ERASED.encode(), None)
     world.store.erase(UserId(ERASED), cluster_id="sim", end_offsets=ends, now=world.clock.now(), announce=tombstone)
     sent.erased_at = ends
@@ -154,6 +156,7 @@ def _check(world: World, sent: Sent) -> None:
     sequences = _check_events(world, sent)
     _check_dead_letters(world, sent)
     _check_answers(world, sent, sequences)
+    _check_kept_answers(world, sent)
     _check_files(world)
 
 
@@ -205,6 +208,18 @@ def _check_answers(world: World, sent: Sent, sequences: dict[str, int]) -> None:
         behind = any(d.reason == "history_behind" for d in made.degraded)
         if needed is not None and not behind and made.history_sequence < sequences[needed]:
             raise Violation(f"{answer.request_id}: lacks {needed} and does not say so")
+
+
+def _check_kept_answers(world: World, sent: Sent) -> None:
+    """Every answer is kept once, but those to what the erased user had asked before."""
+    gone = {
+        request_id
+        for request_id, (user, _) in sent.requests.items()
+        if user == ERASED and sent.asked[request_id][1] < sent.erased_at.get(sent.asked[request_id][0], 0)
+    }
+    kept = Counter(world.kept_answers())
+    if kept != Counter(sent.requests.keys() - gone):
+        raise Violation(f"kept answers: {kept}, of {sent.requests.keys()}, without {gone}")
 
 
 def _check_files(world: World) -> None:

@@ -19,7 +19,7 @@ from ingest.step import IngestWorker
 from oppu.effects import Effect, Steps
 from oppu.store import claims, ingest_writes
 from oppu.store.database import upsert
-from oppu.store.records import Claim, IngestBatch, IngestResult, OffsetAdvance, OutboxRow
+from oppu.store.records import Claim, IngestBatch, IngestResult, NewAnswer, OffsetAdvance, OutboxRow
 from oppu.store.schema import offsets
 from oppu.values import UserId, UserState
 from retriever.port import Profile, Query, Retrieved
@@ -161,12 +161,23 @@ def no_sweep(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Sweeper, "step", lambda _: iter(()))
 
 
+def answers_go_by_their_time(patch: pytest.MonkeyPatch) -> None:
+    """An answer is of before an erasure where its record is, whatever it was made of and whenever it was asked."""
+    judge = ingest_writes._answer_is_erased
+
+    def timed(erased: Any, cluster_id: str, answer: NewAnswer) -> bool:
+        return judge(erased, cluster_id, replace(answer, epoch=None, request=None))
+
+    patch.setattr(ingest_writes, "_answer_is_erased", timed)
+
+
 BUGS: tuple[Plant, ...] = (
     write_after_commit,
     no_offset_condition,
     dead_letter_outside_the_transaction,
     publishing_without_token,
     no_sweep,
+    answers_go_by_their_time,
     giving_back_forgives,
     cache_key_without_version,
     cursor_without_epoch,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sqlalchemy import select
 from sqlalchemy.event import listen
 
 from inference.worker import InferenceWorker
@@ -32,6 +33,7 @@ from oppu.metrics import fresh
 from oppu.privacy import UserHash
 from oppu.registry import AdapterRegistry
 from oppu.settings import Settings
+from oppu.store.schema import answers
 from oppu.store.sql import migrate, open_store
 from oppu.tasks import Task, Tasks
 from oppu.values import BaseId, OutRecord, Partition
@@ -207,6 +209,11 @@ class World:
         """Return where ingest stands."""
         stored = self.store.offsets("sim", [self.topics.events, self.topics.predictions])
         return {partition: offset.next_offset for partition, offset in stored.items()}
+
+    def kept_answers(self) -> list[str]:
+        """Return the request ids of the answers that the store keeps."""
+        with self.store.database.read() as connection:
+            return list(connection.execute(select(answers.c.request_id)).scalars())
 
     def produce(self, records: Sequence[OutRecord]) -> list[tuple[Partition, int]]:
         """Produce as an application does, outside all faults."""

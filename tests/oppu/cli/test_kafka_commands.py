@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select
 
 from oppu.cli import compose
 from oppu.dead_letters import dead_letter
 from oppu.errors import Reason
 from oppu.registry_place import MARK
 from oppu.settings import KafkaSettings, Settings
+from oppu.store.schema import erasures
 from oppu.values import OutRecord, Partition, Record, UserId
 from tests.oppu.cli.conftest import Run
 from tests.updater.world import World
@@ -115,6 +117,7 @@ def test_dead_letters_are_replayed(settings: Settings, run: Run) -> None:
 def test_erase(settings: Settings, world: World, run: Run, tmp_path: Path) -> None:
     names = compose.topics(settings)
     send(settings, OutRecord(names.events, b"ada", json.dumps(EVENT).encode()))
+    send(settings, OutRecord(names.requests, b"ada", b"{}"), OutRecord(names.predictions, b"ada", b"{}"))
     assert list((tmp_path / "adapters").rglob("*.safetensors"))
     (tmp_path / "adapters").rename(tmp_path / "elsewhere")  # a share that is not mounted
     away = run("erase", "ada", "--yes")
@@ -126,6 +129,14 @@ def test_erase(settings: Settings, world: World, run: Run, tmp_path: Path) -> No
     assert world.store.events({UserId("ada"): 0}, embedder="", limit=10).get(UserId("ada"), []) == []
     [tombstone] = [row.record for row in world.store.outbox(100) if row.record.topic == names.updates]
     assert (tombstone.key, tombstone.value) == (b"ada", None)
+    with world.store.database.read() as connection:
+        (trace,) = connection.execute(select(erasures.c.end_offsets)).scalars()
+    (reached,) = json.loads(trace).values()
+    assert {topic: sum(ends.values()) for topic, ends in reached.items()} == {
+        names.events: 1,
+        names.requests: 1,
+        names.predictions: 1,
+    }
     assert run("history", "bob", "--json").code == 0
     assert run("erase", "eve", "--yes").code == 2
 

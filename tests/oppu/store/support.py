@@ -57,10 +57,20 @@ def new_event(
 
 
 def new_answer(
-    user_id: str, request_id: str, *, output: str = "yes", arm: str = "all", offset: int = 0, at: datetime = NOW
+    user_id: str,
+    request_id: str,
+    *,
+    output: str = "yes",
+    arm: str = "all",
+    offset: int = 0,
+    at: datetime = NOW,
+    epoch: int | None = None,
+    request: tuple[Partition, int] | None = None,
 ) -> NewAnswer:
     """A served prediction."""
-    return NewAnswer(RequestId(request_id), UserId(user_id), "task", output, arm, at, ANSWERS, offset)
+    return NewAnswer(
+        RequestId(request_id), UserId(user_id), "task", output, arm, at, ANSWERS, offset, epoch=epoch, request=request
+    )
 
 
 def some(user_id: str, count: int, start: int = 1) -> list[NewEvent]:

@@ -123,6 +123,22 @@ def test_late_answers_are_dropped(store: SqlStore, writer: Writer) -> None:
     assert store.users([ADA], BASE)[ADA].epoch == 2
 
 
+def test_answers_made_of_what_was_erased_or_asked_before_are_dropped(store: SqlStore, writer: Writer) -> None:
+    requests = Partition("prediction-requests", 0)
+    writer.write(some("ada", 1))
+    store.erase(ADA, cluster_id=CLUSTER, end_offsets={requests: 7}, now=NOW, announce=TOMBSTONE)
+    after = NOW + timedelta(seconds=1)
+    answers = [
+        new_answer("ada", "computed amid it", at=after, epoch=1, request=(requests, 7)),
+        new_answer("ada", "waited", at=after, epoch=2, request=(requests, 6)),
+        new_answer("ada", "asked afterwards", at=after, epoch=2, request=(requests, 7)),
+    ]
+    assert writer.write(answers=answers).erased == 2
+    with store.database.read() as connection:
+        kept = connection.execute(select(metadata.tables["answers"].c.request_id)).scalars().all()
+    assert kept == ["asked afterwards"]
+
+
 def test_an_unknown_user_is_refused_from_then_on(store: SqlStore, writer: Writer) -> None:
     assert not erase(store, 10)
     assert store.outbox(9)[0].record == TOMBSTONE

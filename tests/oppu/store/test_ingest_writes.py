@@ -54,7 +54,7 @@ def history(store: SqlStore, user_id: str, after: int = 0, limit: int = 1000) ->
 
 def test_events_come_back_as_written(store: SqlStore, writer: Writer) -> None:
     event = new_event("ada", "e1", text="nul \x00 \U0001f600 e\u0301", choices=("é", "e\u0301", '"'), in_reply_to="r")
-    assert writer.write([event]) == IngestResult(1, 0, 0, 0, 0)
+    assert writer.write([event]) == IngestResult(1, 0, 0, 0, 0, 0)
     (stored,) = store.events({ADA: 0}, embedder=EMBEDDER, limit=10)[ADA]
     assert (stored.user_id, stored.seq, stored.event_id, stored.task) == (ADA, 1, "e1", "task")
     assert (stored.input, stored.output, stored.choices) == (event.input, "yes", event.choices)
@@ -104,8 +104,8 @@ def test_many_users_in_one_call(store: SqlStore, writer: Writer) -> None:
 def test_duplicates_and_conflicts(store: SqlStore, writer: Writer) -> None:
     first = new_event("ada", "e1")
     again = new_event("ada", "e1", output="no")
-    assert writer.write([first, first, again]) == IngestResult(1, 1, 1, 0, 0)
-    assert writer.write([again, first, new_event("bob", "e1")]) == IngestResult(1, 1, 1, 0, 0)
+    assert writer.write([first, first, again]) == IngestResult(1, 1, 1, 0, 0, 0)
+    assert writer.write([again, first, new_event("bob", "e1")]) == IngestResult(1, 1, 1, 0, 0, 0)
     assert [row.record for row in store.outbox(10)] == [again.conflict, again.conflict]
     assert history(store, "ada") == [(1, "e1")]
 
