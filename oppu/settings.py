@@ -18,6 +18,11 @@ from pydantic_settings import (
 
 from oppu.errors import ConfigError
 
+LONGEST_CLAIM_SECONDS = 3600.0
+"""Of any worker's ``updater.claim_seconds``: one that ends later was made by a clock that was ahead."""
+LONGEST_RETRY_SECONDS = 6 * 3600.0
+"""Cap of the back-off after failures; one that ends later was made by a clock that was ahead."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -170,7 +175,12 @@ class UpdaterSettings(_Section):
         0.0, ge=0, lt=1, description="Share of their inputs that adapters do not see while they learn."
     )
     holdout_share: float = Field(0.2, gt=0, lt=1, description="Newest share of the pending events that validates.")
-    claim_seconds: float = Field(60.0, gt=0, description="A claim lasts so long unless renewed.")
+    claim_seconds: float = Field(
+        60.0,
+        gt=0,
+        le=LONGEST_CLAIM_SECONDS,
+        description="A claim lasts so long unless renewed: over twice the registry's slowest write.",
+    )
     quarantine_after: int = Field(5, ge=1, description="Failures in a row that quarantine a user.")
     retry_seconds: float = Field(30.0, gt=0, description="First back-off after a failure; doubles.")
 

@@ -1,8 +1,8 @@
 """How one user's update ends when it publishes nothing, and what is noted of every end.
 
 Invariant: a failed, abandoned or drained attempt has considered nothing, so its events stay pending. Failures are
-repeated after a back-off and quarantined in the end, but for those of files alone, which are not the user's; what is
-given back neither adds to them nor forgives them. A claim that has moved on is never written under.
+repeated after a back-off and quarantined in the end, but for those of files or memory, which are not the user's; what
+is given back neither adds to them nor forgives them. A claim that has moved on is never written under.
 """
 
 import logging
@@ -13,6 +13,7 @@ from datetime import datetime
 from oppu.clock import Clock
 from oppu.effects import Effect, Steps
 from oppu.errors import OppuError, TransientError
+from oppu.lm.faults import out_of_memory
 from oppu.metrics import Metrics
 from oppu.settings import UpdaterSettings
 from oppu.store.port import HistoryStore
@@ -61,7 +62,7 @@ class Endings:
         logger.debug("user %s: where it failed", job.user, exc_info=error)
         # messages of our own quote no content; a library's may quote the user's text
         said = str(error) if isinstance(error, OppuError) else type(error).__name__
-        blameless = isinstance(error, Stranded)
+        blameless = isinstance(error, Stranded) or out_of_memory(error)
         yield from self.conclude(tick, job, Ended.FAILED, f"{stage}: {said}", blameless=blameless)
 
     def give_back(self, tick: Tick, job: Job, why: str) -> Steps[None]:
@@ -72,7 +73,7 @@ class Endings:
         if given:
             self.end(tick, job, Ended.SKIPPED, why)
         else:
-            self.discard(tick, job, "the claim had moved before it was given back")
+            self._discarded(tick, job, "the claim had moved before it was given back")
 
     def settle(self, tick: Tick) -> Steps[None]:
         """End the attempts that the registry stranded: failed, if it did the same for others; else it is away, or
@@ -83,7 +84,7 @@ class Endings:
             raise TransientError(str((tick.unread if away else tick.unwritten)[0][1]))
         for job, error in (*tick.unread, *tick.unwritten):
             if tick.leases.lost(job.user_id):
-                self.discard(tick, job, "the claim was lost")
+                yield from self.discard(tick, job, "the claim was lost")
             else:
                 yield from self.give_up(tick, job, error)
 
@@ -136,10 +137,20 @@ class Endings:
         if concluded:
             self.end(tick, job, how, reason)
         else:
-            self.discard(tick, job, "the claim had moved before it was concluded")
+            yield from self.discard(tick, job, "the claim had moved before it was concluded")
 
-    def discard(self, tick: Tick, job: Job, why: str) -> None:
-        """End an attempt whose claim belongs to somebody else by now: nothing is written."""
+    def discard(self, tick: Tick, job: Job, why: str) -> Steps[None]:
+        """End an attempt whose claim belongs to somebody else by now: nothing is written, but that we outlived it.
+
+        Else a registry slower than claims would look like users who kill the process.
+        """
+        self._discarded(tick, job, why)
+        try:
+            yield Effect("store.give_back", lambda: self.store.give_back(job.claim), job.label)
+        except TransientError as error:
+            logger.warning("user %s: the attempt still counts as one that ended with its process: %s", job.user, error)
+
+    def _discarded(self, tick: Tick, job: Job, why: str) -> None:
         if job.machine.state not in (State.FAILED, State.DRAINING):
             job.machine.advance(State.FAILED)
         self.end(tick, job, Ended.DISCARDED, why)

@@ -6,6 +6,7 @@ Pure: the caller passes what is due, the time and the budget. What is due is the
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
+from oppu.settings import LONGEST_RETRY_SECONDS
 from oppu.store.records import DueUser
 from oppu.values import UserId
 
@@ -13,8 +14,6 @@ ACTIVITY_HALF_LIFE_HOURS = 24.0
 """A user's weight halves for each day without an event: whoever is active now meets the new adapter soonest."""
 IDLE_WEIGHT = 0.05
 """The weight never falls below this, so that idle users wait for longer but not for ever."""
-LONGEST_RETRY_SECONDS = 6 * 3600.0
-"""Cap of the exponential back-off."""
 
 
 def plan(due: Sequence[DueUser], *, now: datetime, budget_users: int, budget_events: int | None = None) -> list[UserId]:

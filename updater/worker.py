@@ -17,7 +17,7 @@ import numpy as np
 from oppu.clock import Clock, SystemClock
 from oppu.effects import Effect, Steps
 from oppu.errors import AdapterUnreadable, FatalError, OppuError, TransientError
-from oppu.lm.faults import device_fault
+from oppu.lm.faults import device_fault, out_of_memory
 from oppu.lm.port import LanguageModel, TrainConfig, Trained
 from oppu.metrics import Metrics
 from oppu.privacy import UserHash
@@ -226,7 +226,11 @@ class Updater:
                 job.trained = result
 
     def _train_all(self, jobs: Sequence[Job], leases: Leases) -> Sequence[Trained | Exception]:
-        """Train all in one call; where that breaks, each alone, so that only the one at fault fails."""
+        """Train all in one call; where that breaks, each alone, so that only the one at fault fails.
+
+        Raises:
+            TransientError: There is no memory for any of several.
+        """
         if not jobs:
             return []
         together = self._caught(lambda: self._run_training(jobs, leases))
@@ -235,7 +239,10 @@ class Updater:
         if len(jobs) == 1 or isinstance(together, Drained):
             return [together] * len(jobs)
         logger.warning("training %d users together failed (%s): one by one", len(jobs), type(together).__name__)
-        return [result for job in jobs for result in self._train_all([job], leases)]
+        results = [result for job in jobs for result in self._train_all([job], leases)]
+        if all(isinstance(result, Exception) and out_of_memory(result) for result in results):
+            raise TransientError(f"out of memory, with each of {len(jobs)} users alone as well")
+        return results
 
     def _run_training(self, jobs: Sequence[Job], leases: Leases) -> Sequence[Trained]:
         leases.beat()
@@ -253,7 +260,7 @@ class Updater:
         """Judge and publish user by user, so that nobody's new adapter waits for the others'."""
         for job in _at(jobs, State.TRAINING):
             if tick.leases.lost(job.user_id):
-                self._endings.discard(tick, job, "the claim was lost while training")
+                yield from self._endings.discard(tick, job, "the claim was lost while training")
                 continue
             job.machine.advance(State.VALIDATING)
             judged = self._caught(lambda job=job: self._judge(job, tick.leases))  # type: ignore[misc]
@@ -281,6 +288,7 @@ class Updater:
 
     def _publish(self, tick: Tick, job: Job, judged: Verdict) -> Steps[None]:
         job.machine.advance(State.PUBLISHING)
+        tick.leases.touch()  # what is left of the claim has to last for the write
         try:
             written: Written = yield Effect("registry.write", lambda: self._write(job, judged), job.label)
         except AdapterUnreadable as error:
@@ -323,7 +331,7 @@ class Updater:
         else:
             # nobody can have loaded it: only a head is ever read
             yield from self._tidy(Effect("registry.delete", lambda: self.registry.delete(job.ref), job.label))
-            self._endings.discard(tick, job, "claim, parent or epoch had moved at publishing")
+            yield from self._endings.discard(tick, job, "claim, parent or epoch had moved at publishing")
 
     def _write(self, job: Job, judged: Verdict) -> Written:
         tensors = job.result().tensors

@@ -10,10 +10,10 @@ from sqlalchemy import Connection, select
 from oppu.errors import ConfigError
 from oppu.privacy import UserHash
 from oppu.store.audit import append
-from oppu.store.claims import NO_CLAIM, adapter_row, change_adapter, is_claimed
+from oppu.store.claims import NO_CLAIM, adapter_row, backs_off, change_adapter, is_claimed
 from oppu.store.history import head_of
 from oppu.store.records import AdapterLogEntry, AdapterStatus, Candidate, ClaimState, Outcome
-from oppu.store.schema import ATTEMPTED, adapters, to_micros, versions
+from oppu.store.schema import ATTEMPTED, adapters, versions
 from oppu.values import BaseId, Head, UserId
 
 
@@ -142,6 +142,6 @@ def _state(row: Any, moment: int) -> ClaimState:
         return ClaimState.QUARANTINED
     if row.held_through is not None and row.considered_through + row.pending <= row.held_through:
         return ClaimState.HELD
-    if row.retry_at is not None and to_micros(row.retry_at) > moment:
+    if backs_off(row, moment):
         return ClaimState.BACKING_OFF
     return ClaimState.FREE

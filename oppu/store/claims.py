@@ -8,12 +8,13 @@ its own, so that two claimants never write files under one path.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Select, and_, delete, func, insert, literal, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Select, and_, delete, func, insert, literal, or_, select, update
 
 from oppu.privacy import UserHash
+from oppu.settings import LONGEST_CLAIM_SECONDS, LONGEST_RETRY_SECONDS
 from oppu.store.audit import append
 from oppu.store.database import Database, insert_missing, lock_bases, upsert
 from oppu.store.history import head_of
@@ -25,7 +26,6 @@ from oppu.store.schema import (
     bases,
     from_micros,
     lifts,
-    to_micros,
     users,
     versions,
 )
@@ -36,6 +36,7 @@ UNHELD: Mapping[str, Any] = {"holder": None, "expires_at": None}
 NO_CLAIM: Mapping[str, Any] = {**UNHELD, "attempts": 0}
 """Columns of a claim that was concluded: whatever became of it, the process outlived it."""
 
+_LONGEST_CLAIM, _LONGEST_RETRY = timedelta(seconds=LONGEST_CLAIM_SECONDS), timedelta(seconds=LONGEST_RETRY_SECONDS)
 LAST_SEQ = adapters.c.considered_through + adapters.c.pending
 
 
@@ -78,8 +79,8 @@ def due_statement(base: BaseId, *, moment: int, now: datetime, min_pending: int)
             adapters.c.base == base,
             NOT_QUARANTINED,
             adapters.c.pending >= min_pending,
-            or_(adapters.c.holder.is_(None), adapters.c.expires_at <= from_micros(moment)),
-            or_(adapters.c.retry_at.is_(None), adapters.c.retry_at <= now),
+            or_(adapters.c.holder.is_(None), _over(adapters.c.expires_at, from_micros(moment), _LONGEST_CLAIM)),
+            or_(adapters.c.retry_at.is_(None), _over(adapters.c.retry_at, now, _LONGEST_RETRY)),
             or_(held.is_(None), LAST_SEQ - held >= min_pending),
         )
         .order_by(adapters.c.pending.desc(), adapters.c.user_id)
@@ -134,7 +135,14 @@ def claim(
 
 def is_claimed(row: Any, moment: int) -> bool:
     """Say whether somebody holds an adapters row at the store's ``moment`` (microseconds)."""
-    return row.holder is not None and to_micros(row.expires_at) > moment
+    now = from_micros(moment)
+    return row.holder is not None and now < row.expires_at <= now + _LONGEST_CLAIM
+
+
+def backs_off(row: Any, moment: int) -> bool:
+    """Say whether an adapters row waits after a failure at ``moment`` (microseconds)."""
+    now = from_micros(moment)
+    return row.retry_at is not None and now < row.retry_at <= now + _LONGEST_RETRY
 
 
 def renew(connection: Connection, database: Database, held: Claim, ttl_seconds: float) -> bool:
@@ -147,13 +155,19 @@ def renew(connection: Connection, database: Database, held: Claim, ttl_seconds: 
 
 
 def give_back(connection: Connection, held: Claim) -> bool:
-    """Release a claim as if it had never been made; false, with nothing written, where it is no longer current."""
-    row = _current(connection, held)
-    if row is None:
+    """Release a claim as if it had never been made; where it has moved on, take back its attempt only, and be false.
+
+    Attempts count those that a process may have died in, and whoever gives back is alive.
+    """
+    row = adapter_row(connection, held.base, held.user_id)
+    if row is None or row.epoch != held.epoch:
         return False
-    attempts = max(row.attempts - 1, 0)  # an operator's release may have set it to zero meanwhile
-    change_adapter(connection, held.base, held.user_id, {**UNHELD, "attempts": attempts})
-    return True
+    current = row.holder is not None and row.token == held.token
+    if current or row.token > held.token:
+        attempts = max(row.attempts - 1, 0)  # an operator's release may have set it to zero meanwhile
+        columns = {**UNHELD, "attempts": attempts} if current else {"attempts": attempts}
+        change_adapter(connection, held.base, held.user_id, columns)
+    return current
 
 
 def publish(connection: Connection, user_hash: UserHash, held: Claim, candidate: Candidate, now: datetime) -> bool:
@@ -276,6 +290,11 @@ def change_adapter(connection: Connection, base: BaseId, user_id: UserId, column
     """Write columns of a user's adapters row."""
     statement = update(adapters).where(adapters.c.user_id == user_id, adapters.c.base == base)
     connection.execute(statement.values(**columns))
+
+
+def _over(until: ColumnElement[datetime], now: datetime, longest: timedelta) -> ColumnElement[bool]:
+    """Say whether a time is over, or lies so far ahead that the clock which made it did."""
+    return or_(until <= now, until > now + longest)
 
 
 def _row(base: BaseId, user_id: UserId) -> Select[Any]:

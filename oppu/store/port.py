@@ -110,7 +110,8 @@ class HistoryStore(Protocol):
     def give_back(self, claim: Claim) -> bool:
         """Release a claim as if it had never been made; false where the token has moved.
 
-        Failures, back-off and watermarks stay; ``attempts`` is what it was before the claim; nothing is logged.
+        Failures, back-off and watermarks stay; ``attempts`` is one less, whether the token has moved or not, since this
+        one did not end with its process; nothing is logged.
         """
         ...
 

@@ -5,9 +5,10 @@ from datetime import timedelta
 import numpy as np
 import pytest
 
-from oppu.errors import ConfigError, FatalError, ModelLost
+from oppu.errors import ConfigError, FatalError, ModelLost, TransientError
 from oppu.lm.fake import TENSOR
-from oppu.store.records import ClaimState
+from oppu.settings import LONGEST_RETRY_SECONDS
+from oppu.store.records import Claim, ClaimState
 from oppu.values import OutRecord, UserId
 from tests.updater.world import GLAD, SETTINGS, TOPICS, World, announced, published
 from updater.job import Ended
@@ -100,6 +101,40 @@ def test_a_lost_device_stops_the_worker_and_is_no_users_failure(
         assert world.log(user) == []
     world.clock.advance(SETTINGS.claim_seconds + 1)
     assert sum(world.tick().ended[Ended.PUBLISHED] for _ in range(2)) == 2
+
+
+def test_memory_that_suffices_for_nobody_is_nobodys_failure(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    for user in ("ada", "bob"):
+        world.act(user, GLAD)
+
+    def exhausted(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    for _ in range(SETTINGS.quarantine_after + 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(world.model, "train", exhausted)
+            with pytest.raises(TransientError, match="out of memory, with each of 2 users alone"):
+                world.tick()
+    for user in ("ada", "bob"):
+        assert (world.status(user).state, world.status(user).failures) == (ClaimState.FREE, 0)
+    assert world.tick().ended == {Ended.PUBLISHED: 2}
+
+
+def test_a_lone_user_without_memory_backs_off_and_is_never_quarantined(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.act("ada", GLAD)
+
+    def exhausted(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.model, "train", exhausted)
+        for _ in range(SETTINGS.quarantine_after + 1):
+            assert world.tick().ended == {Ended.FAILED: 1}
+            assert world.status("ada").state is ClaimState.BACKING_OFF
+            world.clock.advance(LONGEST_RETRY_SECONDS)
+    assert world.tick().ended == {Ended.PUBLISHED: 1}
 
 
 def test_a_user_who_loses_the_device_is_tried_alone_and_quarantined(world: World) -> None:
@@ -199,6 +234,37 @@ def test_claims_are_renewed_while_training(world: World) -> None:
     outcome = world.tick(registry_write=lambda: world.clock.advance(SETTINGS.claim_seconds * 0.6))
     assert outcome.ended == {Ended.PUBLISHED: 1}
     assert world.store.claim(world.model.base, UserId("ada"), holder="two", ttl_seconds=1) is not None
+
+
+def test_a_registry_slower_than_claims_does_not_look_like_a_user_who_kills_processes(world: World) -> None:
+    world.act("ada", GLAD)
+    base, ada, others = world.model.base, UserId("ada"), list[Claim]()
+
+    def overtaken() -> None:
+        world.clock.advance(SETTINGS.claim_seconds + 1)
+        if others:
+            assert not world.store.give_back(others.pop())  # it, too, finds that its claim has moved
+        claim = world.store.claim(base, ada, holder="other", ttl_seconds=SETTINGS.claim_seconds)
+        assert claim is not None
+        others.append(claim)
+
+    for _ in range(2 * SETTINGS.quarantine_after):
+        assert world.tick(registry_write=overtaken).ended == {Ended.DISCARDED: 1}
+        world.clock.advance(SETTINGS.claim_seconds + 1)
+    assert world.tick().ended == {Ended.PUBLISHED: 1}
+
+
+def test_a_store_that_is_away_when_a_claim_was_lost_ends_nothing_else(world: World) -> None:
+    world.act("ada", GLAD)
+
+    def overtake() -> None:
+        world.clock.advance(SETTINGS.claim_seconds + 1)
+        assert world.store.claim(world.model.base, UserId("ada"), holder="two", ttl_seconds=600) is not None
+
+    def away() -> None:
+        raise TransientError("away")
+
+    assert world.tick(store_publish=overtake, store_give_back=away).ended == {Ended.DISCARDED: 1}
 
 
 def test_a_user_whom_somebody_else_holds_is_passed_over(world: World) -> None:

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oppu.settings import LONGEST_RETRY_SECONDS
 from oppu.store.records import DueUser
 from oppu.values import UserId
-from updater.plan import LONGEST_RETRY_SECONDS, plan, retry_at, should_quarantine
+from updater.plan import plan, retry_at, should_quarantine
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from oppu.clock import ManualClock
 from oppu.errors import ConfigError
-from oppu.settings import StoreSettings
+from oppu.settings import LONGEST_CLAIM_SECONDS, LONGEST_RETRY_SECONDS, StoreSettings
 from oppu.store.records import ClaimState, Lift, Outcome
 from oppu.store.sql import SqlStore
 from oppu.values import BaseId, Head, UserId
@@ -196,10 +196,32 @@ def test_failures_back_off_and_are_quarantined(store: SqlStore, writer: Writer, 
 def test_back_off_is_shown(store: SqlStore, writer: Writer) -> None:
     writer.write(some("ada", 1))
     claim = take(store, ADA)
-    later = NOW + timedelta(days=36_500)
+    later = datetime.now(UTC).replace(microsecond=0) + timedelta(hours=5)
     assert store.conclude(claim, Outcome.FAILED, considered_through=0, reason="", now=NOW, retry_at=later)
     status = store.adapter(BASE, ADA)
     assert status is not None and (status.state, status.retry_at) == (ClaimState.BACKING_OFF, later)
+
+
+def test_times_of_a_clock_that_was_ahead_hold_nobody(
+    store: SqlStore, writer: Writer, fail: Callable[..., bool]
+) -> None:
+    writer.write(some("ada", 4))
+    take(store, ADA, ttl_seconds=2 * LONGEST_CLAIM_SECONDS)
+    status = store.adapter(BASE, ADA)
+    assert status is not None and status.state is ClaimState.FREE
+    assert due(store) == [("ada", 4)]
+    take(store, ADA, ttl_seconds=LONGEST_CLAIM_SECONDS)
+    assert due(store) == [] and store.claim(BASE, ADA, holder="w2", ttl_seconds=60) is None
+
+
+def test_a_back_off_of_a_clock_that_was_ahead_holds_nobody(
+    store: SqlStore, writer: Writer, fail: Callable[..., bool]
+) -> None:
+    writer.write(some("ada", 4))
+    assert fail(retry_after=LONGEST_RETRY_SECONDS)
+    assert due(store) == []
+    assert fail(retry_after=LONGEST_RETRY_SECONDS + 1)
+    assert due(store) == [("ada", 4)]
 
 
 def test_attempts_count_claims_that_never_ended(store: SqlStore, writer: Writer, fail: Callable[..., bool]) -> None:
@@ -242,6 +264,9 @@ def test_only_the_current_claim_is_given_back(store: SqlStore, writer: Writer) -
     zombie = take(store, ADA, ttl_seconds=-1)
     claim = take(store, ADA, holder="w2")
     assert not store.give_back(zombie)
+    assert store.renew(claim, -1)
+    claim = take(store, ADA, holder="w2")
+    assert claim.attempts == 2  # the zombie's process is alive, so its attempt was not one that ended with it
     assert store.claim(BASE, ADA, holder="w3", ttl_seconds=1) is None
     assert store.publish(claim, candidate_of(claim), now=NOW, announce=announce("ada"))
     assert not store.give_back(claim)
