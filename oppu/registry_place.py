@@ -23,6 +23,8 @@ MARK = ".oppu-registry"
 _PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _MARK_TEXT = b"A registry of adapters lies here. Without this file it counts as away.\n"
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_RACES = 5
+"""Attempts at deleting a folder of which others delete parts."""
 _SPOILT = frozenset({errno.EACCES, errno.EPERM, errno.ELOOP})
 """What says that this one file cannot be read; waiting for it would hold up all other users."""
 
@@ -171,12 +173,17 @@ class Place:
                 self._fs.rm_file(f"{folder}/{first}")
         except _MISSING:
             pass
-        try:
-            with _mapped("delete", folder, *_MISSING):
-                self._fs.rm(folder, recursive=True)
-        except _MISSING:
-            return False
-        return True
+        for _ in range(_RACES):
+            try:
+                with _mapped("delete", folder, *_MISSING):
+                    self._fs.rm(folder, recursive=True)
+            except _MISSING:  # all of it, or a part that somebody else deletes at the same time
+                self.refresh()
+                if not self.exists(folder):
+                    return False
+            else:
+                return True
+        raise _away("delete", folder, TimeoutError("others delete there as well"))
 
 
 @contextmanager

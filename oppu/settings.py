@@ -24,6 +24,10 @@ LONGEST_RETRY_SECONDS = 6 * 3600.0
 """Cap of the back-off after failures; one that ends later was made by a clock that was ahead."""
 
 
+PUBLIC_KEYS = ("oppu-development-key", "change-me-before-real-use")
+"""Deployment keys that anybody can read: the default, and that of deploy/compose.yaml."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -137,7 +141,9 @@ class ModelSettings(_Section):
     max_tokens: int = Field(256, ge=32, description="Prompt length; evidence is cut first, the query's end last.")
     lora_rank: int = Field(8, ge=1, le=256, description="Rank of new adapters.")
     lora_alpha: float = Field(16.0, gt=0, description="Their scale is alpha / rank.")
-    lora_targets: tuple[str, ...] | None = Field(None, description="Module name endings; none = query and value.")
+    lora_targets: tuple[str, ...] | None = Field(
+        None, description="Module name endings, a list (JSON in the environment); none = query and value."
+    )
     lora_upper: float = Field(
         1.0, gt=0, le=1, description="Share of the base's blocks that adapters attach to, from the last one down."
     )
@@ -209,14 +215,17 @@ class ServiceSettings(_Section):
     metrics_port: int = Field(0, ge=0, le=65_535, description="0 = a free port, which is logged.")
     live_within_seconds: float = Field(120.0, gt=0, description="/healthz fails when the loop stood longer.")
     max_backoff_seconds: float = Field(10.0, gt=0, description="Longest pause between retries.")
-    deployment_key: SecretStr = Field(
-        SecretStr("oppu-development-key"), description="HMAC key of user ids in logs and paths."
-    )
+    deployment_key: SecretStr = Field(SecretStr(PUBLIC_KEYS[0]), description="HMAC key of user ids in logs and paths.")
     tasks_dir: Path | None = Field(None, description="Folder of further task files (TOML).")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="DEBUG, INFO, WARNING or ERROR."
     )
     log_format: Literal["plain", "json"] = Field("plain", description="plain or json.")
+
+    @property
+    def key_is_public(self) -> bool:
+        """Whether anybody can compute the names that stand for users."""
+        return self.deployment_key.get_secret_value() in PUBLIC_KEYS
 
 
 class Settings(BaseSettings):

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import SecretStr
 
 from oppu.cli import _COMMANDS
 from oppu.metrics import fresh
-from oppu.settings import Settings
+from oppu.settings import ServiceSettings, Settings
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 PACKAGES = ("oppu", "ingest", "retriever", "updater", "inference", "evaluation", "benchmarks")
@@ -46,6 +47,14 @@ def test_every_expression_asks_for_declared_metrics() -> None:
     for expression in expressions():
         for name in re.findall(r"\boppu[_:][a-z_:]+", expression):
             assert name in declared_names() | recorded, f"{name} in {expression}"
+
+
+def test_keys_that_anybody_can_read_are_known_as_such() -> None:
+    written = compose()["services"]["ingest"]["environment"]["OPPU_SERVICE__DEPLOYMENT_KEY"]
+    key = re.fullmatch(r"\$\{OPPU_SERVICE__DEPLOYMENT_KEY:-(.+)\}", written)
+    assert key is not None
+    assert ServiceSettings(deployment_key=SecretStr(key[1])).key_is_public and ServiceSettings().key_is_public
+    assert not ServiceSettings(deployment_key=SecretStr("ours")).key_is_public
 
 
 def test_workers_of_the_compose_file_are_commands() -> None:

@@ -15,6 +15,14 @@ from oppu.settings import Settings
 from oppu.values import OutRecord, Partition, UserId
 
 CREATE_SECONDS = 30.0
+_KAFKA_CONFIG = {
+    "cleanup.policy": "delete",
+    "compression.type": "producer",
+    "max.message.bytes": "1048588",
+    "min.insync.replicas": "1",
+}
+"""Kafka's own values, where neither topic nor broker says otherwise."""
+_EXACT, _LEAST = ("cleanup.policy", "compression.type"), ("max.message.bytes", "min.insync.replicas")
 
 
 @click.group()
@@ -225,17 +233,22 @@ def _check_topics(settings: Settings) -> str:
     with _admin(settings) as admin:
         found = admin.describe_topics(list(specs))
     problems = [f"{name} is missing (oppu topics create)" for name in specs if name not in found]
-    problems += [_weaker(spec, found[name]) for name, spec in specs.items() if name in found]
-    problems = [problem for problem in problems if problem]
+    problems += [problem for name, spec in specs.items() if name in found for problem in _weaker(spec, found[name])]
     if problems:
         raise ConfigError(*problems)
     return f"{len(found)} topics"
 
 
-def _weaker(wanted: TopicSpec, found: TopicSpec) -> str:
+def _weaker(wanted: TopicSpec, found: TopicSpec) -> list[str]:
+    """Say where a topic promises less than ours do; its partitions and how long it keeps records are its owner's."""
+    has, needs = ({**_KAFKA_CONFIG, **spec.config} for spec in (found, wanted))
+    problems = [f"{name} {has[name]}, expected {needs[name]}" for name in _EXACT if has[name] != needs[name]]
+    problems += [
+        f"{name} {has[name]}, expected {needs[name]} at least" for name in _LEAST if int(has[name]) < int(needs[name])
+    ]
     if found.replication < wanted.replication:
-        return f"{wanted.name}: replication {found.replication}, expected {wanted.replication}"
-    return ""
+        problems.append(f"replication {found.replication}, expected {wanted.replication} at least")
+    return [f"{wanted.name}: {problem}" for problem in problems]
 
 
 def _end_offsets(settings: Settings, topics: list[str]) -> dict[Partition, int]:

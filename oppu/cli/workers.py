@@ -118,6 +118,8 @@ def _own_slot(settings: Settings, number: int) -> Settings:
 def _process(settings: Settings, name: str) -> Iterator[tuple[Metrics, Health, _Stopping]]:
     die_with_parent()
     configure_logging(settings.service)
+    if settings.service.key_is_public:
+        logger.warning("service.deployment_key is a public one: anybody can tell which paths and log lines are whose")
     folder = compose.state_dir(settings)
     stage = name.partition(".")[0].partition("-")[0]
     stopping, metrics = _Stopping(), metrics_of(stage, list(compose.tasks(settings)))

@@ -1,5 +1,6 @@
 """A registry that is away: errors of a file system's own, an empty mount point, a sweep that cannot finish."""
 
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,7 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from oppu.errors import AdapterUnreadable, TransientError
 from oppu.lm.port import AdapterRef
 from oppu.registry import CONFIG, MANIFEST, WEIGHTS, AdapterRegistry
-from oppu.registry_place import MARK
+from oppu.registry_place import MARK, Place
 from oppu.values import BaseId, UserId
 from tests.oppu.brittle import BrittleFileSystem
 from tests.oppu.registry_support import BASE, HASH, REF, SETUP, USER, assert_same, opened, tensors, write
@@ -244,3 +245,27 @@ def test_nothing_is_swept_where_there_is_no_registry(registry: AdapterRegistry, 
     unmount(share)
     with pytest.raises(TransientError, match="not there"):
         registry.sweep({HASH(USER): 2})
+
+
+def test_a_folder_of_which_others_delete_parts_is_deleted_all_the_same(
+    share: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, place = share / "adapters" / "base" / "user", Place(str(share / "adapters"))
+    races = 2
+
+    def raced(path: str, **_: object) -> None:
+        nonlocal races
+        if races:
+            races -= 1
+            raise FileNotFoundError(f"{path}/1")  # which somebody else has just deleted
+        shutil.rmtree(path)
+
+    monkeypatch.setattr(place._fs, "rm", raced)
+    folder.mkdir(parents=True)
+    assert place.remove(str(folder), first="manifest.json") and not folder.exists()
+    races = 1
+    assert not place.remove(str(folder), first="manifest.json")
+    folder.mkdir()
+    races = 99
+    with pytest.raises(TransientError, match="others delete there as well"):
+        place.remove(str(folder), first="manifest.json")

@@ -9,6 +9,7 @@ from sqlalchemy import select
 from oppu.cli import compose
 from oppu.dead_letters import dead_letter
 from oppu.errors import Reason
+from oppu.kafka.port import TopicSpec
 from oppu.registry_place import MARK
 from oppu.settings import KafkaSettings, Settings
 from oppu.store.schema import erasures
@@ -164,6 +165,24 @@ def test_doctor(settings: Settings, world: World, run: Run, monkeypatch: pytest.
     assert done.code == 1
     monkeypatch.setattr(compose, "model", lambda *_args, **_named: world.model)
     assert run("doctor").code == 0
+
+
+def test_doctor_finds_a_topic_that_somebody_else_made(
+    on_kafka: KafkaSettings, world: World, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compose, "model", lambda *_args, **_named: world.model)
+    settings = Settings.load()
+    names, admin = compose.topics(settings), compose.broker(settings).admin()
+    admin.create_topics([TopicSpec(names.requests, 3, 1, {"max.message.bytes": "5000"})])
+    admin.create_topics([TopicSpec(names.updates, 3, 1, {"cleanup.policy": "delete"})])
+    admin.close()
+    assert run("topics", "create").code == 0
+    [found] = [line["found"] for line in run("doctor", "--json").lines if not line["ok"]]
+    assert found.split("; ") == [
+        f"{names.requests}: compression.type producer, expected uncompressed",
+        f"{names.requests}: max.message.bytes 5000, expected 2097152 at least",
+        f"{names.updates}: cleanup.policy delete, expected compact",
+    ]
 
 
 def test_doctor_finds_a_registry_that_is_not_there(
