@@ -1,6 +1,7 @@
 """The outbox's relay: rows are sent, and deleted once acknowledged.
 
-A crash between the two sends a row twice; origin coordinates identify it. A row that the broker refuses as too
+A crash between the two sends a row twice; origin coordinates identify it. One process sends at a time, or a user's head
+could come after the tombstone that erased it. A row that the broker refuses as too
 large stays, visible in the gauge, and holds up no other, however many of them there are.
 """
 
@@ -51,8 +52,13 @@ class Relay:
         self.open()
         self._suspect = False
 
-    def run(self) -> Steps[bool]:
-        """Send the oldest rows and delete them; says whether there may be more to send at once."""
+    def run(self, *, alone: bool) -> Steps[bool]:
+        """Send the oldest rows and delete them; says whether there may be more to send at once.
+
+        Does nothing unless this is the one process that sends: rows are in order, and what two of them send is not.
+        """
+        if not alone:
+            return False
         rows = self._store.outbox(ROWS, after=self._after)
         if not rows:
             self._after = 0

@@ -10,20 +10,23 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from functools import partial
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ingest.gauges import StoreGauges
 from ingest.offsets import Log, Offsets
 from ingest.relay import Relay
 from ingest.sorting import Accepted, Sorted, Sorter
-from oppu.clock import Clock
+from oppu.clock import Clock, next_look
 from oppu.dead_letters import DeadLetterShare
 from oppu.effects import Effect, Steps
 from oppu.embedder import Embedder
-from oppu.errors import FatalError, Reason, TransientError
+from oppu.errors import FatalError, OppuError, Reason, TransientError
 from oppu.kafka.port import Admin, Broker, Consumer
 from oppu.metrics import Metrics
 from oppu.settings import Settings
-from oppu.store.port import HistoryStore
-from oppu.store.records import IngestBatch, IngestResult, NewEvent, OffsetAdvance
+from oppu.store.port import PURGED_AT_ONCE, HistoryStore
+from oppu.store.records import IngestBatch, IngestResult, NewEvent, NewRefusal, OffsetAdvance
 from oppu.tasks import Tasks
 from oppu.values import EventId, Partition, Record, RequestId, UserId
 from oppu.wire import Topics, content_digest
@@ -210,10 +213,10 @@ class IngestWorker:
             advances,
             self._events(batch.accepted),
             tuple(batch.answers),
-            tuple(refused.letter for refused in batch.refused),
+            tuple(NewRefusal(item.letter, item.record.partition, item.record.offset) for item in batch.refused),
             now=now,
         )
-        detail = f"{len(write.events)} events, {len(write.answers)} answers, {len(write.dead_letters)} dead letters"
+        detail = f"{len(write.events)} events, {len(write.answers)} answers, {len(write.refused)} dead letters"
         result: IngestResult = yield Effect("store.write_events", partial(self._store.write_events, write), detail)
         self._count(batch, result, advances)
 
@@ -222,7 +225,7 @@ class IngestWorker:
         if not accepted:
             return ()
         started = self._clock.monotonic()
-        vectors = self._embedder.embed([item.event.input for item in accepted]).astype("<f2")
+        vectors = self._embedded([item.event.input for item in accepted])
         self._metrics.embed.observe(self._clock.monotonic() - started)
         return tuple(
             NewEvent(
@@ -245,6 +248,19 @@ class IngestWorker:
             for item, vector in zip(accepted, vectors, strict=True)
         )
 
+    def _embedded(self, texts: Sequence[str]) -> NDArray[np.float16]:
+        """Embed texts; what embeds nothing any more is no text's fault, and ends the process without a mark on it."""
+        try:
+            return self._embedder.embed(texts).astype("<f2")
+        except OppuError:
+            raise
+        except Exception as error:  # whatever a model may raise
+            try:
+                self._embedder.embed(["words"])
+            except Exception as again:
+                raise FatalError(f"embedder: fails on any text: {type(error).__name__}: {error}") from again
+            raise
+
     def _count(self, batch: Sorted, result: IngestResult, advances: Sequence[OffsetAdvance]) -> None:
         """Count what is durable, once."""
         self._metrics.ingest_gap.inc(self._offsets.written(advances))
@@ -253,15 +269,17 @@ class IngestWorker:
             Outcome.DUPLICATE: result.duplicates,
             Outcome.CONFLICT: result.conflicts,
             Outcome.ERASED: result.erased,
-            Outcome.REFUSED: len(batch.refused),
+            Outcome.REFUSED: len(result.set_aside),
             Outcome.ANSWER: result.kept,
             Outcome.SKIPPED: batch.skipped,
         }
         for outcome, number in numbers.items():
             if number:
                 self._metrics.ingest_records.labels(outcome).inc(number)
+        kept = {(item.partition, item.offset) for item in result.set_aside}
         for refused in batch.refused:
-            self._metrics.dead_letters.labels(refused.reason).inc()
+            if (refused.record.partition, refused.record.offset) in kept:
+                self._metrics.dead_letters.labels(refused.reason).inc()
         if result.conflicts:
             self._metrics.dead_letters.labels(Reason.DUPLICATE_CONFLICT).inc(result.conflicts)
             self._relay_at = self._clock.monotonic()
@@ -272,15 +290,19 @@ class IngestWorker:
 
     # --- upkeep
 
+    def _relays(self) -> bool:
+        """Say whether the outbox is ours to send: two workers would overtake each other, and a head his tombstone."""
+        return Partition(self._topics[0], 0) in self.consumer.assignment()
+
     def _upkeep(self, now: datetime, *, urgent: bool) -> Steps[None]:
         at = self._clock.monotonic()
         if urgent or at >= self._relay_at:
-            more = yield from self._relay.run()
+            more = yield from self._relay.run(alone=self._relays())
             self._relay_at = at if more else at + RELAY_EVERY_SECONDS
         if at >= self._gauges_at:
             self._gauges.refresh()
-            self._gauges_at = at + GAUGES_EVERY_SECONDS
+            self._gauges_at = next_look(at, self._clock.monotonic(), every_seconds=GAUGES_EVERY_SECONDS)
         if at >= self._purge_at:
             before = now - timedelta(seconds=self._settings.store.answers_retention_seconds)
-            yield Effect("store.purge_answers", partial(self._store.purge_answers, before=before))
-            self._purge_at = at + PURGE_EVERY_SECONDS
+            gone: int = yield Effect("store.purge_answers", partial(self._store.purge_answers, before=before))
+            self._purge_at = at + (PURGE_EVERY_SECONDS if gone < PURGED_AT_ONCE else 0.0)

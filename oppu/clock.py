@@ -64,3 +64,21 @@ class ManualClock:
     def jump(self, seconds: float) -> None:
         """Step the wall clock alone, either way, as a time server may."""
         self._now += timedelta(seconds=seconds)
+
+
+_PAUSES = 50
+"""Times as long as something took it is left alone: two hundredths of a worker's time at most."""
+
+
+def next_look(began: float, ended: float, *, every_seconds: float) -> float:
+    """Say when to do again what nobody waits for and what takes longer the more there is.
+
+    Args:
+        began: When it was begun, monotonic seconds.
+        ended: When it was done.
+        every_seconds: How often at most.
+
+    Returns:
+        Monotonic seconds.
+    """
+    return ended + max(every_seconds - (ended - began), _PAUSES * (ended - began))

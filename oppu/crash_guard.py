@@ -3,7 +3,9 @@
 Before a step the loop marks its records in a small file, and clears the mark afterwards; a mark that a new
 process finds is a death. Two deaths in overlapping ranges of a partition: what both ranges share is taken one
 record at a time. Two deaths with the same single record marked: that record is poison and is set aside. So
-kill -9 by an operator costs speed at worst; to be set aside, a record must have been alone in four deaths.
+kill -9 by an operator costs speed at worst; to be set aside, a record must have been alone in two deaths. Where one
+after the other is poison, and no step in between ends well, it is rather what they run on that fails: each time twice
+as many deaths are asked for, so that a night of it costs some ten records and not all.
 
 Not here: exceptions that the loop handles are no deaths. A mark that cannot be written (disk full) is skipped
 with a warning, since the guard must not stop the work that it guards.
@@ -24,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 DEATHS_BEFORE_SINGLE = 2
 DEATHS_BEFORE_POISON = 2
+_MOST_DOUBLINGS = 10
 SLOTS = 256
 """Processes of one stage on one machine for which a file is looked for."""
 
@@ -92,6 +95,8 @@ class _Notes:
     single: bool = False
     suspects: dict[Partition, _Range] = field(default_factory=dict)
     alone: dict[tuple[Partition, int], int] = field(default_factory=dict)
+    poisons: int = 0
+    """Records set aside since a step ended well."""
 
 
 class CrashGuard:
@@ -163,7 +168,7 @@ class CrashGuard:
         if len(group) != 1:
             return False
         deaths = self._notes.alone.get((group[0].partition, group[0].offset), 0)
-        return deaths >= DEATHS_BEFORE_POISON
+        return deaths >= DEATHS_BEFORE_POISON << min(self._notes.poisons, _MOST_DOUBLINGS)
 
     def entering(self, group: Sequence[Record]) -> None:
         """Mark the group: should the process die now, the next one finds it."""
@@ -178,12 +183,14 @@ class CrashGuard:
         notes = self._notes
         if not notes.mark and not notes.suspects:
             return
+        done = [k for k in notes.alone if k[1] < next_offsets.get(k[0], 0)]
+        if next_offsets:
+            notes.poisons = 0 if notes.mark else notes.poisons + len(done)  # what is set aside bears no mark
         notes.mark, notes.single = [], False
         for partition, next_offset in next_offsets.items():
             suspect = notes.suspects.get(partition)
             if suspect is not None and suspect.last < next_offset:
                 del notes.suspects[partition]
-        done = [k for k in notes.alone if k[1] < next_offsets.get(k[0], 0)]
         for key in done:
             del notes.alone[key]
         self._write()
@@ -243,6 +250,7 @@ def _encode(notes: _Notes) -> str:
             "mark": [asdict(r) for r in notes.mark],
             "single": notes.single,
             "suspects": [asdict(r) for r in notes.suspects.values()],
+            "poisons": notes.poisons,
             "alone": [[p.topic, p.index, offset, deaths] for (p, offset), deaths in notes.alone.items()],
         }
     )
@@ -256,6 +264,7 @@ def _read(path: Path) -> _Notes:
         return _Notes(
             mark=[_Range(**r) for r in content["mark"]],
             single=bool(content["single"]),
+            poisons=int(content.get("poisons", 0)),
             suspects={r.partition: r for r in suspects},
             alone={(Partition(t, i), offset): deaths for t, i, offset, deaths in content["alone"]},
         )

@@ -78,6 +78,10 @@ class OffsetOutOfRange(TransientError):
         super().__init__(f"offset out of range: {offsets}")
 
 
+class StoreRefused(OppuError):
+    """The store refuses what was to be written, and would again: what it is about has to be found and set aside."""
+
+
 class Backpressure(OppuError):
     """Not now: pause the partitions and keep the records.
 

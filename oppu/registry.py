@@ -294,11 +294,12 @@ class AdapterRegistry(AdapterSource):
         raw = self._get(ref, MANIFEST, _MANIFEST_BYTES)
         try:
             manifest = json.loads(raw)
-        except (ValueError, RecursionError) as error:
+            if not isinstance(manifest, dict) or not isinstance(seal := manifest.pop("seal", None), str):
+                raise _unreadable(ref, "the manifest has no seal")
+            sealed = self._hash.sealed(_json(manifest), seal)
+        except (ValueError, RecursionError) as error:  # what is read too deep for writing, or is no Unicode, as well
             raise _unreadable(ref, "the manifest is not JSON") from error
-        if not isinstance(manifest, dict) or not isinstance(seal := manifest.pop("seal", None), str):
-            raise _unreadable(ref, "the manifest has no seal")
-        if not self._hash.sealed(_json(manifest), seal):
+        if not sealed:
             raise _unreadable(ref, "the manifest's seal is broken, or made under another deployment key")
         expected = self._manifest(ref, {})
         for name in ("format", "user", "epoch", "version", "base"):
@@ -339,11 +340,13 @@ class AdapterRegistry(AdapterSource):
         return content
 
     def _age_mark(self, folder: str) -> datetime:
-        """Return when a version was written; of a torn one, when its newest file was."""
+        """Return when a version was written; of one that is torn or spoilt, when its newest file was."""
         try:
-            manifest = json.loads(self._place.read(f"{folder}/{MANIFEST}") or b"")
-            return datetime.fromisoformat(manifest["written_at"])
-        except (Spoilt, ValueError, KeyError, TypeError):
+            manifest = json.loads(self._place.read(f"{folder}/{MANIFEST}", _MANIFEST_BYTES) or b"")
+            written_at = datetime.fromisoformat(manifest["written_at"])
+            if written_at.tzinfo is not None:
+                return written_at
+        except (Spoilt, ValueError, KeyError, TypeError, RecursionError):
             pass
         times = [self._place.modified(f"{folder}/{name}") for name in self._place.entries(folder)]
         return max(times, default=datetime.min.replace(tzinfo=UTC))

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from apscheduler.schedulers.background import BackgroundScheduler
 
-from oppu.clock import Clock
+from oppu.clock import Clock, next_look
 from oppu.effects import Steps, perform
 from oppu.errors import TransientError
 from oppu.metrics import Metrics
@@ -82,7 +82,7 @@ class UpdaterRunner:
         self._stopping = False
         self._opened = False
         self._attempts = 0
-        self._retry_at = self._gauges_at = clock.monotonic()
+        self._retry_at = self._gauges_at = self._gauges_idle_at = clock.monotonic()
         updater.alive = health.alive
 
     def look(self) -> None:
@@ -139,9 +139,12 @@ class UpdaterRunner:
             self._drive(self._updater.open())
             self._opened = True
         claimed: int = self._drive(self._updater.tick(self._clock.now())).claimed
-        if not claimed or self._clock.monotonic() >= self._gauges_at:
-            self._gauges_at = self._clock.monotonic() + GAUGES_SECONDS
+        began = self._clock.monotonic()
+        if began >= (self._gauges_at if claimed else self._gauges_idle_at):
             self._refresh_gauges()
+            ended = self._clock.monotonic()
+            self._gauges_at = next_look(began, ended, every_seconds=GAUGES_SECONDS)
+            self._gauges_idle_at = next_look(began, ended, every_seconds=0.0)
         return claimed
 
     def _refresh_gauges(self) -> None:

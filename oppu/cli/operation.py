@@ -106,12 +106,13 @@ def erase(session: Session, user_id: str, *, yes: bool) -> None:
     """Delete a user's events, answers, adapters and files; records sent before now are refused from now on."""
     settings = session.settings
     history = compose.store(settings)
-    if not yes:
-        click.confirm(f"Delete everything about {user_id}?", abort=True)
+    if not yes and not _agreed(f"Delete everything about {user_id}?"):
+        raise OppuError("not erased (use --yes)")
     names = compose.topics(settings)
+    concerned = [names.events, names.requests, names.predictions]
+    partitions = [Partition(topic, index) for topic in concerned for index in range(partition_count(settings, topic))]
     with _admin(settings) as admin:
-        cluster = admin.cluster_id()
-    ends = _end_offsets(settings, [names.events, names.requests, names.predictions])
+        cluster, ends = admin.cluster_id(), admin.high_watermarks(partitions)
     tombstone = OutRecord(names.updates, user_id.encode(), None)
     bases = history.bases()
     if history.counts()["adapters"]:
@@ -124,6 +125,14 @@ def erase(session: Session, user_id: str, *, yes: bool) -> None:
     if not known:
         raise ConfigError(f"USER_ID: no such user: {user_id} (files under that name, if any, were deleted)")
     click.echo("erased")
+
+
+def _agreed(question: str) -> bool:
+    try:
+        return click.confirm(question)
+    except click.Abort:  # nobody is there to ask, or went away
+        click.echo()
+        return False
 
 
 @click.command()
@@ -142,6 +151,7 @@ def doctor(session: Session, *, as_json: bool) -> None:
         "state folder": lambda: str(compose.state_dir(settings)),
         "embedder": lambda: compose.embedder(settings).fingerprint,
         "model": lambda: f"base {compose.model(settings, slots=1).base}",
+        "fusion": lambda: _check_fusion(settings),
     }
     well = True
     for name, check in checks.items():
@@ -167,6 +177,14 @@ def _check_registry(settings: Settings) -> str:
             raise
         return f"{settings.registry.url}: new, the first updater makes it"
     return f"{settings.registry.url}: there, {adapters} adapters"
+
+
+def _check_fusion(settings: Settings) -> str:
+    """Read what weighs base, evidence and adapter, as the workers will."""
+    compose.fusion(settings)
+    compose.text_fusion(settings)
+    named = {"model.fusion": settings.model.fusion, "model.text_fusion": settings.model.text_fusion}
+    return ", ".join(f"{name}: {file or 'beside the base, or built in'}" for name, file in named.items())
 
 
 @click.command()
@@ -249,17 +267,6 @@ def _weaker(wanted: TopicSpec, found: TopicSpec) -> list[str]:
     if found.replication < wanted.replication:
         problems.append(f"replication {found.replication}, expected {wanted.replication} at least")
     return [f"{wanted.name}: {problem}" for problem in problems]
-
-
-def _end_offsets(settings: Settings, topics: list[str]) -> dict[Partition, int]:
-    broker = compose.broker(settings)
-    partitions = [Partition(topic, index) for topic in topics for index in range(partition_count(settings, topic))]
-    reader = broker.consumer("oppu-erase-reader", topics, lambda assigned, _: dict.fromkeys(assigned, 0),
-                             client_id="oppu-erase")  # fmt: skip
-    try:
-        return dict(reader.end_offsets(partitions))
-    finally:
-        reader.close()
 
 
 @contextmanager

@@ -7,12 +7,12 @@ thread and no socket behind, so a worker may retry for as long as the broker is 
 import logging
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import kafka.errors as k
-from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
-from kafka.admin import ConfigResource, ConfigResourceType
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.admin import ConfigResource, ConfigResourceType, OffsetSpec
 from kafka.net.compat import KafkaNetClient
 
 from oppu.errors import OppuError, TransientError
@@ -21,6 +21,7 @@ from oppu.kafka.client_errors import translate, translated
 from oppu.kafka.client_producer import KafkaPlainProducer, KafkaTransactions, NullableBytes, Open
 from oppu.kafka.port import Start, TopicSpec
 from oppu.settings import KafkaSettings
+from oppu.values import Partition
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +90,12 @@ class KafkaBroker:
             "metrics_enabled": False,
         }
         client = _opened(KafkaConsumer, settings)
-        with translated():
-            return KafkaGroupConsumer(client, group, topics, start)
+        try:
+            with translated():
+                return KafkaGroupConsumer(client, group, topics, start)
+        except BaseException:
+            client.close(autocommit=False, timeout_ms=0)
+            raise
 
     def producer(self, *, client_id: str) -> KafkaPlainProducer:
         """Open an idempotent producer (``acks=all``)."""
@@ -178,6 +183,13 @@ class KafkaAdmin:
             name: TopicSpec(name, len(parts), len(parts[0]["replica_nodes"]), _changed(configs.get(name, {})))
             for name, parts in found.items()
         }
+
+    def high_watermarks(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
+        """Return where partitions end, records of transactions that are still open included."""
+        asked = {TopicPartition(p.topic, p.index): OffsetSpec.LATEST for p in partitions}
+        with translated():
+            found = self._client.list_partition_offsets(asked) if asked else {}
+        return {Partition(tp.topic, tp.partition): int(end.offset) for tp, end in found.items()}
 
     def close(self) -> None:
         """Release the connection."""

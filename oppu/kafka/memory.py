@@ -338,5 +338,10 @@ class MemoryAdmin:
         specs = self._cluster.specs()
         return {name: specs[name] for name in topics if name in specs}
 
+    def high_watermarks(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
+        """Return where partitions end, records of open transactions included."""
+        self._cluster.enter("admin.high_watermarks")
+        return {p: self._cluster.log(p).end for p in partitions}
+
     def close(self) -> None:
         """Do nothing: there is no connection."""

@@ -198,6 +198,10 @@ class Admin(Protocol):
         """Return partitions, replication and non-default configuration of the existing ones."""
         ...
 
+    def high_watermarks(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
+        """Return where partitions end, records of transactions that are still open included."""
+        ...
+
     def close(self) -> None:
         """Release the connection."""
         ...

@@ -2,13 +2,15 @@
 
 Invariants: a write transaction on SQLite begins IMMEDIATE, so it never fails half-way for a lock it could not take;
 PostgreSQL runs READ COMMITTED, so a statement after a row lock sees what the former holder wrote. Database errors
-that may pass become ``TransientError``; faults of ours (bad SQL, broken constraints) stay what they are.
+that may pass become ``TransientError``; what the data is refused for is ``StoreRefused``, all else (missing rights or
+tables, a damaged file) ``FatalError``: no record is at fault. None of them quotes what was to be stored.
 """
 
+import logging
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,16 +20,24 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.types import TypeEngine
 
 from oppu.clock import Clock, SystemClock
-from oppu.errors import ConfigError, TransientError
+from oppu.errors import ConfigError, FatalError, StoreRefused, TransientError
 from oppu.settings import StoreSettings
 from oppu.store.schema import to_micros
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CHUNK = 400
 """Rows of one IN list or VALUES: far below SQLite's 32,766 variables, and quick to plan on PostgreSQL."""
 
 _IDLE_TRANSACTION_SECONDS = 60  # a stopped worker must not hold its row locks for ever
+_NOTICED_GONE = {
+    "keepalives_idle": 15,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,  # milliseconds
+}
+"""libpq's: a host that vanished without a word ends its connections within half a minute; else it takes hours."""
 _BETWEEN_TRIES_SECONDS = 0.01
 _READ_ONLY = "25006"  # PostgreSQL's state of a server that is being failed over
 _WRITE = "oppu_write"
@@ -82,6 +92,18 @@ class Database:
             return to_micros(self._clock.now())
         moment = text("SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint)")
         return int(connection.execute(moment).scalar_one())
+
+    def clear_log(self) -> None:
+        """Empty SQLite's write-ahead log, which holds deleted rows too, unless readers keep it from that now."""
+        if self.file is None:
+            return
+        try:
+            with translated(), closing(self.engine.raw_connection()) as connection:
+                busy, *_ = connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        except (TransientError, sqlite3.OperationalError):
+            busy = True
+        if busy:
+            logger.warning("%s-wal is in use: deleted rows stay in it until a later checkpoint", self.file)
 
     def close(self) -> None:
         """Close all connections."""
@@ -152,14 +174,22 @@ def asked(rows: Sequence[tuple[Any, ...]], **columns: type[TypeEngine[Any]]) -> 
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Turn database errors that may pass into ``TransientError``, without their statements' parameters."""
+    """Turn database errors into ours, without their statements' parameters."""
     try:
         yield
     except exc.SQLAlchemyError as error:
-        if not _may_pass(error):
+        if _may_pass(error):
+            cause = error.orig if isinstance(error, exc.DBAPIError) else error
+            raise TransientError(f"history store: {cause}") from error
+        if not isinstance(error, exc.DBAPIError):
             raise
-        cause = error.orig if isinstance(error, exc.DBAPIError) else error
-        raise TransientError(f"history store: {cause}") from error
+        kind = StoreRefused if isinstance(error, exc.DataError | exc.IntegrityError) else FatalError
+        raise kind(f"history store: {_said(error)}") from None  # a server's details quote keys
+
+
+def _said(error: exc.DBAPIError) -> str:
+    primary = getattr(getattr(error.orig, "diag", None), "message_primary", None)
+    return f"{type(error.orig).__name__}: {primary or str(error.orig).partition(chr(10))[0]}"
 
 
 def _may_pass(error: exc.SQLAlchemyError) -> bool:
@@ -185,7 +215,7 @@ def _engine(url: URL, busy_timeout_seconds: float) -> Engine:
         f"{url.query.get('options', '')} -c lock_timeout={max(1, round(busy_timeout_seconds * 1000))}"
         f" -c idle_in_transaction_session_timeout={_IDLE_TRANSACTION_SECONDS * 1000}"
     )
-    arguments = {"connect_timeout": max(2, round(busy_timeout_seconds)), "options": options.strip()}
+    arguments = {"connect_timeout": max(2, round(busy_timeout_seconds)), "options": options.strip(), **_NOTICED_GONE}
     try:
         return create_engine(url, connect_args=arguments, isolation_level="READ COMMITTED", **common)
     except ModuleNotFoundError as error:
@@ -195,7 +225,7 @@ def _engine(url: URL, busy_timeout_seconds: float) -> Engine:
 def _prepare_sqlite(connection: sqlite3.Connection, _record: Any, *, patience: float) -> None:
     connection.isolation_level = None  # transactions begin in _begin_sqlite, not behind our back
     _write_ahead(connection, patience)
-    for pragma in ("synchronous=FULL", "foreign_keys=ON"):
+    for pragma in ("synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import Connection, delete, select
+from sqlalchemy import Connection, delete, exists, select
 
 from oppu.privacy import UserHash
 from oppu.store.audit import append
-from oppu.store.database import chunks, insert_missing, upsert
+from oppu.store.database import chunks, insert_missing, lock_bases, upsert
 from oppu.store.records import AdapterLogEntry, Outcome
 from oppu.store.schema import adapters, answers, erasures, outbox, users
 from oppu.values import FIRST_EPOCH, Partition, UserId
@@ -54,7 +54,7 @@ def lock_users(connection: Connection, user_ids: Iterable[UserId]) -> dict[UserI
         Every user asked for.
     """
     wanted = sorted(set(user_ids))
-    locked = _lock(connection, wanted)
+    locked = lock_present(connection, wanted)
     missing = [user_id for user_id in wanted if user_id not in locked]
     while missing:  # more than once only where an erasure deletes a row while we wait for its lock
         insert_missing(
@@ -62,9 +62,16 @@ def lock_users(connection: Connection, user_ids: Iterable[UserId]) -> dict[UserI
             users,
             ({"user_id": user_id, "epoch": FIRST_EPOCH, "last_seq": 0} for user_id in missing),
         )
-        locked |= _lock(connection, missing)
+        locked |= lock_present(connection, missing)
         missing = [user_id for user_id in missing if user_id not in locked]
     return locked
+
+
+def drop_idle(connection: Connection, user_ids: Iterable[UserId]) -> None:
+    """Delete the rows of locked users of whom no event and no answer is kept; an erasure's trace has their epoch."""
+    kept = exists().where(answers.c.user_id == users.c.user_id)
+    for some in chunks(sorted(user_ids)):
+        connection.execute(delete(users).where(users.c.user_id.in_(some), users.c.last_seq == 0, ~kept))
 
 
 def read_erasures(connection: Connection, user_hash: UserHash, user_ids: Iterable[UserId]) -> dict[UserId, Erasure]:
@@ -108,6 +115,7 @@ def erase_user(
     Returns:
         Whether there was anything of this user.
     """
+    lock_bases(connection)  # before any row: a base that is being registered counts on the users it has read
     user = lock_users(connection, [user_id])[user_id]
     before = read_erasures(connection, user_hash, [user_id]).get(user_id)
     row = {
@@ -140,9 +148,10 @@ def _log(connection: Connection, user_hash: UserHash, user_id: UserId, now: date
         append(connection, entry)
 
 
-def _lock(connection: Connection, user_ids: list[UserId]) -> dict[UserId, LockedUser]:
+def lock_present(connection: Connection, user_ids: Iterable[UserId]) -> dict[UserId, LockedUser]:
+    """Lock the rows that there are until the transaction ends, in byte order; return those."""
     locked: dict[UserId, LockedUser] = {}
-    for some in chunks(user_ids):
+    for some in chunks(sorted(user_ids)):
         rows = connection.execute(
             select(users.c.user_id, users.c.epoch, users.c.last_seq)
             .where(users.c.user_id.in_(some))

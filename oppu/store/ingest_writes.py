@@ -14,13 +14,15 @@ from sqlalchemy import Connection, Select, bindparam, insert, select, update
 
 from oppu.privacy import UserHash
 from oppu.store.database import asked, chunks, insert_missing, lock_bases, upsert
-from oppu.store.erasure import Erasure, LockedUser, lock_users, read_erasures
-from oppu.store.records import IngestBatch, IngestResult, NewAnswer, NewEvent
+from oppu.store.erasure import Erasure, LockedUser, drop_idle, lock_users, read_erasures
+from oppu.store.records import IngestBatch, IngestResult, NewAnswer, NewEvent, NewRefusal
 from oppu.store.schema import Text8, adapters, answers, bases, events, users
 from oppu.store.transport import advance_offsets, enqueue
 from oppu.values import OutRecord, UserId
 
 _Key = tuple[str, str]
+_LONGEST_USER_BYTES = 1024
+"""Of 256 characters, as many as the contract allows; a key that is longer names nobody, and fits into no index."""
 
 
 @dataclass(slots=True)
@@ -48,24 +50,54 @@ def write_events(connection: Connection, user_hash: UserHash, batch: IngestBatch
     """
     lock_bases(connection)  # before any row, as registering a base takes it before rows
     advance_offsets(connection, batch.cluster_id, batch.offsets)
-    locked = lock_users(connection, [*(e.user_id for e in batch.events), *(a.user_id for a in batch.answers)])
+    senders = [(refusal, _sender(refusal)) for refusal in batch.refused]
+    locked = lock_users(
+        connection,
+        [
+            *(event.user_id for event in batch.events),
+            *(answer.user_id for answer in batch.answers),
+            *(sender for _, sender in senders if sender is not None),
+        ],
+    )
     erased = read_erasures(connection, user_hash, locked)
-    fresh = [event for event in batch.events if not _event_is_erased(erased, batch.cluster_id, event)]
+    fresh = [event for event in batch.events if not _is_erased(erased, event.user_id, batch, event)]
     served = [answer for answer in batch.answers if not _answer_is_erased(erased, batch.cluster_id, answer)]
+    set_aside = tuple(r for r, sender in senders if sender is None or not _is_erased(erased, sender, batch, r))
     result = _sort(fresh, _stored_digests(connection, fresh), locked)
     if result.rows:
         connection.execute(insert(events), result.rows)
     _update_users(connection, locked, erased, result.rows)
     insert_missing(connection, answers, map(_answer_row, served))
     matched = _match(connection, result.rows, served)
-    enqueue(connection, [*batch.dead_letters, *result.conflicts])
-    dropped = len(batch.events) - len(fresh) + len(batch.answers) - len(served)
-    return IngestResult(len(result.rows), result.duplicates, len(result.conflicts), dropped, len(served), matched)
+    enqueue(connection, [*(refusal.letter for refusal in set_aside), *result.conflicts])
+    active = {row["user_id"] for row in result.rows} | {answer.user_id for answer in served}
+    drop_idle(connection, [user for user, state in locked.items() if not state.last_seq and user not in active])
+    read = len(batch.events) + len(batch.answers) + len(batch.refused)
+    return IngestResult(
+        written=len(result.rows),
+        duplicates=result.duplicates,
+        conflicts=len(result.conflicts),
+        erased=read - len(fresh) - len(served) - len(set_aside),
+        kept=len(served),
+        set_aside=set_aside,
+        matched=matched,
+    )
 
 
-def _event_is_erased(erased: dict[UserId, Erasure], cluster_id: str, event: NewEvent) -> bool:
-    erasure = erased.get(event.user_id)
-    return erasure is not None and erasure.covers(cluster_id, event.partition, event.offset)
+def _sender(refusal: NewRefusal) -> UserId | None:
+    """Return the user whom a refused record's key names, ``None`` where it can be nobody's."""
+    key = refusal.letter.key or b""
+    try:
+        return UserId(key.decode()) if 0 < len(key) <= _LONGEST_USER_BYTES else None
+    except UnicodeDecodeError:
+        return None
+
+
+def _is_erased(
+    erased: dict[UserId, Erasure], user_id: UserId, batch: IngestBatch, record: NewEvent | NewRefusal
+) -> bool:
+    erasure = erased.get(user_id)
+    return erasure is not None and erasure.covers(batch.cluster_id, record.partition, record.offset)
 
 
 def _answer_is_erased(erased: dict[UserId, Erasure], cluster_id: str, answer: NewAnswer) -> bool:

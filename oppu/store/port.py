@@ -27,6 +27,8 @@ from oppu.store.records import (
 )
 from oppu.values import BaseId, Event, EventId, Head, OutRecord, Partition, UserId, UserState
 
+PURGED_AT_ONCE = 2_000
+"""Answers: a transaction that holds rows' locks is to be short."""
 
 class HistoryStore(Protocol):
     """The whole interface; workers take it as a constructor argument."""
@@ -230,7 +232,11 @@ class HistoryStore(Protocol):
         ...
 
     def purge_answers(self, *, before: datetime) -> int:
-        """Delete answers older than ``before``."""
+        """Delete answers older than ``before``, at most ``PURGED_AT_ONCE``, and users of whom nothing else is kept.
+
+        Returns:
+            How many answers; as many as were allowed: there may be more.
+        """
         ...
 
     def ping(self) -> None:

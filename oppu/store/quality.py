@@ -2,11 +2,13 @@
 
 from datetime import datetime
 
-from sqlalchemy import Connection, delete, func, select
+from sqlalchemy import Connection, delete, exists, func, select
 
+from oppu.store.database import asked, chunks
+from oppu.store.erasure import drop_idle, lock_present
 from oppu.store.records import Lift, Quality
-from oppu.store.schema import answers, lifts
-from oppu.values import BaseId
+from oppu.store.schema import Text8, answers, lifts
+from oppu.values import BaseId, UserId
 
 
 def read_quality(connection: Connection) -> list[Quality]:
@@ -39,6 +41,28 @@ def read_lift(connection: Connection, base: BaseId) -> Lift:
     )
 
 
-def purge_answers(connection: Connection, before: datetime) -> int:
-    """Delete answers given before a time."""
-    return connection.execute(delete(answers).where(answers.c.answered_at < before)).rowcount
+def purge_answers(connection: Connection, before: datetime, limit: int) -> int:
+    """Delete the oldest answers given before a time, and the users of whom nothing else is kept.
+
+    Args:
+        connection: In a write transaction.
+        before: The time.
+        limit: Most answers.
+
+    Returns:
+        How many were deleted.
+    """
+    oldest = (
+        select(answers.c.user_id, answers.c.request_id)
+        .where(answers.c.answered_at < before)
+        .order_by(answers.c.answered_at)
+        .limit(limit)
+    )
+    gone = connection.execute(oldest).all()
+    locked = lock_present(connection, {UserId(row.user_id) for row in gone})
+    for some in chunks([(row.user_id, row.request_id) for row in gone]):
+        wanted = asked(some, user_id=Text8, request_id=Text8)
+        same = (answers.c.user_id == wanted.c.user_id) & (answers.c.request_id == wanted.c.request_id)
+        connection.execute(delete(answers).where(exists(select(wanted).where(same))))
+    drop_idle(connection, locked)
+    return len(gone)

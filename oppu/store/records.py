@@ -81,6 +81,15 @@ class NewAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class NewRefusal:
+    """A record that is set aside: its dead letter, whose key is the record's own, and where the record lies."""
+
+    letter: OutRecord
+    partition: Partition
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
 class IngestBatch:
     """All that one ingest step writes, in one transaction. ``cluster_id`` qualifies every offset."""
 
@@ -88,20 +97,31 @@ class IngestBatch:
     offsets: tuple[OffsetAdvance, ...]
     events: tuple[NewEvent, ...] = ()
     answers: tuple[NewAnswer, ...] = ()
-    dead_letters: tuple[OutRecord, ...] = ()
+    refused: tuple[NewRefusal, ...] = ()
     now: datetime = field(kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
 class IngestResult:
-    """What became of a batch: ``erased`` are events and answers of before an erasure, ``kept`` the other answers."""
+    """What became of a batch.
 
-    written: int
-    duplicates: int
-    conflicts: int
-    erased: int
-    kept: int
-    matched: int
+    Attributes:
+        written: Events that are new.
+        duplicates: Events that were stored before.
+        conflicts: Events whose id is stored with other content.
+        erased: Records of all kinds of before their user's erasure; nothing is kept of them, no dead letter either.
+        kept: Answers.
+        set_aside: Refusals.
+        matched: Answers that were matched with what the user did.
+    """
+
+    written: int = 0
+    duplicates: int = 0
+    conflicts: int = 0
+    erased: int = 0
+    kept: int = 0
+    set_aside: tuple[NewRefusal, ...] = ()
+    matched: int = 0
 
 
 @dataclass(frozen=True, slots=True)

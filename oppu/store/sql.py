@@ -15,7 +15,7 @@ from oppu.settings import StoreSettings
 from oppu.store import adapters, audit, claims, erasure, history, ingest_writes, quality, transport
 from oppu.store.database import Database
 from oppu.store.migrations import check_version, migrate
-from oppu.store.port import HistoryStore
+from oppu.store.port import PURGED_AT_ONCE, HistoryStore
 from oppu.store.records import (
     AdapterLogEntry,
     AdapterStatus,
@@ -240,7 +240,8 @@ class SqlStore(HistoryStore):
             ends = {cluster_id: end_offsets}
             known = erasure.erase_user(connection, self._hash, user_id, ends=ends, now=now)
             transport.enqueue(connection, [announce])
-            return known
+        self.database.clear_log()
+        return known
 
     def erasures(self, *, after: str, since: datetime | None, limit: int) -> dict[str, int]:
         """Return the epochs that erasures began, by the users' keyed hashes."""
@@ -261,7 +262,7 @@ class SqlStore(HistoryStore):
     def purge_answers(self, *, before: datetime) -> int:
         """Delete old answers."""
         with self.database.write() as connection:
-            return quality.purge_answers(connection, before)
+            return quality.purge_answers(connection, before, PURGED_AT_ONCE)
 
     def ping(self) -> None:
         """Check that the store can be read and has this program's schema."""

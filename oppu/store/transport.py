@@ -8,7 +8,7 @@ import base64
 import json
 from collections.abc import Iterable, Sequence
 
-from sqlalchemy import Connection, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, delete, func, insert, literal, or_, select, update
 
 from oppu.errors import OffsetConflict
 from oppu.store.database import chunks, upsert
@@ -17,7 +17,7 @@ from oppu.store.schema import offsets, outbox
 from oppu.values import Headers, OutRecord, Partition
 
 READ_BYTES = 8 * 2**20
-"""Keys and values of one read of the outbox: a thousand refused records of a MiB must not be in memory at once."""
+"""Keys, values and packed headers of one read of the outbox: not a thousand records of a MiB at once."""
 
 
 def read_offsets(connection: Connection, cluster_id: str, topics: Sequence[str]) -> dict[Partition, StoredOffset]:
@@ -71,7 +71,8 @@ def enqueue(connection: Connection, records: Sequence[OutRecord]) -> None:
 
 def read_outbox(connection: Connection, limit: int, after: int) -> list[OutboxRow]:
     """Return the oldest rows after an id, as many as ``READ_BYTES`` allow, at least one."""
-    size = func.coalesce(func.length(outbox.c.key), 0) + func.coalesce(func.length(outbox.c.value), 0)
+    parts = (outbox.c.key, outbox.c.value, outbox.c.headers)
+    size = sum((func.coalesce(func.length(part), 0) for part in parts), literal(0))
     sizes = select(outbox.c.id, size).where(outbox.c.id > after).order_by(outbox.c.id).limit(limit)
     last, room = after, READ_BYTES
     for id_, size_bytes in connection.execute(sizes).all():

@@ -1,19 +1,19 @@
 """The ingest worker through its loop: exactly-once writes, answers, relay, gauges, faults between effects."""
 
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 
 import numpy as np
 import pytest
 
 from ingest import relay
-from oppu.effects import Effect, Steps, T
-from oppu.errors import InvalidRecord, Reason, TransientError
+from oppu.effects import Effect, Steps, T, perform
+from oppu.errors import FatalError, InvalidRecord, Reason, TransientError
 from oppu.health import Health
 from oppu.loop import LoopState
-from oppu.store.records import IngestBatch, IngestResult
-from oppu.values import OutRecord, RequestId, UserId
+from oppu.store.records import IngestBatch, IngestResult, NewRefusal
+from oppu.values import OutRecord, Partition, RequestId, UserId
 from tests.ingest.world import TOPICS, World
 
 
@@ -244,7 +244,8 @@ def test_the_store_is_not_asked_for_gauges_at_every_step(world: World, monkeypat
 def test_rows_that_others_put_into_the_outbox_are_sent(world: World) -> None:
     reader = world.broker.consumer("reader", [TOPICS.updates], lambda p, c: dict.fromkeys(p, 0), client_id="r")
     row = OutRecord(TOPICS.updates, b"u1", b"{}")
-    batch = IngestBatch("elsewhere", (), dead_letters=(row,), now=world.clock.now())
+    refusal = NewRefusal(row, Partition(TOPICS.events, 0), 0)
+    batch = IngestBatch("elsewhere", (), refused=(refusal,), now=world.clock.now())
     world.store.write_events(batch)
     world.turn(3, seconds=1.0)
     found = [record for _ in range(4) for record in reader.poll(0, 10)]
@@ -306,6 +307,37 @@ def test_rows_that_no_topic_takes_hold_up_no_other_however_many(world: World, mo
     monkeypatch.undo()  # the topic's limit was raised
     world.turn(8, seconds=1.0)
     assert [letter.value for letter in world.letters()] == [b"{1", b"{big", b"{big", b"{big"]
+
+
+def test_one_of_several_workers_sends_the_outbox(world: World) -> None:
+    other = world.new_worker()
+    loop, world.worker = world.loop, other
+    second = world.new_loop()
+    for _ in range(20):
+        loop.turn()
+        second.turn()
+        world.clock.advance(1.0)
+    workers = [loop._worker, other]
+    first = Partition(TOPICS.events, 0)
+    (sender,) = [w for w in workers if first in w.consumer.assignment()]
+    (idle,) = [w for w in workers if w is not sender]
+    refusal = NewRefusal(OutRecord(TOPICS.updates, b"u1", b"{}"), first, 0)
+    world.store.write_events(IngestBatch("elsewhere", (), refused=(refusal,), now=world.clock.now()))
+    perform(idle.step([], world.clock.now()))
+    assert len(world.store.outbox(9)) == 1
+    perform(sender.step([], world.clock.now()))
+    assert world.store.outbox(9) == []
+
+
+def test_an_embedder_that_fails_on_everything_is_no_records_fault(world: World) -> None:
+    world.event("e1")
+
+    def lost(_texts: Sequence[str]) -> None:
+        raise RuntimeError("no device")
+
+    world.embedder.embed = lost  # type: ignore[method-assign,assignment]
+    with pytest.raises(FatalError, match="fails on any text: RuntimeError: no device"):
+        world.turn(3)
 
 
 def test_an_erased_user_s_older_records_are_counted_and_dropped(world: World) -> None:

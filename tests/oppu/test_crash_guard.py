@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from oppu.crash_guard import CrashGuard, NullGuard
+from oppu.crash_guard import DEATHS_BEFORE_SINGLE, CrashGuard, NullGuard
 from oppu.values import Partition, Record
 
 A, B = Partition("events", 0), Partition("events", 1)
@@ -116,6 +116,24 @@ def test_only_the_record_that_dies_alone_twice_is_poison(path: Path) -> None:
     assert not guard.poisonous(_records(A, 2, 3)), "a group is never poison"
     guard.leaving({A: 3})
     assert json.loads(path.read_text())["alone"] == []
+
+
+def test_one_poison_after_the_other_is_rather_something_else(path: Path) -> None:
+    asked = []
+    for offset in (1, 2, 3, 4):
+        for _ in range(DEATHS_BEFORE_SINGLE):
+            _die(path, _records(A, offset, offset + 1))
+        deaths = 0
+        while not CrashGuard(path).poisonous(_records(A, offset)):
+            _die(path, _records(A, offset))
+            deaths += 1
+        CrashGuard(path).leaving({A: offset + 1})
+        asked.append(deaths)
+        if offset == 3:
+            guard = CrashGuard(path)
+            guard.entering(_records(B, 7))
+            guard.leaving({B: 8})
+    assert asked == [2, 4, 8, 2]
 
 
 def test_a_lone_record_that_nobody_suspects_is_a_batch(path: Path) -> None:

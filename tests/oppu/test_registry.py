@@ -265,6 +265,28 @@ def test_collection_spares_what_is_kept_and_what_is_young(registry: AdapterRegis
     assert_same(registry.load(replace(REF, version=2)), tensors())
 
 
+@pytest.mark.parametrize("depth", [600, 988, 4000])
+def test_a_manifest_that_cannot_be_written_again_is_unreadable(url: str, registry: AdapterRegistry, depth: int) -> None:
+    write(registry)
+    for content in (b'{"seal": "\\ud800"}', b'{"seal": "0", "a": ' + b'{"a": ' * depth + b"1" + b"}" * depth + b"}"):
+        change(url, registry, MANIFEST, content)
+        with pytest.raises(AdapterUnreadable):
+            registry.load(REF)
+
+
+@pytest.mark.parametrize(
+    "written_at", ['"2024-01-01T00:00:00"', "7", "[" * 3000 + "]" * 3000], ids=["naive", "7", "deep"]
+)
+def test_collection_takes_a_manifest_without_a_time_for_torn(
+    url: str, registry: AdapterRegistry, written_at: str
+) -> None:
+    write(registry)
+    change(url, registry, MANIFEST, f'{{"written_at": {written_at}}}'.encode())
+    long_ago, soon = datetime(2000, 1, 1, tzinfo=UTC), datetime.now(UTC) + timedelta(days=1)
+    assert registry.collect(USER, 1, set(), older_than=long_ago) == []
+    assert registry.collect(USER, 1, set(), older_than=soon) == [3]
+
+
 def test_collection_removes_torn_leftovers_by_their_age(url: str, registry: AdapterRegistry) -> None:
     write(registry)
     change(url, registry, MANIFEST, None)

@@ -34,14 +34,14 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 def write_after_commit(patch: pytest.MonkeyPatch) -> None:
     """The offsets move first, the events follow in a transaction of their own."""
-    _split(patch, lambda batch: (replace(batch, events=(), answers=(), dead_letters=()), replace(batch, offsets=())))
+    _split(patch, lambda batch: (replace(batch, events=(), answers=(), refused=()), replace(batch, offsets=())))
 
 
 def dead_letter_outside_the_transaction(patch: pytest.MonkeyPatch) -> None:
     """What is refused goes to the outbox after the events and the offsets."""
 
     def halves(batch: IngestBatch) -> tuple[IngestBatch, IngestBatch]:
-        return replace(batch, dead_letters=()), replace(batch, offsets=(), events=(), answers=())
+        return replace(batch, refused=()), replace(batch, offsets=(), events=(), answers=())
 
     _split(patch, halves)
 

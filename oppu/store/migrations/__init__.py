@@ -107,7 +107,7 @@ def _make_folder(database: Database) -> None:
     if database.file is None:
         return
     try:
-        database.file.parent.mkdir(parents=True, exist_ok=True)
+        database.file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # the file holds users' text
     except FileExistsError as error:
         raise ConfigError(f"store.url: {database.file.parent} is not a folder") from error
     except OSError as error:

@@ -264,3 +264,18 @@ def test_closing_aborts_what_is_open(world: World) -> None:
     transactions.close()
     world.write(topic, "visible")
     assert take(consumer, 1) == ["visible"]
+
+
+def test_a_high_watermark_counts_what_is_not_committed_yet(world: World) -> None:
+    topic = world.topic()
+    world.write(topic, "a")
+    transactions = world.transactions()
+    transactions.begin()
+    transactions.send([out(topic, "open")])
+    admin, partition = world.broker.admin(), Partition(topic, 0)
+    try:
+        assert admin.high_watermarks([partition]) == {partition: 2}
+        assert admin.high_watermarks([]) == {}
+    finally:
+        admin.close()
+        transactions.abort()

@@ -7,7 +7,16 @@ from datetime import UTC, datetime, timedelta
 
 import numpy as np
 
-from oppu.store.records import Candidate, Claim, IngestBatch, IngestResult, NewAnswer, NewEvent, OffsetAdvance
+from oppu.store.records import (
+    Candidate,
+    Claim,
+    IngestBatch,
+    IngestResult,
+    NewAnswer,
+    NewEvent,
+    NewRefusal,
+    OffsetAdvance,
+)
 from oppu.store.sql import SqlStore
 from oppu.values import BaseId, EventId, OutRecord, Partition, RequestId, UserId
 
@@ -95,14 +104,14 @@ class Writer:
         dead_letters: Iterable[OutRecord] = (),
         now: datetime = NOW,
     ) -> IngestResult:
-        """Write one batch and move on by one offset."""
+        """Write one batch and move on by one offset, at which the refused records lie."""
         following = (self.expected or 0) + 1
         batch = IngestBatch(
             CLUSTER,
             (OffsetAdvance(self.partition, self.expected, following),),
             tuple(events),
             tuple(answers),
-            tuple(dead_letters),
+            tuple(NewRefusal(letter, EVENTS, following) for letter in dead_letters),
             now=now,
         )
         result = self.store.write_events(batch)

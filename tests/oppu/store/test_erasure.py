@@ -7,10 +7,12 @@ import pytest
 from sqlalchemy import select
 
 from oppu.privacy import UserHash
+from oppu.settings import StoreSettings
 from oppu.store.records import Lift, Outcome
 from oppu.store.schema import metadata
 from oppu.store.sql import SqlStore
 from oppu.values import BaseId, OutRecord, Partition, RequestId, UserId
+from tests.oppu.store.conftest import Opener
 from tests.oppu.store.support import (
     ADA,
     ANSWERS,
@@ -137,6 +139,35 @@ def test_answers_made_of_what_was_erased_or_asked_before_are_dropped(store: SqlS
     with store.database.read() as connection:
         kept = connection.execute(select(metadata.tables["answers"].c.request_id)).scalars().all()
     assert kept == ["asked afterwards"]
+
+
+def test_what_is_dropped_brings_no_user_back(store: SqlStore, writer: Writer) -> None:
+    writer.write(some("ada", 1))
+    erase(store, 10)
+    letters = [OutRecord("dead-letters", key, b"a text") for key in (b"ada", b"bob", b"\xff", None)]
+    result = writer.write([new_event("ada", "e1", offset=9)], answers=[new_answer("ada", "r")], dead_letters=letters)
+    assert (result.erased, [r.letter.key for r in result.set_aside]) == (3, [b"bob", b"\xff", None])
+    assert [row.record.key for row in store.outbox(9)] == [b"ada", b"bob", b"\xff", None]
+    assert store.outbox(9)[0].record == TOMBSTONE
+    with store.database.read() as connection:
+        assert connection.execute(select(metadata.tables["users"])).all() == []
+    assert store.users([ADA], BASE)[ADA].epoch == 2
+
+
+def test_refused_records_of_after_an_erasure_are_set_aside(store: SqlStore, writer: Writer) -> None:
+    erase(store, 1)
+    assert writer.write(dead_letters=[OutRecord("dead-letters", b"ada", b"x")]).erased == 0
+
+
+def test_nothing_of_the_user_stays_in_the_file(migrated_sqlite: StoreSettings, opener: Opener) -> None:
+    store = opener(migrated_sqlite)
+    store.register_base(BASE)
+    Writer(store).write([new_event("ada", "e1", text="a very secret text")])
+    erase(store, 10)
+    file = store.database.file
+    assert file is not None
+    for path in (file, file.with_name(f"{file.name}-wal")):
+        assert b"a very secret text" not in path.read_bytes()
 
 
 def test_an_unknown_user_is_refused_from_then_on(store: SqlStore, writer: Writer) -> None:

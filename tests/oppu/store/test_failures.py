@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from sqlalchemy import event, exc, text
+from sqlalchemy import event, insert, text
 
-from oppu.errors import ConfigError, TransientError
+from oppu.errors import ConfigError, FatalError, StoreRefused, TransientError
 from oppu.settings import StoreSettings
 from oppu.store.database import Database, parse_url
+from oppu.store.schema import answers
 from oppu.store.sql import SqlStore, open_store
 from oppu.values import OutRecord
 from tests.oppu.store.conftest import Opener
@@ -97,17 +98,25 @@ def test_a_read_only_server_is_transient(migrated_postgres: StoreSettings, opene
 
 
 def test_faults_of_ours_are_not_called_transient(store: SqlStore) -> None:
-    with pytest.raises((exc.OperationalError, exc.ProgrammingError)), store.database.read() as connection:
+    with pytest.raises(FatalError, match="no_such_table"), store.database.read() as connection:
         connection.execute(text("SELECT * FROM no_such_table"))
-    with pytest.raises(exc.IntegrityError), store.database.write() as connection:
+    with pytest.raises(StoreRefused), store.database.write() as connection:
         connection.execute(text("INSERT INTO bases (base, number) SELECT base, number FROM bases"))
+
+
+def test_what_the_database_refuses_is_not_quoted(store: SqlStore) -> None:
+    row = {"user_id": "a secret user", "request_id": "r", "task": "t", "arm": "a", "output": "x", "answered_at": NOW}
+    with pytest.raises(StoreRefused) as caught, store.database.write() as connection:
+        connection.execute(insert(answers), [row])
+    assert "secret" not in str(caught.value) and b"secret".hex() not in str(caught.value)
+    assert caught.value.__suppress_context__
 
 
 def test_an_error_does_not_quote_payloads(migrated_sqlite: StoreSettings, opener: Opener) -> None:
     store = opener(migrated_sqlite)
     with store.database.write() as connection:
         connection.exec_driver_sql("DROP TABLE outbox")
-    with pytest.raises(exc.OperationalError) as caught:
+    with pytest.raises(FatalError) as caught:
         Writer(store).write(dead_letters=[OutRecord("t", b"the user", b"the text")])
     assert "the user" not in str(caught.value) and "the text" not in str(caught.value)
 

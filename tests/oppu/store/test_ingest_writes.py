@@ -5,11 +5,13 @@ from datetime import timedelta
 
 import numpy as np
 import pytest
+from sqlalchemy import select
 
 from oppu.errors import OffsetConflict
 from oppu.settings import StoreSettings
-from oppu.store import transport
-from oppu.store.records import IngestBatch, IngestResult, OffsetAdvance, StoredOffset
+from oppu.store import sql, transport
+from oppu.store.records import IngestBatch, IngestResult, NewRefusal, OffsetAdvance, StoredOffset
+from oppu.store.schema import users
 from oppu.store.sql import SqlStore
 from oppu.values import EventId, OutRecord, Partition, UserId
 from tests.oppu.store.conftest import Opener
@@ -54,7 +56,7 @@ def history(store: SqlStore, user_id: str, after: int = 0, limit: int = 1000) ->
 
 def test_events_come_back_as_written(store: SqlStore, writer: Writer) -> None:
     event = new_event("ada", "e1", text="nul \x00 \U0001f600 e\u0301", choices=("é", "e\u0301", '"'), in_reply_to="r")
-    assert writer.write([event]) == IngestResult(1, 0, 0, 0, 0, 0)
+    assert writer.write([event]) == IngestResult(written=1)
     (stored,) = store.events({ADA: 0}, embedder=EMBEDDER, limit=10)[ADA]
     assert (stored.user_id, stored.seq, stored.event_id, stored.task) == (ADA, 1, "e1", "task")
     assert (stored.input, stored.output, stored.choices) == (event.input, "yes", event.choices)
@@ -104,8 +106,8 @@ def test_many_users_in_one_call(store: SqlStore, writer: Writer) -> None:
 def test_duplicates_and_conflicts(store: SqlStore, writer: Writer) -> None:
     first = new_event("ada", "e1")
     again = new_event("ada", "e1", output="no")
-    assert writer.write([first, first, again]) == IngestResult(1, 1, 1, 0, 0, 0)
-    assert writer.write([again, first, new_event("bob", "e1")]) == IngestResult(1, 1, 1, 0, 0, 0)
+    assert writer.write([first, first, again]) == IngestResult(written=1, duplicates=1, conflicts=1)
+    assert writer.write([again, first, new_event("bob", "e1")]) == IngestResult(written=1, duplicates=1, conflicts=1)
     assert [row.record for row in store.outbox(10)] == [again.conflict, again.conflict]
     assert history(store, "ada") == [(1, "e1")]
 
@@ -148,7 +150,7 @@ def test_one_lost_offset_undoes_the_whole_batch(store: SqlStore, writer: Writer)
     before = store.counts()
     other = Partition(EVENTS.topic, 1)
     advances = (OffsetAdvance(other, None, 7), OffsetAdvance(EVENTS, 77, 78))
-    dead = (OutRecord("dead-letters", None, b"x"),)
+    dead = (NewRefusal(OutRecord("dead-letters", None, b"x"), EVENTS, 77),)
     batch = IngestBatch(
         CLUSTER, advances, (new_event("new", "e"), new_event("ada", "e9")), (new_answer("ada", "r"),), dead, now=NOW
     )
@@ -199,6 +201,14 @@ def test_the_outbox_is_read_in_pieces_that_fit_into_memory(
         found.append([len(row.record.value or b"") for row in rows])
         after = rows[-1].id
     assert found == [[5000], [400, 500], [101, 0]]
+
+
+def test_headers_count_in_what_is_read_of_the_outbox(
+    store: SqlStore, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "READ_BYTES", 1000)
+    writer.write(dead_letters=[OutRecord("t", None, None, (("h", b"x" * 900),)) for _ in range(3)])
+    assert len(store.outbox(10)) == 1
 
 
 def test_an_outbox_id_never_comes_back(store: SqlStore, writer: Writer) -> None:
@@ -263,6 +273,22 @@ def test_quality_by_arm_and_purge(store: SqlStore, writer: Writer) -> None:
     assert [(q.arm, q.answered, q.matched) for q in store.quality()] == [("all", 2, 0), ("none", 1, 1)]
     assert store.purge_answers(before=NOW - timedelta(days=7)) == 1
     assert [(q.arm, q.answered) for q in store.quality()] == [("all", 1), ("none", 1)]
+
+
+def test_who_only_asked_is_forgotten_with_the_last_answer(store: SqlStore, writer: Writer) -> None:
+    old = NOW - timedelta(days=8)
+    writer.write(some("ada", 1), answers=[new_answer("ada", "r1", at=old), new_answer("bob", "r2", at=old)])
+    writer.write(answers=[new_answer("carl", "r3", at=old), new_answer("carl", "r4")])
+    assert store.purge_answers(before=NOW - timedelta(days=7)) == 3
+    with store.database.read() as connection:
+        left = connection.execute(select(users.c.user_id).order_by(users.c.user_id)).scalars().all()
+    assert left == ["ada", "carl"]
+
+
+def test_answers_are_purged_in_pieces(store: SqlStore, writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sql, "PURGED_AT_ONCE", 2)
+    writer.write(answers=[new_answer("ada", f"r{n}", at=NOW - timedelta(days=9 + n)) for n in range(5)])
+    assert [store.purge_answers(before=NOW) for _ in range(4)] == [2, 2, 1, 0]
 
 
 def test_a_naive_time_is_refused(store: SqlStore, writer: Writer) -> None:
