@@ -41,7 +41,8 @@ _LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, Safete
 class LoadedBase:
     """A base model that is ready to run.
 
-    ``max_positions`` is the longest sequence that the model can read, in tokens.
+    ``max_positions`` is the longest sequence that the model can read, in tokens; under LongRoPE, that it reads with the
+    rotary factors of short ones.
     """
 
     name: str
@@ -126,9 +127,7 @@ def ready(
         fingerprint=BaseId(fingerprint),
         device=device,
         dtype=dtype,
-        max_positions=int(
-            getattr(model.config.get_text_config(), "max_position_embeddings", None) or _UNBOUNDED_POSITIONS
-        ),
+        max_positions=_max_positions(model.config.get_text_config()),
     )
 
 
@@ -183,6 +182,19 @@ def prompts_of(tokenizer: Any) -> Prompts:
 
 def _first(*ids: int | None) -> int | None:
     return next((int(x) for x in ids if x is not None), None)
+
+
+def _max_positions(config: Any) -> int:
+    """Return the longest sequence that a text model with this configuration may be given.
+
+    Under LongRoPE the library rotates a whole batch by other factors as soon as one row of it is longer than what the
+    model was first trained on: the rows beside it would be answered otherwise than alone.
+    """
+    longest = int(getattr(config, "max_position_embeddings", None) or _UNBOUNDED_POSITIONS)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(own for own in rope.values() if isinstance(own, dict))]  # of all layers, or by their type
+    long = [own for own in kinds if own.get("rope_type") == "longrope"]
+    return min([longest, *(int(own["original_max_position_embeddings"]) for own in long)])
 
 
 def _hash(file: Path) -> bytes:

@@ -51,7 +51,7 @@ def score_choices(runner: Runner, bank: SlotBank, work: Sequence[Work], *, branc
 
 
 def read_branches(runner: Runner, bank: SlotBank, prompt: Ids, trie: Trie, slot: int) -> list[Scores]:
-    """Read a prompt once and then its trie's lines, as many at a time as a forward holds.
+    """Read a prompt once and then its trie's lines, as many at a time as a forward holds in tokens and in logits.
 
     Args:
         runner: The base.
@@ -69,15 +69,15 @@ def read_branches(runner: Runner, bank: SlotBank, prompt: Ids, trie: Trie, slot:
         said = runner.logits_after([prompt], [(len(prompt) - 1,)], cache, 0)
     root = [(0, node) for node, one in enumerate(trie.nodes) if not one.path]
     _spread(said, root, [trie], [found])
-    size = max(1, runner.tokens // (len(prompt) + trie.depth))
-    for first in range(0, len(trie.lines), size):
-        lines = trie.lines[first : first + size]
-        places = [_behind(line, trie) for line in lines]
+    places = [_behind(line, trie) for line in trie.lines]
+    lengths = [len(prompt) + len(line.path) for line in trie.lines]
+    for group in buckets(lengths, runner.tokens, [len(read) for read, _ in places], runner.reads):
         own = copy.deepcopy(cache)
-        own.batch_repeat_interleave(len(lines))
-        with bank.use([slot] * len(lines)):
-            said = runner.logits_after([line.path for line in lines], [p for p, _ in places], own, len(prompt))
-        _spread(said, [(0, node) for _, nodes in places for node in nodes], [trie], [found])
+        own.batch_repeat_interleave(len(group))
+        paths, read = [trie.lines[at].path for at in group], [places[at][0] for at in group]
+        with bank.use([slot] * len(group)):
+            said = runner.logits_after(paths, read, own, len(prompt))
+        _spread(said, [(0, node) for at in group for node in places[at][1]], [trie], [found])
     return found
 
 
@@ -99,7 +99,8 @@ def _read_lines(
             readings.append(Reading(prompt + line.path, positions, slot))
             owners.append([(at, node) for node in line.nodes])
     tries = [trie for _, trie, _ in work]
-    for bucket in buckets([len(reading.ids) for reading in readings], runner.tokens):
+    lengths, reads = [len(reading.ids) for reading in readings], [len(reading.positions) for reading in readings]
+    for bucket in buckets(lengths, runner.tokens, reads, runner.reads):
         group = sorted(bucket, key=lambda index: readings[index].slot)
         with bank.use([readings[index].slot for index in group]):
             logits = runner.logits([readings[index] for index in group])

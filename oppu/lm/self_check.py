@@ -2,6 +2,7 @@
 
 Rows of unequal length share a batch, with explicit positions: padded on the right to be read, on the left to write. A
 base that numbers its positions otherwise, or whose state cannot pass over padding, would answer wrongly without a word.
+Layers that adapters cannot be added to are found here too, not at the first user's batch.
 """
 
 import copy
@@ -37,7 +38,7 @@ def check_base(runner: Runner, bank: SlotBank, targets: Mapping[str, nn.Module])
 
     Args:
         runner: The base.
-        bank: Any bank on it; no adapter is used.
+        bank: Any bank on it; what lies in its first slot is run, and not compared.
         targets: The layers that adapters attach to, by module name.
 
     Returns:
@@ -45,7 +46,7 @@ def check_base(runner: Runner, bank: SlotBank, targets: Mapping[str, nn.Module])
 
     Raises:
         ConfigError: Naming ``model.base`` and what it does otherwise; or ``model.lora_targets`` where none of them is
-            run to read text.
+            run to read text, or the bank cannot serve one that is.
     """
     if runner.base.dtype == torch.float64:  # no setting names it; the library's masks overflow in it for some
         return True
@@ -63,6 +64,7 @@ def check_base(runner: Runner, bank: SlotBank, targets: Mapping[str, nn.Module])
             raise ConfigError(
                 f"model.base: {runner.base.name!r} answers otherwise beside another row than alone: {', '.join(faults)}"
             )
+        _serve(runner, bank, rows)
         try:
             followed = _followed(runner, bank, rows[0], 2)
             shared, why = all(_alike(runner, one, alone[0]) for one in followed), "the answers differ"
@@ -96,9 +98,7 @@ def _alone(runner: Runner, rows: list[Ids], targets: Mapping[str, nn.Module]) ->
 
 
 def _faults(runner: Runner, bank: SlotBank, rows: list[Ids], alone: list[torch.Tensor]) -> list[str]:
-    with bank.use([0, 0]):
-        read = runner.logits([Reading(row, (len(row) - 1,)) for row in rows])
-        written = _left(runner, rows)
+    read, written = _together(runner, bank, rows, 0)
     followed = _followed(runner, bank, rows[0], 1)
     return [
         name
@@ -109,6 +109,21 @@ def _faults(runner: Runner, bank: SlotBank, rows: list[Ids], alone: list[torch.T
         )
         if not all(_alike(runner, one, other) for one, other in zip(found, wanted, strict=True))
     ]
+
+
+def _serve(runner: Runner, bank: SlotBank, rows: list[Ids]) -> None:
+    """Run the rows with an adapter: without one the bank's hooks are idle, and serve any layer."""
+    try:
+        _together(runner, bank, rows, 1)
+    except _FAULTS as error:
+        _not_the_bases(error)
+        raise ConfigError(f"model.lora_targets: expected layers that adapters can be added to: {error}") from error
+
+
+def _together(runner: Runner, bank: SlotBank, rows: list[Ids], slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the next token's logits of the rows beside each other, as sequences are read and as texts are written."""
+    with bank.use([slot] * len(rows)):
+        return runner.logits([Reading(row, (len(row) - 1,)) for row in rows]), _left(runner, rows)
 
 
 def _rows(runner: Runner) -> list[Ids]:

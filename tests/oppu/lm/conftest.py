@@ -47,7 +47,6 @@ def byte_tokenizer() -> Any:
 
 def tiny_model(family: str) -> Any:
     """A random causal LM of two layers."""
-    torch.manual_seed(7)
     common: dict[str, Any] = {"vocab_size": 258, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 1}
     wide = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     grouped = {"num_key_value_heads": 2, "max_position_embeddings": 256}
@@ -74,12 +73,24 @@ def tiny_model(family: str) -> Any:
         extra |= {"head_dim": 8} if family.startswith(("gemma", "qwen3")) else {}
         extra |= {"query_pre_attn_scalar": 8} if family in ("gemma2", "gemma3") else {}
         config = make(**wide, **grouped, **common, **extra)
+    return random_model(config, seed=7)
+
+
+def random_model(config: Any, seed: int) -> Any:
+    """A random causal LM whose answers differ."""
+    torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # the usual initialisation is so flat that every answer looks alike
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(5.0)
     return model
+
+
+def random_base(config: Any) -> LoadedBase:
+    """A random base of whatever family the configuration is."""
+    model = random_model(config, seed=3)
+    return ready("odd", model, byte_tokenizer(), "0" * 32, device=torch.device("cpu"), dtype=torch.float32)
 
 
 @pytest.fixture

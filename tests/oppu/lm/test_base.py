@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,8 +15,11 @@ from oppu.errors import ConfigError
 from oppu.lm import base as base_module
 from oppu.lm.base import fingerprint_of, load_base, prompts_of
 from oppu.lm.casting import cast
+from oppu.lm.model import TorchModel
+from oppu.lm.port import Row
 from oppu.settings import ModelSettings
-from tests.oppu.lm.conftest import byte_tokenizer
+from oppu.tasks import Tasks
+from tests.oppu.lm.conftest import byte_tokenizer, random_base
 
 Make = Callable[..., Any]
 
@@ -87,6 +91,58 @@ def test_what_lies_in_the_file_is_cast_and_tied_weights_stay_tied() -> None:
     assert module.one.weight.dtype == module.filed.dtype == torch.bfloat16 and module.one is module.other
     assert module.computed.dtype == torch.float32 and module.count.dtype == torch.int64
     assert set(module.state_dict()) == {"one.weight", "one.bias", "other.weight", "other.bias", "filed", "count"}
+
+
+LONG: dict[str, Any] = {
+    "rope_type": "longrope", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+    "short_factor": [1.0] * 4, "long_factor": [9.0, 17.0, 33.0, 65.0],
+}  # fmt: skip
+PLAIN: dict[str, Any] = {"rope_type": "default", "rope_theta": 10_000.0}
+SHAPE: dict[str, Any] = {
+    "vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "longest"),
+    [
+        (transformers.Phi3Config(rope_parameters=dict(LONG), original_max_position_embeddings=64, **SHAPE), 64),
+        (transformers.Phi3Config(rope_parameters=dict(PLAIN), original_max_position_embeddings=64, **SHAPE), 256),
+        (transformers.LlamaConfig(rope_parameters=dict(LONG), **SHAPE), 64),
+        (transformers.LlamaConfig(rope_parameters={**LONG, "original_max_position_embeddings": 999}, **SHAPE), 256),
+        (
+            transformers.Gemma3TextConfig(
+                rope_parameters={"sliding_attention": dict(PLAIN), "full_attention": dict(LONG)}, head_dim=8, **SHAPE
+            ),
+            64,
+        ),
+        (transformers.LlamaConfig(rope_parameters={**PLAIN, "rope_type": "linear", "factor": 4.0}, **SHAPE), 256),
+    ],
+)
+def test_no_sequence_is_so_long_that_the_batch_is_rotated_otherwise(config: Any, longest: int) -> None:
+    assert random_base(config).max_positions == longest
+
+
+def test_under_longrope_long_prompts_are_cut_and_change_nothing_beside_them(
+    tasks: Tasks, settings: ModelSettings
+) -> None:
+    base = random_base(transformers.Phi3Config(rope_parameters=LONG, original_max_position_embeddings=64, **SHAPE))
+    own = settings.model_copy(update={"max_tokens": 200})
+    model = TorchModel(base, tasks, settings=own, slots=1)
+    choices = ("crime", "comedy", "sports")
+    short = [Row("news_categorize", "brief", choices=choices), Row("news_headline", "brief", max_new_tokens=12)]
+    long = [Row(row.task, "words " * 30, choices=row.choices, max_new_tokens=row.max_new_tokens) for row in short]
+    read: list[int] = []
+    base.model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(int(kwargs["position_ids"].max())), with_kwargs=True
+    )
+    found = model.answer([*short, *long])
+    assert max(read) == 63
+    for row, beside in zip([*short, *long], found, strict=True):
+        [alone] = model.answer([row])
+        np.testing.assert_allclose(beside.scores, alone.scores, atol=1e-4)
+        assert beside.text == alone.text
 
 
 def test_fingerprint_follows_content_not_path(saved: Path, tmp_path: Path) -> None:

@@ -58,6 +58,46 @@ def test_a_prompt_that_is_read_once_scores_as_one_read_again(
         assert np.exp(one.scores).sum() == pytest.approx(1)
 
 
+@pytest.mark.parametrize("branches", [False, True])
+def test_nested_choices_are_read_within_what_a_forward_holds_in_logits(
+    make_base: Make, make_adapter: Make, tasks: Tasks, settings: ModelSettings,
+    monkeypatch: pytest.MonkeyPatch, branches: bool,
+) -> None:  # fmt: skip
+    base = make_base("llama", torch.float64)
+    model = TorchModel(base, tasks, settings=settings, slots=1)
+    model.install(ANNA, make_adapter(base.model, 1))
+    monkeypatch.setattr(choices, "_AGAIN_SHARE", float("inf") if branches else 1e-9)
+    nested = tuple(first + " a" * times for first in ("b", "c", "bc", "bd", "d" * 30) for times in range(9))
+    asked = [Row("news_categorize", text, choices=nested, adapter=ANNA) for text in ("one", "other")]
+    wanted = model.answer(asked)
+
+    read: list[tuple[int, int]] = []  # rows and positions of each forward
+    picking = Runner._picking
+
+    def noted(self: Runner, positions: Any) -> Any:
+        read.append((len(positions), sum(len(own) for own in positions)))
+        return picking(self, positions)
+
+    monkeypatch.setattr(Runner, "_picking", noted)
+    model._runner.reads = 24  # a row of nested choices reads eight or nine, but for one that reads more
+    found = model.answer(asked)
+    assert max(reads for _, reads in read) > 8  # several positions a row
+    assert all(reads <= 24 or rows == 1 for rows, reads in read)
+    assert max(rows for rows, _ in read) > 1  # and several rows a forward, still
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one.scores, other.scores, atol=1e-9)
+        np.testing.assert_allclose(one.base_scores, other.base_scores, atol=1e-9)
+
+
+def test_one_row_may_read_more_than_a_forward_holds_in_logits(
+    make_base: Make, tasks: Tasks, settings: ModelSettings
+) -> None:
+    model = TorchModel(make_base("llama"), tasks, settings=settings, slots=1)
+    model._runner.reads = 1
+    [found] = model.answer([Row("news_categorize", "one", choices=tuple("a" + " a" * times for times in range(9)))])
+    assert np.exp(found.scores).sum() == pytest.approx(1)
+
+
 def test_many_choices_do_not_read_their_prompt_many_times(
     make_base: Make, tasks: Tasks, settings: ModelSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,10 @@
 """The trie of allowed outputs: probabilities add up, shared beginnings cost one more reading, prefixes end."""
 
+import gc
 import math
+import random
+import tracemalloc
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -95,6 +99,75 @@ def test_tries_are_kept_by_choices_and_long_choices_are_cut() -> None:
     assert tries.of(("12", "2")) is tries.of(("12", "2"))
     assert len(calls) == 1
     assert tries.of(("1231", "1232")).shared == pytest.approx([math.log(2)] * 2)
+
+
+class Counted:
+    """A tokenizer of digits that notes which sets it was asked for."""
+
+    def __init__(self) -> None:
+        self.calls: list[Sequence[str]] = []
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        self.calls.append(texts)
+        return {text: tuple(int(digit) for digit in text) for text in texts}
+
+
+SETS = [tuple(f"{first}{second}" for second in "123") for first in "1234"]
+"""Sets of choices of one size in memory."""
+
+
+def one_bytes() -> int:
+    """Return what one of the sets takes."""
+    tries = Tries(Counted(), END)
+    tries.of(SETS[0])
+    return tries._bytes
+
+
+def test_the_least_recently_used_tries_give_way_by_size_not_by_number() -> None:
+    tokenize = Counted()
+    tries = Tries(tokenize, END, kept_bytes=3 * one_bytes())
+    for at in (0, 1, 2, 0, 3, 0, 2, 1):  # the fourth puts out the second, which was used longest ago
+        tries.of(SETS[at])
+    assert tokenize.calls == [*SETS[:3], SETS[3], SETS[1]]
+    assert tries._bytes == 3 * one_bytes() and len(tries._kept) == 3
+    tries.of(tuple(f"4{second}{third}" for second in "12" for third in "12"))
+    assert len(tries._kept) < 3 and tries._bytes <= 3 * one_bytes()  # a larger one puts out several
+
+
+def test_a_trie_over_the_bound_is_used_and_not_kept() -> None:
+    tokenize = Counted()
+    tries = Tries(tokenize, END, kept_bytes=one_bytes())
+    tries.of(SETS[0])
+    large = tuple(f"{first}{second}" for first in "123" for second in "123")
+    assert len(tries.of(large).steps) == len(tries.of(large).steps) == 9
+    tries.of(SETS[0])
+    assert tokenize.calls == [SETS[0], large, large]
+
+
+def test_the_texts_of_long_choices_count() -> None:
+    tries = Tries(Counted(), END, longest=3, kept_bytes=20_000)
+    tries.of(("1" * 30_000, "2"))
+    assert not tries._kept
+
+
+@pytest.mark.parametrize("kind", ["late", "nested", "binary", "short"])
+def test_the_memory_of_a_trie_is_as_estimated(kind: str) -> None:
+    chance = random.Random(0)
+    labels = {
+        "late": [(7,) * 50 + tuple(chance.randrange(300, 30_000) for _ in range(14)) for _ in range(500)],
+        "nested": [(7,) * (at % 64) for at in range(500)],
+        "binary": [tuple(chance.choice((500, 600)) for _ in range(64)) for _ in range(500)],
+        "short": [tuple(chance.randrange(300, 30_000) for _ in range(3)) for _ in range(500)],
+    }[kind]
+    gc.collect()
+    tracemalloc.start()
+    try:
+        trie = build_trie(labels, END)
+        gc.collect()
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 0.5 * trie.bytes < taken < 1.1 * trie.bytes
 
 
 def test_only_the_allowed_columns_are_copied_and_say_the_same() -> None:

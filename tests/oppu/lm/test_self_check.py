@@ -10,7 +10,8 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 from oppu.errors import ConfigError, ModelLost
-from oppu.lm.base import LoadedBase, ready
+from oppu.lm.bank import SlotBank
+from oppu.lm.base import LoadedBase
 from oppu.lm.forward import Runner
 from oppu.lm.model import TorchModel
 from oppu.lm.port import AdapterRef, Row
@@ -18,7 +19,7 @@ from oppu.lm.targets import find_targets
 from oppu.settings import ModelSettings
 from oppu.tasks import Tasks
 from oppu.values import UserId
-from tests.oppu.lm.conftest import FAMILIES, byte_tokenizer, random_adapter
+from tests.oppu.lm.conftest import FAMILIES, random_adapter, random_base
 
 COMMON: dict[str, Any] = {"vocab_size": 258, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 1}
 WIDE: dict[str, Any] = {
@@ -26,19 +27,6 @@ WIDE: dict[str, Any] = {
 }  # fmt: skip
 GROUPED: dict[str, Any] = {"num_key_value_heads": 2, "max_position_embeddings": 256}
 CHOICES = tuple(f"one thing after another, number {at} of them" for at in range(40))
-
-
-def wrapped(model: Any, dtype: torch.dtype = torch.float32) -> LoadedBase:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(5.0)
-    return ready("odd", model, byte_tokenizer(), "0" * 32, device=torch.device("cpu"), dtype=dtype)
-
-
-def seeded(config: Any) -> Any:
-    torch.manual_seed(3)
-    return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def seeing() -> Any:
@@ -63,7 +51,7 @@ def test_usual_families_pass_and_share_prompts(
 def test_positions_that_the_model_numbers_otherwise(tasks: Tasks, settings: ModelSettings) -> None:
     config = transformers.RobertaConfig(is_decoder=True, max_position_embeddings=256, **WIDE, **COMMON)
     with pytest.raises(ConfigError, match="when sequences are read, when texts are written"):
-        TorchModel(wrapped(seeded(config)), tasks, settings=settings, slots=1)
+        TorchModel(random_base(config), tasks, settings=settings, slots=1)
 
 
 def test_a_planted_fault_in_the_positions(
@@ -81,7 +69,7 @@ def test_a_state_that_padding_enters(tasks: Tasks, settings: ModelSettings) -> N
         attention_window_size=64, **COMMON,
     )  # fmt: skip
     with pytest.raises(ConfigError, match=r"model\.base"):
-        TorchModel(wrapped(seeded(config)), tasks, settings=settings, slots=1)
+        TorchModel(random_base(config), tasks, settings=settings, slots=1)
 
 
 def test_a_base_whose_state_cannot_be_shared_reads_the_prompt_for_every_line(
@@ -92,7 +80,7 @@ def test_a_base_whose_state_cannot_be_shared_reads_the_prompt_for_every_line(
         shared_expert_intermediate_size=24, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
         layer_types=["linear_attention", "full_attention", "full_attention"], **WIDE, **GROUPED, **COMMON,
     )  # fmt: skip
-    model = TorchModel(wrapped(seeded(config)), tasks, settings=settings, slots=1)
+    model = TorchModel(random_base(config), tasks, settings=settings, slots=1)
     assert not model._branches
     model._runner.tokens = 64  # so little that lines would share their prompt
     [found] = model.answer([Row("news_categorize", "an article " * 4, choices=CHOICES)])
@@ -102,12 +90,37 @@ def test_a_base_whose_state_cannot_be_shared_reads_the_prompt_for_every_line(
 def test_layers_that_reading_text_never_runs_are_refused(tasks: Tasks, settings: ModelSettings) -> None:
     named = settings.model_copy(update={"lora_targets": ("out_proj",)})  # the vision tower's alone
     with pytest.raises(ConfigError, match=r"model\.lora_targets: reading text runs none of model\.vision"):
-        TorchModel(wrapped(seeded(seeing())), tasks, settings=named, slots=1)
+        TorchModel(random_base(seeing()), tasks, settings=named, slots=1)
 
 
 def test_what_is_named_outright_beside_the_decoder_is_not_dropped(make_base: Callable[..., LoadedBase]) -> None:
     found = find_targets(make_base().model, ("q_proj", "lm_head"))
     assert "lm_head" in found and len(found) == 3
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_a_layer_that_the_bank_cannot_serve_is_refused_at_once(
+    family: str, make_base: Callable[..., LoadedBase], tasks: Tasks, settings: ModelSettings
+) -> None:
+    named = settings.model_copy(update={"lora_targets": ("c_attn" if family == "gpt2" else "q_proj", "lm_head")})
+    with pytest.raises(ConfigError, match=r"model\.lora_targets: expected layers that keep .* apart: lm_head reads"):
+        TorchModel(make_base(family), tasks, settings=named, slots=1)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(torch.OutOfMemoryError("no"), torch.OutOfMemoryError), (RuntimeError("odd shapes"), ConfigError)],
+)
+def test_a_layer_that_adapters_cannot_be_added_to(
+    error: Exception, raised: type[Exception], make_base: Callable[..., LoadedBase], tasks: Tasks,
+    settings: ModelSettings, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(SlotBank, "_added", fail)
+    with pytest.raises(raised, match=r"no|model\.lora_targets: expected layers .* added to: odd shapes"):
+        TorchModel(make_base(), tasks, settings=settings, slots=1)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +146,7 @@ def test_a_lost_device_is_not_the_bases_fault(
 def test_of_a_base_that_sees_too_the_text_layers_alone_are_adapted(
     tasks: Tasks, settings: ModelSettings, as_peft: Callable[..., Any]
 ) -> None:
-    base = wrapped(seeded(seeing()))
+    base = random_base(seeing())
     assert base.max_positions == 256
     model = TorchModel(base, tasks, settings=settings, slots=1)
     assert len(model._targets) == 6 and not any("vision" in name for name in model._targets)
