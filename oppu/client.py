@@ -1,19 +1,22 @@
 """The application's side of the wire: send events, ask, and collect answers. Used by commands, demo and tests.
 
-Answers are read under read_committed from the moment the client was opened. The first answer to a request is kept;
-further ones are counted in ``duplicated``.
+Answers are read under read_committed from the moment the client was opened, however long it was not polled since. The
+first answer to a request is kept; further ones are counted in ``duplicated``.
 """
 
+import logging
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from oppu.errors import TransientError
+from oppu.errors import InvalidRecord, TransientError
 from oppu.kafka.port import Broker, Produced
 from oppu.parsing import parse_prediction
-from oppu.values import OutRecord, Partition
+from oppu.values import OutRecord, Partition, Record
 from oppu.wire import BehaviorEvent, Prediction, PredictionRequest, Topics, record_for
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05
 JOIN_SECONDS = 30.0
@@ -34,6 +37,7 @@ class Client:
     def __init__(self, broker: Broker, topics: Topics, *, listen: bool = True) -> None:
         self._topics = topics
         self.answers = Answers()
+        self._next_offsets: dict[Partition, int] = {}
         name = f"oppu-client-{uuid.uuid4().hex}"
         self._producer = broker.producer(client_id=name)
         self._consumer = broker.consumer(name, [topics.predictions], self._start, client_id=name) if listen else None
@@ -80,11 +84,16 @@ class Client:
         return self.collect([request.request_id for request in requests], timeout_seconds=timeout_seconds)
 
     def poll(self) -> list[Prediction]:
-        """Read what has come, keep first answers, and return all that was read."""
+        """Read what has come, keep first answers, and return all that was read; what is no prediction is left out."""
         if self._consumer is None:
             raise RuntimeError("this client was opened with listen=False")
-        came = [parse_prediction(record) for record in self._consumer.poll(POLL_SECONDS, 1000)]
-        for prediction in came:
+        came: list[Prediction] = []
+        for record in self._consumer.poll(POLL_SECONDS, 1000):
+            self._next_offsets[record.partition] = record.offset + 1
+            prediction = _prediction(record)
+            if prediction is None:
+                continue
+            came.append(prediction)
             if prediction.request_id in self.answers.first:
                 self.answers.duplicated += 1
             else:
@@ -106,10 +115,18 @@ class Client:
     def _start(
         self, assigned: frozenset[Partition], committed: Mapping[Partition, int | None]
     ) -> Mapping[Partition, int]:
-        # a reader of its own: everything from now on, whatever an earlier client read
-        if self._consumer is None:
+        consumer = self._consumer
+        if consumer is None:
             return {}
-        return self._consumer.end_offsets(assigned)
+        ends = consumer.end_offsets(assigned)
+        if not self._next_offsets:  # opened just now: whatever an earlier client read, everything from here on
+            self._next_offsets.update(ends)
+            return ends
+        # the group expelled a client that did not poll for long, or the topic has grown: nothing may be left out
+        beginnings = consumer.beginning_offsets(assigned)
+        known = {p: self._next_offsets.get(p, beginnings[p]) for p in assigned}
+        # retention may have passed a position, and in a topic made anew it may lie past the end
+        return {p: offset if beginnings[p] <= offset <= ends[p] else beginnings[p] for p, offset in known.items()}
 
     def _join(self) -> None:
         consumer = self._consumer
@@ -120,3 +137,12 @@ class Client:
             consumer.poll(POLL_SECONDS, 1)
             if time.monotonic() > deadline:
                 raise TransientError(f"no partition of {self._topics.predictions} was assigned in {JOIN_SECONDS:g} s")
+
+
+def _prediction(record: Record) -> Prediction | None:
+    try:
+        return parse_prediction(record)
+    except InvalidRecord as error:
+        where = record.partition
+        logger.warning("%s/%d offset %d is no prediction: %s", where.topic, where.index, record.offset, error.reason)
+        return None

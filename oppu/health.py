@@ -1,7 +1,8 @@
 """What a worker tells the outside: liveness, readiness with reasons, and its metrics, over a small HTTP server.
 
-Live means that the loop advanced lately, whatever broker and store do. Ready means that no named part has said
-``not_ready``. Invariant: serving a request never waits for the worker's own thread.
+Live means that the loop advanced lately, whatever broker and store do, or has not begun: loading a model may take
+any time, and a restart would only begin it again. Ready means that no named part has said ``not_ready``. Invariant:
+serving a request never waits for the worker's own thread.
 """
 
 import json
@@ -20,6 +21,8 @@ from oppu.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+START = "start"
+"""The part that is not ready until the worker is built."""
 REQUEST_SECONDS = 10.0
 """A scrape is one short line and its answer; a peer that takes longer is not reading."""
 
@@ -40,9 +43,11 @@ class Health:
             self._alive_at = self._clock.monotonic()
 
     def ready(self, part: str) -> None:
-        """Say that a part can do its work."""
+        """Say that a part can do its work; with :data:`START` liveness begins to count."""
         with self._lock:
             self._reasons.pop(part, None)
+            if part == START:
+                self._alive_at = self._clock.monotonic()
 
     def not_ready(self, part: str, reason: str) -> None:
         """Say that a part cannot do its work for now.
@@ -55,9 +60,9 @@ class Health:
             self._reasons[part] = reason
 
     def is_live(self) -> bool:
-        """Tell whether the work advanced within the limit."""
+        """Tell whether the work advanced within the limit, or has yet to start."""
         with self._lock:
-            return self._clock.monotonic() - self._alive_at <= self._live_within
+            return START in self._reasons or self._clock.monotonic() - self._alive_at <= self._live_within
 
     def is_ready(self) -> bool:
         """Tell whether every part is ready."""

@@ -4,15 +4,28 @@
 reads the environment. Units are in the names. Secrets print as stars.
 """
 
-from collections.abc import Sequence
+import difflib
+import os
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FilePath,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -27,15 +40,27 @@ LONGEST_RETRY_SECONDS = 6 * 3600.0
 PUBLIC_KEYS = ("oppu-development-key", "change-me-before-real-use")
 """Deployment keys that anybody can read: the default, and that of deploy/compose.yaml."""
 
+_PREFIX = "OPPU_"
+_IN_KUBERNETES = "KUBERNETES_SERVICE_HOST"
+_SERVICE_LINK = re.compile(r"OPPU(_[A-Z0-9]+)*_(SERVICE_HOST|(SERVICE_)?PORT(_[A-Z0-9_]+)?)")
+"""What Kubernetes tells its containers of a Service whose name begins like ours."""
+_NO_SETTINGS = frozenset({"OPPU_CONFIG", "OPPU_PARENT", "OPPU_KILL_EVENTS", "OPPU_KILL_SEED", "OPPU_SIM_SEED"})
+"""Variables with our prefix that others read: the command line, workers of ``oppu up``, tests."""
+_ALIKE = 0.8
+"""Of difflib: a section left out is found, and all names sharing our prefix are not."""
+
+_ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%[^\s\]]+)?\]|[^\s:;,/@\[\]]+):(?P<port>[0-9]{1,5})")
+_LAST_PORT = 65_535
+
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class KafkaSettings(_Section):
     """Connection to the cluster and the shape of our topics."""
 
-    bootstrap_servers: str = Field("127.0.0.1:9092", description="Comma-separated host:port list.")
+    bootstrap_servers: str = Field("127.0.0.1:9092", description="Comma-separated host:port list; IPv6 in brackets.")
     topic_prefix: str = Field("oppu.", pattern=r"^[a-zA-Z0-9._-]*$", description="Put before each topic's name.")
     group_prefix: str = Field("oppu-", description="Put before each consumer group's and transaction's name.")
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
@@ -46,9 +71,9 @@ class KafkaSettings(_Section):
     )
     sasl_username: str | None = Field(None, description="With a SASL protocol.")
     sasl_password: SecretStr | None = Field(None, description="With a SASL protocol; never printed.")
-    ssl_cafile: Path | None = Field(None, description="CA certificates; none = the system's.")
-    ssl_certfile: Path | None = Field(None, description="Our certificate, where the broker asks for one.")
-    ssl_keyfile: Path | None = Field(None, description="Its private key.")
+    ssl_cafile: FilePath | None = Field(None, description="CA certificates; none = the system's.")
+    ssl_certfile: FilePath | None = Field(None, description="Our certificate, where the broker asks for one.")
+    ssl_keyfile: FilePath | None = Field(None, description="Its private key.")
     partitions: int = Field(6, ge=1, description="Partitions of topics we create.")
     replication: int = Field(3, ge=1, description="Replication factor of topics we create.")
     min_insync_replicas: int = Field(2, ge=1, description="Of topics we create; at most their replication.")
@@ -62,13 +87,27 @@ class KafkaSettings(_Section):
     )
     dead_letter_retention_seconds: int = Field(7 * 86_400, ge=60, description="Dead letters hold users' text.")
 
+    @field_validator("bootstrap_servers")
+    @classmethod
+    def _addresses(cls, servers: str) -> str:
+        # a client would take what is none for a broker that is away, and try for ever
+        wrong = [server.strip() for server in servers.split(",") if not _is_address(server.strip())]
+        if wrong:
+            raise ValueError(f"expected host:port, separated by commas, got {', '.join(map(repr, wrong))}")
+        return servers
+
     @model_validator(mode="after")
-    def _sasl_is_whole(self) -> "KafkaSettings":
-        if self.security_protocol.startswith("SASL") and not (
-            self.sasl_mechanism and self.sasl_username and self.sasl_password
-        ):
+    def _sasl_is_whole_or_not_there(self) -> "KafkaSettings":
+        credentials = (self.sasl_mechanism, self.sasl_username, self.sasl_password)
+        if self.security_protocol.startswith("SASL"):
+            if not all(credentials):
+                raise ValueError(
+                    f"security_protocol {self.security_protocol} needs sasl_mechanism, sasl_username and sasl_password"
+                )
+        elif any(credentials):
             raise ValueError(
-                f"security_protocol {self.security_protocol} needs sasl_mechanism, sasl_username and sasl_password"
+                "sasl_mechanism, sasl_username and sasl_password need security_protocol SASL_PLAINTEXT or SASL_SSL, "
+                f"got {self.security_protocol}"
             )
         return self
 
@@ -232,7 +271,7 @@ class Settings(BaseSettings):
     """All settings, by section."""
 
     model_config = SettingsConfigDict(
-        env_prefix="OPPU_", env_nested_delimiter="__", frozen=True, extra="forbid", toml_file=None
+        env_prefix=_PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid", toml_file=None
     )
 
     kafka: KafkaSettings = KafkaSettings()
@@ -270,7 +309,7 @@ class Settings(BaseSettings):
             The checked settings.
 
         Raises:
-            ConfigError: Listing every fault at once, each by its name.
+            ConfigError: Listing every fault at once, each by its name; among them variables that set nothing.
         """
         if path is not None and not path.is_file():
             raise ConfigError(f"--config: no such file: {path}")
@@ -278,16 +317,47 @@ class Settings(BaseSettings):
         class _FromFile(cls):  # type: ignore[valid-type,misc]
             model_config = SettingsConfigDict(**{**cls.model_config, "toml_file": path})
 
+        unknown = _unknown(os.environ)
         try:
             settings = _FromFile(**overrides)
         except ValidationError as error:
-            raise ConfigError(*(_problem(fault) for fault in error.errors())) from error
+            faults = [fault for fault in error.errors() if _variable(fault) not in unknown]
+            raise ConfigError(*unknown.values(), *map(_problem, faults)) from error
+        except SettingsError as error:  # a whole section in one variable
+            raise ConfigError(*unknown.values(), f"environment: expected JSON: {error}") from error
         except ValueError as error:  # a TOML file that does not parse
-            raise ConfigError(f"--config: {error}") from error
+            raise ConfigError(*unknown.values(), f"--config: {error}") from error
+        if unknown:
+            raise ConfigError(*unknown.values())
         return cls.model_construct(**{name: getattr(settings, name) for name in cls.model_fields})
+
+
+def _is_address(server: str) -> bool:
+    found = _ADDRESS.fullmatch(server)
+    return found is not None and 0 < int(found["port"]) <= _LAST_PORT
+
+
+def _unknown(environment: Collection[str]) -> dict[str, str]:
+    """Return what is wrong with each variable, in upper case, that has our prefix and sets nothing."""
+    sections = {f"{_PREFIX}{name.upper()}": type(field.default) for name, field in Settings.model_fields.items()}
+    names = {f"{section}__{name.upper()}" for section, kind in sections.items() for name in kind.model_fields}
+    known, expected = names | _NO_SETTINGS, f"expected {_PREFIX}SECTION__NAME, as docs/contracts/settings.md lists them"
+    problems: dict[str, str] = {}
+    for variable in sorted(environment):
+        name = variable.upper()  # a setting may be written in any case, what others read may not
+        if not name.startswith(_PREFIX) or name in names or name in sections or variable in _NO_SETTINGS:
+            continue
+        if _IN_KUBERNETES in environment and _SERVICE_LINK.fullmatch(variable):
+            continue
+        close = difflib.get_close_matches(name, known, n=1, cutoff=_ALIKE)
+        problems[name] = f"{variable}: no such setting; {f'did you mean {close[0]}?' if close else expected}"
+    return problems
+
+
+def _variable(fault: Any) -> str:
+    return _PREFIX + "__".join(str(part).upper() for part in fault["loc"])
 
 
 def _problem(fault: Any) -> str:
     name = ".".join(str(part) for part in fault["loc"])
-    variable = "OPPU_" + "__".join(str(part).upper() for part in fault["loc"])
-    return f"{name} (or {variable}): {fault['msg']}"
+    return f"{name} (or {_variable(fault)}): {fault['msg']}"

@@ -17,6 +17,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    JsonValue,
     StringConstraints,
 )
 
@@ -56,8 +57,23 @@ class Wire(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
 
+def _example(**fields: JsonValue) -> ConfigDict:
+    """Put one record's value into a contract's JSON Schema."""
+    return ConfigDict(json_schema_extra={"examples": [fields]})
+
+
 class BehaviorEvent(Wire):
     """Something a user did: for this input, this output."""
+
+    model_config = _example(
+        schema_version=1,
+        event_id="e-1",
+        user_id="u-1",
+        task="news_categorize",
+        occurred_at="2026-01-31T12:00:00Z",
+        input="The Senate passed the budget on Tuesday.",
+        output="politics",
+    )
 
     schema_version: Annotated[int, Field(ge=1)] = SCHEMA_VERSION
     event_id: Identifier
@@ -88,6 +104,17 @@ class Coordinates(Wire):
 
 class PredictionRequest(Wire):
     """A question: what will this user make of this input?"""
+
+    model_config = _example(
+        schema_version=1,
+        request_id="r-1",
+        user_id="u-1",
+        task="news_categorize",
+        input="The House votes on Friday.",
+        options={"retrieve": 4, "profile": True, "adapter": True},
+        deadline="2026-01-31T12:00:30Z",
+        after={"partition": 0, "offset": 41},
+    )
 
     schema_version: Annotated[int, Field(ge=1)] = SCHEMA_VERSION
     request_id: Identifier
@@ -130,6 +157,27 @@ class Provenance(Wire):
 class Prediction(Wire):
     """The answer to one request; exactly one of ``output`` and ``error`` is set."""
 
+    model_config = _example(
+        schema_version=1,
+        request_id="r-1",
+        user_id="u-1",
+        request={"partition": 0, "offset": 7},
+        task="news_categorize",
+        status="ok",
+        output="politics",
+        scores={"politics": 0.75, "u.s. news": 0.25},
+        provenance={
+            "base": "3f9c0a7be2d14856",
+            "epoch": 1,
+            "adapter_version": 3,
+            "retrieved": ["e-1"],
+            "history_sequence": 23,
+            "used": ["retrieval", "adapter"],
+            "degraded": [{"part": "profile", "reason": "history_behind"}],
+        },
+        timings={"model": 6.5},
+    )
+
     schema_version: int = SCHEMA_VERSION
     request_id: str
     user_id: str
@@ -145,6 +193,10 @@ class Prediction(Wire):
 
 class AdapterUpdate(Wire):
     """A user's current head, for others to follow; a tombstone follows an erasure."""
+
+    model_config = _example(
+        schema_version=1, user_id="u-1", base="3f9c0a7be2d14856", version=3, parent=2, cause="published"
+    )
 
     schema_version: int = SCHEMA_VERSION
     user_id: str

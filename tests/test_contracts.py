@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 
 from oppu.cli.contracts import generate
-from oppu.wire import AdapterUpdate, BehaviorEvent, encode
+from oppu.wire import CONTRACTS, AdapterUpdate, BehaviorEvent, encode
 
 FOLDER = Path(__file__).parents[1] / "docs" / "contracts"
 EVENT = {
@@ -37,6 +37,15 @@ def test_event_schema_requires(name: str) -> None:
     schema = json.loads((FOLDER / "behavior-events.schema.json").read_text(encoding="utf-8"))
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({k: v for k, v in EVENT.items() if k != name}, schema)
+
+
+@pytest.mark.parametrize("topic", sorted(CONTRACTS))
+def test_each_schema_has_an_example_that_is_valid_and_parses(topic: str) -> None:
+    schema = json.loads((FOLDER / f"{topic}.schema.json").read_text(encoding="utf-8"))
+    [example] = schema["examples"]
+    jsonschema.validate(example, schema)
+    parsed = CONTRACTS[topic].model_validate_json(json.dumps(example))
+    assert example.items() <= json.loads(encode(parsed)).items(), "nothing in it is ignored"
 
 
 @pytest.mark.parametrize(

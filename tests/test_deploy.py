@@ -72,8 +72,16 @@ def test_environment_of_the_compose_file_is_accepted_by_the_settings(monkeypatch
     for name, value in compose()["services"]["ingest"]["environment"].items():
         monkeypatch.setenv(name, re.sub(r"\$\{[^:}]+:-([^}]*)\}", r"\1", value))
     settings = Settings.load()
-    assert settings.store.url.startswith("postgresql+psycopg://oppu:oppu@postgres")
+    assert settings.store.url == "postgresql+psycopg://oppu@postgres:5432/oppu"
     assert settings.service.metrics_port == 9464
+
+
+def test_any_password_of_postgres_reaches_the_workers_as_it_is() -> None:
+    services = compose()["services"]
+    password = services["postgres"]["environment"]["POSTGRES_PASSWORD"]
+    workers = [service["environment"] for service in services.values() if service.get("image") == "oppu"]
+    assert [worker["PGPASSWORD"] for worker in workers] == [password] * 4  # libpq reads it; a URL would need it escaped
+    assert not [worker for worker in workers if "$" in worker["OPPU_STORE__URL"]]
 
 
 def test_scrape_targets_are_services_of_the_compose_file() -> None:

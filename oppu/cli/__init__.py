@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,12 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def emit(value: Mapping[str, Any], *, as_json: bool, text: str) -> None:
-    """Print one result as a JSON line or as text."""
-    click.echo(json.dumps(value, ensure_ascii=False, default=str) if as_json else text)
+    """Print one result as a JSON line, its times as in the contracts (RFC 3339), or as text."""
+    click.echo(json.dumps(value, ensure_ascii=False, default=_as_json) if as_json else text)
+
+
+def _as_json(value: object) -> str:
+    return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -11,7 +11,7 @@ from oppu.errors import AdapterUnreadable, ConfigError
 from oppu.lm.port import AdapterRef
 from oppu.store.port import HistoryStore
 from oppu.store.records import AdapterStatus
-from oppu.values import BaseId, UserId
+from oppu.values import BaseId, Head, UserId
 
 base_option = click.option("--base", "base_name", help="Fingerprint of the base; needed where there are several.")
 
@@ -80,11 +80,12 @@ def rollback(
     store = compose.store(session.settings)
     state, base = known_user(store, user_id), _base(store, base_name)
     status = store.adapter(base, state.user_id)
-    if status is None or status.head is None:
-        raise ConfigError(f"USER_ID: {user_id} has no adapter on base {base}")
+    before = status.head if status else None
     if to is not None and to_none:
         raise ConfigError("--to and --none: give one of them")
-    target = None if to_none else to if to is not None else status.head.parent
+    if before is None and to is None and not to_none:  # --to brings back what a former rollback took away
+        raise ConfigError(f"USER_ID: {user_id} has no adapter on base {base}; --to VERSION serves an earlier one")
+    target = to if to is not None or to_none or before is None else before.parent
     if target is not None:
         registry = compose.registry(session.settings, base)
         operations.check_readable(registry, AdapterRef(state.user_id, state.epoch, target))
@@ -92,8 +93,8 @@ def rollback(
         store, base, state.user_id, to=target, reason=reason, now=datetime.now(UTC),
         topics=compose.topics(session.settings),
     )  # fmt: skip
-    version = head.version if head else None
-    emit({"version": version}, as_json=as_json, text=f"serving version {version}, after {status.head.version}")
+    text = f"serving {_served(head)}, after {_served(before)}"
+    emit({"version": head.version if head else None}, as_json=as_json, text=text)
 
 
 @adapters.command()
@@ -158,7 +159,10 @@ def _status(status: AdapterStatus) -> dict[str, object]:
     }
 
 
+def _served(head: Head | None) -> str:
+    return f"version {head.version}" if head else "no adapter"
+
+
 def _line(status: AdapterStatus) -> str:
-    version = f"version {status.head.version}" if status.head else "no adapter"
     pending = status.last_seq - status.considered_through
-    return f"{status.user_id}  {version}, {status.last_seq} events, {pending} pending, {status.state}"
+    return f"{status.user_id}  {_served(status.head)}, {status.last_seq} events, {pending} pending, {status.state}"

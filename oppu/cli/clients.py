@@ -1,13 +1,14 @@
 """The application's commands: produce events, ask, watch predictions."""
 
 import gzip
-import json
 import sys
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import click
 from pydantic import ValidationError
@@ -16,8 +17,11 @@ from rich.progress import Progress
 from oppu.cli import Session, compose, emit, json_option
 from oppu.cli.operation import partition_count
 from oppu.client import Client
-from oppu.errors import ConfigError, OppuError
-from oppu.wire import BehaviorEvent, Coordinates, Prediction, PredictionRequest, RequestOptions
+from oppu.errors import ConfigError, InvalidRecord, OppuError
+from oppu.parsing import parse_event, refusal
+from oppu.settings import Settings
+from oppu.values import Partition, Record
+from oppu.wire import BehaviorEvent, Coordinates, Prediction, PredictionRequest, RequestOptions, record_for
 
 CHUNK = 500
 
@@ -41,9 +45,9 @@ def client(session: Session, *, listen: bool) -> Iterator[Client]:
 def produce(session: Session, file: Path, *, as_json: bool) -> None:
     """Send the events of FILE (JSON lines, .gz allowed, - for standard input), oldest first.
 
-    Every line is checked before the first one is sent.
+    Every line is checked as `oppu ingest` will check it before the first one is sent.
     """
-    events = read_events(file)
+    events = read_events(file, check=_ingest_check(session.settings))
     with client(session, listen=False) as opened, Progress(disable=not sys.stderr.isatty()) as progress:
         bar = progress.add_task("events", total=len(events))
         for start in range(0, len(events), CHUNK):
@@ -91,11 +95,12 @@ def watch(session: Session, user_id: str | None, *, as_json: bool) -> None:
                     emit(answer.model_dump(mode="json", exclude_none=True), as_json=as_json, text=_shown(answer))
 
 
-def read_events(file: Path) -> list[BehaviorEvent]:
+def read_events(file: Path, *, check: Callable[[BehaviorEvent], None] | None = None) -> list[BehaviorEvent]:
     """Read and check a file of events.
 
     Args:
         file: JSON lines, gzip by its name's ending, ``-`` for standard input.
+        check: Raises ``InvalidRecord`` for an event that keeps the contract and is wrong all the same.
 
     Returns:
         The events in file order.
@@ -109,32 +114,55 @@ def read_events(file: Path) -> list[BehaviorEvent]:
         if not line.strip():
             continue
         try:
-            events.append(BehaviorEvent.model_validate(json.loads(line)))
-        except ValidationError as error:
-            faults = "; ".join(f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors())
-            problems.append(f"{file}:{number}: {faults}")
-        except ValueError as error:
-            problems.append(f"{file}:{number}: expected a JSON object: {error}")
+            event = _event(line)
+            if check is not None:
+                check(event)
+        except InvalidRecord as error:
+            problems.append(f"{file}:{number}: {error.message}")
+        else:
+            events.append(event)
     if problems:
         raise ConfigError(*problems[:10], *([f"… and {len(problems) - 10} more"] if len(problems) > 10 else []))
     return events
 
 
-def _lines(file: Path) -> Iterator[str]:
-    if str(file) == "-":
-        yield from sys.stdin
-        return
+def _event(line: bytes) -> BehaviorEvent:
     try:
-        with _opened(file) as text:
-            yield from text
-    except (OSError, UnicodeDecodeError, EOFError) as error:
+        # not json.loads, which a deeply nested line takes to the limit of Python's stack
+        return BehaviorEvent.model_validate_json(line)
+    except ValidationError as error:
+        refused = refusal(error)
+        if any(not fault["loc"] for fault in error.errors()):  # no field is to blame
+            raise InvalidRecord(refused.reason, f"expected one JSON object in UTF-8{refused.message}") from error
+        raise refused from error
+
+
+def _ingest_check(settings: Settings) -> Callable[[BehaviorEvent], None]:
+    """Return what raises ``InvalidRecord`` for an event whose record would become a dead letter."""
+    tasks, topic, now = compose.tasks(settings), compose.topics(settings).events, datetime.now(UTC)
+
+    def check(event: BehaviorEvent) -> None:
+        sent = record_for(topic, event.user_id, event)
+        parse_event(Record(Partition(topic, 0), 0, 0, sent.key, sent.value), limits=settings.limits, now=now)
+        tasks.require(event.task).check_output(event.output, event.choices)
+
+    return check
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    try:
+        with _opened(file) as lines:
+            yield from lines
+    except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from error
 
 
-def _opened(file: Path) -> IO[str]:
+def _opened(file: Path) -> AbstractContextManager[Iterable[bytes]]:
+    if str(file) == "-":
+        return nullcontext(sys.stdin.buffer)  # sys.stdin decodes as the terminal's locale says
     if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8")
-    return file.open(encoding="utf-8")
+        return gzip.open(file, "rb")
+    return file.open("rb")
 
 
 def _request(text: str, user_id: str, task: str, options: dict[str, Any]) -> PredictionRequest:

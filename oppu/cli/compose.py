@@ -273,7 +273,7 @@ def state_dir(settings: Settings) -> Path:
     """
     folder = settings.service.state_dir
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # crash marks tell of users, and the store may lie here
     except OSError as error:
         raise ConfigError(f"service.state_dir: cannot make {folder}: {error.strerror}") from error
     return folder

@@ -24,10 +24,13 @@ def contracts() -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 def write(folder: Path) -> None:
     """Write all files into FOLDER."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in generate().items():
-        (folder / name).write_text(text, encoding="utf-8")
-        click.echo(f"wrote {folder / name}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in generate().items():
+            (folder / name).write_text(text, encoding="utf-8")
+            click.echo(f"wrote {folder / name}")
+    except OSError as error:
+        raise ConfigError(f"FOLDER: cannot write {error.filename or folder}: {error.strerror}") from error
 
 
 @contracts.command()

@@ -2,21 +2,26 @@
 
 import heapq
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
+from typing import Any
 
 import click
 
 from oppu.cli import Session, compose, emit, json_option
 from oppu.cli.operation import partition_count
 from oppu.dead_letters import DeadLetter, read_dead_letter
-from oppu.errors import ConfigError, TransientError
+from oppu.errors import ConfigError, Reason, TransientError
 from oppu.settings import Settings
-from oppu.values import OutRecord, Partition, Record
+from oppu.values import Partition, Record
 
 IDLE_POLLS = 20
 """Empty polls in a row, 50 ms each, after which the end counts as reached although the offsets say otherwise."""
 JOIN_SECONDS = 30.0
+
+
+def _reason_option(text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return click.option("--reason", type=click.Choice([reason.value for reason in Reason]), help=text)
 
 
 @click.group("dead-letters")
@@ -25,7 +30,7 @@ def dead_letters() -> None:
 
 
 @dead_letters.command("list")
-@click.option("--reason", help="Only these.")
+@_reason_option("Only these.")
 @click.option("--limit", type=click.IntRange(1, 1_000_000), default=100, show_default=True, help="The newest so many.")
 @json_option
 @click.pass_obj
@@ -49,11 +54,14 @@ def show(session: Session, at: str) -> None:
 
 @dead_letters.command()
 @click.argument("at", nargs=-1)
-@click.option("--reason", help="Replay all of this reason.")
+@_reason_option("Replay all of this reason.")
 @json_option
 @click.pass_obj
 def replay(session: Session, at: tuple[str, ...], reason: str | None, *, as_json: bool) -> None:
-    """Send the originals to the topics they came from, unchanged. Events that were stored meanwhile count once."""
+    """Send the originals to the topics they came from, unchanged, each once however many letters tell of it.
+
+    Events that were stored meanwhile count once.
+    """
     if bool(at) == bool(reason):
         raise ConfigError("AT or --reason: give one of them")
     letters = (
@@ -61,17 +69,21 @@ def replay(session: Session, at: tuple[str, ...], reason: str | None, *, as_json
         if at
         else [letter for _, letter in _read(session.settings) if letter.reason == reason]
     )
-    cut = [letter for letter in letters if letter.truncated]
-    whole = [OutRecord(d.origin.topic, d.key, d.value, d.headers) for d in letters if not d.truncated]
+    originals = [letter.replay() for letter in letters if not letter.truncated]
+    cut = len(letters) - len(originals)
+    # an original that was replayed and refused again has several letters: all of them would double the topic each time
+    distinct = list({(one.topic, one.key, one.value): one for one in originals}.values())
     producer = compose.broker(session.settings).producer(client_id="oppu-dead-letters")
     try:
-        producer.send(whole)
+        producer.send(distinct)
     finally:
         producer.close()
     emit(
-        {"replayed": len(whole), "truncated": len(cut)},
+        {"replayed": len(distinct), "repeated": len(originals) - len(distinct), "truncated": cut},
         as_json=as_json,
-        text=f"{len(whole)} replayed" + (f", {len(cut)} were cut and cannot be" if cut else ""),
+        text=f"{len(distinct)} replayed"
+        + (f", {len(originals) - len(distinct)} more told of the same" if len(originals) > len(distinct) else "")
+        + (f", {cut} were cut and cannot be" if cut else ""),
     )
 
 

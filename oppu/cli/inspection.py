@@ -17,7 +17,7 @@ from oppu.values import BaseId, Event, UserId, UserState
 @json_option
 @click.pass_obj
 def history(session: Session, user_id: str, limit: int, task: str | None, *, as_json: bool) -> None:
-    """Print a user's events, oldest first."""
+    """Print a user's events, oldest first; with --json as `oppu produce` reads them."""
     store = compose.store(session.settings)
     state = known_user(store, user_id)
     events = store.events({state.user_id: 0}, embedder="", limit=limit if task is None else 100_000)[state.user_id]
@@ -70,7 +70,9 @@ def user(session: Session, user_id: str | None, limit: int, after: str | None, *
 @click.pass_obj
 def profile(session: Session, user_id: str, task: str, *, as_json: bool) -> None:
     """Print a user's profile in a task."""
-    compose.tasks(session.settings).require(task)
+    tasks = compose.tasks(session.settings)
+    if task not in tasks:
+        raise ConfigError(f"--task: expected one of {', '.join(sorted(tasks))}, got {task}")
     store = compose.store(session.settings)
     state = known_user(store, user_id)
     # profiles read no vectors, so the smallest embedder will do
@@ -105,7 +107,7 @@ def known_user(store: HistoryStore, user_id: str) -> UserState:
 
 
 def _fields(event: Event) -> dict[str, object]:
-    names = ("seq", "event_id", "task", "occurred_at", "input", "output", "choices", "in_reply_to")
+    names = ("seq", "event_id", "user_id", "task", "occurred_at", "input", "output", "choices", "in_reply_to")
     return {name: getattr(event, name) for name in names}
 
 

@@ -98,7 +98,7 @@ class Stack:
     settings: Settings
     config: Path
     folder: Path
-    environment: Mapping[str, str] = field(repr=False)
+    environment: Mapping[str, str] = field(repr=False)  # of the workers
     kafka: "EmbeddedBroker"
     children: dict[str, Child] = field(default_factory=dict)
     stopping: threading.Event = field(default_factory=threading.Event)
@@ -211,7 +211,7 @@ class Stack:
                 command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self.environment, "OPPU_PARENT": str(os.getpid())},
+                env={**self.environment, "OPPU_PARENT": str(os.getpid())},
                 start_new_session=True,  # Ctrl-C reaches us alone; we stop the workers in order
             )
 
@@ -227,7 +227,8 @@ def stack(session: Session, folder: Path, *, workers: Sequence[str] = WORKERS, o
         session: The command's session; its settings file is merged into the written one.
         folder: Holds everything: Kafka's log, store, adapters, worker logs, the settings file.
         workers: Which workers to start.
-        overrides: TOML text put after the session's own.
+        overrides: TOML text put after the session's own. It and what ties the workers to this folder stand against
+            environment variables too, which elsewhere win over a settings file.
 
     Yields:
         The running stack.
@@ -245,11 +246,13 @@ def stack(session: Session, folder: Path, *, workers: Sequence[str] = WORKERS, o
         raise ConfigError(f"--dir: cannot make {folder}: {error.strerror}") from error
     folder = folder.resolve()
     with EmbeddedBroker(folder / "kafka") as kafka:
-        config = write_config(session, folder, kafka.bootstrap_servers, overrides)
-        settings = Settings.load(config)
+        fixed = fixed_settings(folder, kafka.bootstrap_servers, overrides)
+        config = write_config(session, folder, fixed)
+        with _environment_without(fixed):
+            settings, environment = Settings.load(config), dict(os.environ)
         migrate(settings.store)
         create_topics(settings)
-        running = Stack(kafka.bootstrap_servers, settings, config, folder, {}, kafka)
+        running = Stack(kafka.bootstrap_servers, settings, config, folder, environment, kafka)
         running.start_workers(workers)
         try:
             yield running
@@ -267,14 +270,30 @@ def _ready_at(place: Path) -> str | None:
         return None
 
 
-def write_config(session: Session, folder: Path, bootstrap_servers: str, overrides: str = "") -> Path:
-    """Write the settings file that ties commands and workers to this folder's broker and store."""
+Sections = Mapping[str, Mapping[str, object]]
+"""Values of settings by section and name; ``None``: the default."""
+_CREDENTIALS = ("sasl_mechanism", "sasl_username", "sasl_password", "ssl_cafile", "ssl_certfile", "ssl_keyfile")
+"""For another cluster; the embedded broker asks for none."""
+
+
+def fixed_settings(folder: Path, bootstrap_servers: str, overrides: str = "") -> Sections:
+    """Return what nobody may set otherwise: what ties workers to this folder's broker and store, and the overrides.
+
+    Args:
+        folder: The stack's folder.
+        bootstrap_servers: Its broker's address.
+        overrides: TOML text.
+
+    Returns:
+        The settings.
+    """
     import tomllib
 
-    base = tomllib.loads(session.config.read_text(encoding="utf-8")) if session.config else {}
-    ours = {
+    ours: Sections = {
         "kafka": {
+            **dict.fromkeys(_CREDENTIALS),
             "bootstrap_servers": bootstrap_servers,
+            "security_protocol": "PLAINTEXT",
             "replication": 1,
             "min_insync_replicas": 1,
         },
@@ -282,13 +301,52 @@ def write_config(session: Session, folder: Path, bootstrap_servers: str, overrid
         "registry": {"url": str(folder / "adapters")},
         "service": {"state_dir": str(folder / "state"), "deployment_key": _deployment_key(folder)},
     }
-    layers = [base, ours, tomllib.loads(overrides)]
-    sections = {name for layer in layers for name in layer}
-    merged = {name: {k: v for layer in layers for k, v in layer.get(name, {}).items()} for name in sorted(sections)}
+    return _merged(ours, tomllib.loads(overrides))
+
+
+def write_config(session: Session, folder: Path, fixed: Sections) -> Path:
+    """Write the settings file that ties commands and workers to this folder's broker and store.
+
+    Args:
+        session: Its settings file, if any, gives what is not fixed.
+        folder: Where the file is written.
+        fixed: As of :func:`fixed_settings`.
+
+    Returns:
+        The file.
+    """
+    import tomllib
+
+    base = tomllib.loads(session.config.read_text(encoding="utf-8")) if session.config else {}
     path = folder / "oppu.toml"
     path.touch(mode=0o600)  # it holds the deployment key
-    path.write_text("".join(_section(name, values) for name, values in merged.items()), encoding="utf-8")
+    path.write_text("".join(_section(name, values) for name, values in _merged(base, fixed).items()), encoding="utf-8")
     return path
+
+
+def _merged(base: Sections, over: Sections) -> Sections:
+    return {name: {**base.get(name, {}), **over.get(name, {})} for name in sorted({*base, *over})}
+
+
+@contextlib.contextmanager
+def _environment_without(fixed: Sections) -> Iterator[None]:
+    """Hide the variables that name a fixed setting: they would win over the file, and tie us to another cluster."""
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if _names_one_of(name, fixed)}
+    for name in sorted(hidden):
+        logger.warning(
+            "%s is left out: this stack's own settings file decides; unset it where you run other commands of it", name
+        )
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def _names_one_of(variable: str, fixed: Sections) -> bool:
+    """Say whether a variable, in any case of letters, sets a fixed setting, or as JSON a section that has one."""
+    prefix, _, rest = variable.lower().partition("_")
+    section, *fields = rest.split("__")
+    return prefix == "oppu" and section in fixed and (not fields or fields[0] in fixed[section])
 
 
 def _deployment_key(folder: Path) -> str:
@@ -305,8 +363,9 @@ def _deployment_key(folder: Path) -> str:
 def _section(name: str, values: Mapping[str, object]) -> str:
     import json
 
-    # TOML writes a string, number, boolean or array of them as JSON does, but knows no surrogate pairs
-    lines = "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
+    # TOML writes a string, number, boolean or array of them as JSON does, but knows no surrogate pairs and no null
+    given = {key: value for key, value in values.items() if value is not None}
+    lines = "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in given.items())
     return f"[{name}]\n{lines}\n"
 
 

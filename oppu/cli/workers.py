@@ -1,7 +1,7 @@
 """The worker commands: build, serve metrics and health, run until told to stop, drain.
 
 SIGTERM and SIGINT drain; a second one of them ends at once. A broker or store that is away at the start is waited
-for, with ``/healthz`` up and ``/readyz`` off.
+for, with ``/healthz`` up and ``/readyz`` off, as is the model while it loads.
 """
 
 import logging
@@ -22,7 +22,7 @@ from oppu.cli.up import die_with_parent
 from oppu.clock import SystemClock
 from oppu.crash_guard import CrashGuard
 from oppu.errors import TransientError
-from oppu.health import Health, Server, serve
+from oppu.health import START, Health, Server, serve
 from oppu.logs import configure_logging
 from oppu.loop import Loop
 from oppu.metrics import Metrics
@@ -146,19 +146,18 @@ def _announce(folder: Path, name: str, settings: Settings, server: Server) -> Pa
 def _wait_for(build: Callable[[], T], settings: Settings, health: Health, stopping: _Stopping) -> T | None:
     """Build the worker, for as long as broker or store are away."""
     delay, clock = 0.5, SystemClock()
-    health.not_ready("start", "starting")
+    health.not_ready(START, "starting")
     while not stopping.requested:
         try:
             worker = build()
         except TransientError as error:
             logger.warning("cannot start yet, trying again in %.1f s: %s", delay, error)
-            health.not_ready("start", "broker or store is away")
-            health.alive()
+            health.not_ready(START, "broker or store is away")
             again = clock.monotonic() + delay
             while not stopping.requested and clock.monotonic() < again:
                 clock.sleep(_NAP_SECONDS)  # a signal does not end a sleep
             delay = min(2 * delay, settings.service.max_backoff_seconds)
         else:
-            health.ready("start")
+            health.ready(START)
             return worker
     return None

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from oppu.clock import ManualClock
 from oppu.errors import ConfigError
-from oppu.health import Health, Server, serve
+from oppu.health import START, Health, Server, serve
 from oppu.logs import configure_logging
 from oppu.metrics import Metrics, fresh
 from oppu.settings import ServiceSettings
@@ -59,6 +59,17 @@ def test_live_while_the_work_advances(health: Health, clock: ManualClock) -> Non
     assert not health.is_live()
     health.alive()
     assert health.is_live()
+
+
+def test_live_while_it_starts_however_long_and_counted_from_then_on(health: Health, clock: ManualClock) -> None:
+    health.not_ready(START, "starting")
+    clock.advance(1000)
+    assert health.is_live() and not health.is_ready()
+    health.ready(START)
+    clock.advance(10)
+    assert health.is_live() and health.is_ready()
+    clock.advance(0.1)
+    assert not health.is_live()
 
 
 def test_a_jump_of_the_wall_clock_is_no_death(health: Health, clock: ManualClock) -> None:

@@ -2,21 +2,26 @@
 
 import gzip
 import json
+import os
+import stat
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import click
 import pytest
 
-from oppu.cli import cli
+from oppu.cli import cli, compose
 from oppu.cli.contracts import generate
 from oppu.errors import OppuError
-from tests.oppu.cli.conftest import Run
+from oppu.settings import ServiceSettings, Settings
+from tests.oppu.cli.conftest import Done, Run
 
 GOOD = {"event_id": "a", "user_id": "u", "task": "news_categorize", "occurred_at": "2026-01-01T00:00:00Z",
-        "input": "x", "output": "POLITICS"}  # fmt: skip
+        "input": "x", "output": "politics"}  # fmt: skip
 NOBODY = "127.0.0.1:9"
 REQUEST_SECONDS = 3
 
@@ -47,8 +52,11 @@ def test_a_setting_that_is_no_more_is_named(
     if source == "environment":
         monkeypatch.setenv("OPPU_UPDATER__EVIDENCE", "true")
     done = run("--config", file, "store", "info")
-    said = "oppu: updater.evidence (or OPPU_UPDATER__EVIDENCE): Extra inputs are not permitted\n"
-    assert (done.code, done.err) == (2, said)
+    said = "updater.evidence (or OPPU_UPDATER__EVIDENCE): Extra inputs are not permitted"
+    if source == "environment":
+        said = "OPPU_UPDATER__EVIDENCE: no such setting; "
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert done.err.startswith(f"oppu: {said}")
 
 
 def test_config_file_from_the_environment(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -101,11 +109,12 @@ def test_produce_lists_the_first_faults_only(run: Run, tmp_path: Path) -> None:
     assert done.err.endswith("and 20 more\n")
 
 
-@pytest.mark.parametrize("kind", ["missing", "folder", "not gzip", "cut gzip", "not UTF-8"])
+@pytest.mark.parametrize("kind", ["missing", "folder", "not gzip", "cut gzip", "broken gzip"])
 def test_produce_from_a_file_that_cannot_be_read(run: Run, tmp_path: Path, kind: str) -> None:
     file = tmp_path / ("e.jsonl.gz" if "gzip" in kind else "e.jsonl")
     whole = gzip.compress(json.dumps(GOOD).encode() * 99)
-    content = {"not gzip": b"plain", "cut gzip": whole[:-20], "not UTF-8": b"\xff\xfe"}.get(kind)
+    broken = whole[:30] + bytes(255 - byte for byte in whole[30:])
+    content = {"not gzip": b"plain", "cut gzip": whole[:-20], "broken gzip": broken}.get(kind)
     if kind == "folder":
         file.mkdir()
     elif content is not None:
@@ -144,6 +153,9 @@ def test_dead_letter_commands_check_their_arguments(run: Run) -> None:
     assert run("dead-letters", "show", "nonsense").code == 2
     assert run("dead-letters", "replay").err == "oppu: AT or --reason: give one of them\n"
     assert run("dead-letters", "replay", "0:0", "--reason", "invalid_json").code == 2
+    for command in ("list", "replay"):
+        done = run("dead-letters", command, "--reason", "invalid-json")
+        assert done.code == 2 and "'invalid-json' is not one of 'invalid_utf8', 'invalid_json'" in done.err
 
 
 # --- contracts
@@ -161,6 +173,37 @@ def test_contracts_are_written_checked_and_found_stale(run: Run, tmp_path: Path)
         "predictions.schema.json",
     }
     assert set(generate()) >= {"asyncapi.json", "settings.md", "behavior-events.schema.json"}
+
+
+@pytest.mark.parametrize("inside", ["", "nested"])
+def test_contracts_are_not_written_where_they_cannot_be(run: Run, tmp_path: Path, inside: str) -> None:
+    (tmp_path / "file").touch()
+    done = run("contracts", "write", tmp_path / "file" / inside)
+    assert (done.code, done.err.startswith("oppu: FOLDER: cannot write ")) == (2, True), done.err
+
+
+# --- doctor
+@pytest.mark.parametrize("name", ["fusion", "text_fusion"])
+@pytest.mark.parametrize("content", [None, "{}"], ids=["missing", "unfit"])
+def test_doctor_reads_the_files_of_calibrate(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, content: str | None
+) -> None:
+    file = tmp_path / "fitted.json"
+    if content is not None:
+        file.write_text(content, encoding="utf-8")
+    monkeypatch.setenv("OPPU_KAFKA__BOOTSTRAP_SERVERS", NOBODY)
+    for made in ("embedder", "model"):
+        monkeypatch.setattr(compose, made, lambda *_args, **_named: SimpleNamespace(fingerprint="f", base="b"))
+    assert fusion(run("doctor", "--json"))["ok"]
+    monkeypatch.setenv(f"OPPU_MODEL__{name.upper()}", str(file))
+    found = fusion(run("doctor", "--json"))
+    assert not found["ok"] and str(file) in found["found"]
+
+
+def fusion(done: Done) -> dict[str, Any]:
+    """What doctor says of the fitted files."""
+    [line] = [line for line in done.lines if line["check"] == "fusion"]
+    return line
 
 
 # --- what is away
@@ -207,6 +250,19 @@ def test_store_that_was_never_migrated(run: Run, command: list[str]) -> None:
     done = run(*command)
     assert done.code == 2
     assert "`oppu store migrate`" in done.err
+
+
+def test_folders_that_hold_users_text_are_ours_alone(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        monkeypatch.setenv("OPPU_STORE__URL", f"sqlite:///{tmp_path}/store/history.db")
+        assert run("store", "migrate").code == 0
+        made = [tmp_path / "store", compose.state_dir(Settings(service=ServiceSettings(state_dir=tmp_path / "state")))]
+        (tmp_path / "theirs").mkdir(mode=0o755)
+        compose.state_dir(Settings(service=ServiceSettings(state_dir=tmp_path / "theirs")))
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in (*made, tmp_path / "theirs")] == [0o700, 0o700, 0o755]
 
 
 def test_migrate_makes_the_store_usable(run: Run) -> None:

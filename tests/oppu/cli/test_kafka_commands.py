@@ -79,7 +79,7 @@ def test_topics_that_are_missing(
     assert done.err.splitlines()[-1].endswith(": run `oppu topics create`")
 
 
-def test_produce(settings: Settings, run: Run, tmp_path: Path) -> None:
+def test_produce(settings: Settings, world: World, run: Run, tmp_path: Path) -> None:
     file = tmp_path / "e.jsonl"
     file.write_text("".join(json.dumps({**EVENT, "event_id": str(n)}) + "\n" for n in range(7)), encoding="utf-8")
     assert run("produce", file, "--json").lines == [{"sent": 7}]
@@ -109,10 +109,20 @@ def test_dead_letters(settings: Settings, run: Run) -> None:
 def test_dead_letters_are_replayed(settings: Settings, run: Run) -> None:
     put_dead_letters(settings, b"\xff one", b"two", b"\xff three")
     [at] = [line["at"] for line in run("dead-letters", "list", "--reason", "invalid_json", "--json").lines]
-    assert run("dead-letters", "replay", at, "--json").lines == [{"replayed": 1, "truncated": 0}]
+    assert run("dead-letters", "replay", at, "--json").lines == [{"replayed": 1, "repeated": 0, "truncated": 0}]
     assert run("dead-letters", "replay", "--reason", "invalid_utf8", "--json").lines[0]["replayed"] == 2
     assert sum(ends(settings, compose.topics(settings).events).values()) == 3
-    assert run("dead-letters", "replay", "--reason", "no-such", "--json").lines[0]["replayed"] == 0
+    assert run("dead-letters", "replay", "--reason", "unknown_task", "--json").lines[0]["replayed"] == 0
+
+
+def test_an_original_of_several_dead_letters_is_replayed_once(settings: Settings, run: Run) -> None:
+    put_dead_letters(settings, *[b"\xff one", b"two"] * 3, b"\xff other")
+    assert run("dead-letters", "replay", "--reason", "invalid_utf8", "--json").lines == [
+        {"replayed": 2, "repeated": 2, "truncated": 0}
+    ]
+    assert sum(ends(settings, compose.topics(settings).events).values()) == 2
+    listed = [line["at"] for line in run("dead-letters", "list", "--reason", "invalid_json", "--json").lines]
+    assert run("dead-letters", "replay", *listed).out == "1 replayed, 2 more told of the same\n"
 
 
 def test_erase(settings: Settings, world: World, run: Run, tmp_path: Path) -> None:
@@ -140,12 +150,6 @@ def test_erase(settings: Settings, world: World, run: Run, tmp_path: Path) -> No
     }
     assert run("history", "bob", "--json").code == 0
     assert run("erase", "eve", "--yes").code == 2
-
-
-def test_erase_asks_first(settings: Settings, world: World, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("click.termui.visible_prompt_func", lambda _text: "n")
-    assert run("erase", "ada").code == 130
-    assert world.head("ada") is not None
 
 
 def test_adopt(settings: Settings, world: World, run: Run) -> None:

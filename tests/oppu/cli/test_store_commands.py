@@ -1,11 +1,17 @@
 """Commands on a store that has users and adapters: what they print, what they refuse, what they change."""
 
+import io
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from oppu.cli import clients
 from oppu.lm.fake import TENSOR
+from oppu.wire import BehaviorEvent
 from tests.oppu.cli.conftest import Run
 from tests.updater.world import World
 
@@ -18,6 +24,39 @@ def test_history(run: Run, world: World) -> None:
     assert run("history", "ada", "--task", "title").out == ""
     text = run("history", "bob").out.splitlines()
     assert len(text) == 3 and text[0].endswith("mood  input 24  →  glad")
+
+
+class Sent(list[BehaviorEvent]):
+    """Stands where the application's client would, and keeps what is sent."""
+
+    def send_events(self, events: list[BehaviorEvent]) -> None:
+        """Keep them."""
+        self.extend(events)
+
+
+def test_what_history_prints_can_be_produced(run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = Sent()
+
+    @contextmanager
+    def client(_session: object, *, listen: bool) -> Iterator[Sent]:
+        assert not listen
+        yield sent
+
+    monkeypatch.setattr(clients, "client", client)
+    printed = run("history", "ada", "--limit", "99", "--json")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(printed.out.encode())))
+    done = run("produce", "-")
+    assert (done.code, done.err) == (0, "")
+    ada = world.ref("ada", 0).user_id
+    stored = world.store.events({ada: 0}, embedder="", limit=99)[ada]
+    assert [(e.event_id, e.user_id, e.occurred_at, e.input, e.output) for e in sent] == [
+        (e.event_id, e.user_id, e.occurred_at, e.input, e.output) for e in stored
+    ]
+
+
+def test_times_are_printed_as_the_contracts_have_them(run: Run, world: World) -> None:
+    found = {line["occurred_at"][10] + line["occurred_at"][-6:] for line in run("history", "bob", "--json").lines}
+    assert found == {"T+00:00"}
 
 
 def test_user(run: Run, world: World) -> None:
@@ -39,8 +78,8 @@ def test_profile(run: Run, world: World) -> None:
 
 def test_profile_in_an_unknown_task(run: Run, world: World) -> None:
     done = run("profile", "ada", "--task", "fishing")
-    assert done.code != 0 and "fishing" not in done.out
-    assert done.err.startswith("oppu: ")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("oppu: --task: expected one of ") and done.err.endswith(", got fishing\n")
 
 
 @pytest.mark.parametrize(
@@ -85,6 +124,32 @@ def test_roll_back_and_release(run: Run, world: World) -> None:
     assert run("adapters", "rollback", "ada", "--none").code == 0
     assert world.head("ada") is None
     assert "has no adapter" in run("adapters", "rollback", "ada").err
+
+
+def test_a_rollback_to_no_adapter_can_be_undone(run: Run, world: World) -> None:
+    assert run("adapters", "rollback", "ada").out == "serving version 1, after version 2\n"
+    assert run("adapters", "rollback", "ada").out == "serving no adapter, after version 1\n"
+    refused = run("adapters", "rollback", "ada")
+    assert (refused.code, "ada has no adapter" in refused.err, "--to" in refused.err) == (2, True, True)
+    assert run("adapters", "rollback", "ada", "--to", "1").out == "serving version 1, after no adapter\n"
+    head = world.head("ada")
+    assert head is not None and (head.version, head.parent) == (1, None)
+    assert run("adapters", "rollback", "ada", "--none", "--json").lines == [{"version": None}]
+    assert run("adapters", "rollback", "ada", "--none").out == "serving no adapter, after no adapter\n"
+    assert run("adapters", "rollback", "bob", "--to", "1").code == 2, "bob never had one"
+
+
+@pytest.mark.parametrize("answer", ["n", "", None], ids=["no", "by default", "nobody there"])
+def test_erase_asks_first(run: Run, world: World, monkeypatch: pytest.MonkeyPatch, answer: str | None) -> None:
+    def prompt(_text: str) -> str:
+        if answer is None:
+            raise EOFError
+        return answer
+
+    monkeypatch.setattr("click.termui.visible_prompt_func", prompt)
+    done = run("erase", "ada")
+    assert (done.code, done.err) == (1, "oppu: not erased (use --yes)\n")
+    assert world.head("ada") is not None
 
 
 @pytest.mark.parametrize(

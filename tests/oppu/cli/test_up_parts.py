@@ -1,5 +1,7 @@
 """Parts of ``oppu up``: the settings file it writes, its key, and workers that die with their parent."""
 
+import json
+import logging
 import os
 import signal
 import socket
@@ -12,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from oppu.cli import Session, up
-from oppu.cli.up import Child, Stack, write_config
+from oppu.cli import Session, operation, up
+from oppu.cli.up import Child, Stack, fixed_settings, write_config
 from oppu.clock import ManualClock
 from oppu.errors import FatalError
 from oppu.health import Health, serve
+from oppu.kafka import embedded
 from oppu.metrics import fresh
 from oppu.settings import InferenceSettings, ServiceSettings, Settings
 from tests.oppu.cli.conftest import Run
@@ -24,21 +27,29 @@ from tests.oppu.cli.conftest import Run
 pytestmark = pytest.mark.usefixtures("run")  # away from the settings of whoever runs the tests
 
 
+def written(folder: Path, servers: str, overrides: str = "", own: Path | None = None) -> Path:
+    """Write a stack's settings file."""
+    return write_config(Session(own), folder, fixed_settings(folder, servers, overrides))
+
+
 def test_the_written_file_is_read_back(tmp_path: Path) -> None:
     own = tmp_path / "own.toml"
     own.write_text(
+        '[kafka]\nsecurity_protocol = "SASL_SSL"\nsasl_mechanism = "PLAIN"\nsasl_username = "u"\nsasl_password = "p"\n'
+        'group_prefix = "\\u00e9\\U0001F600-"\n'
         '[updater]\nreplay = 7\n[model]\nlora_targets = ["query", "val\\"ue"]\n'
-        '[service]\nlog_level = "DEBUG"\ndeployment_key = "ignored"\n[kafka]\ngroup_prefix = "\\u00e9\\U0001F600-"\n',
+        '[service]\nlog_level = "DEBUG"\ndeployment_key = "ignored"\n',
         encoding="utf-8",
     )
     folder = tmp_path / "a b \U0001f600"
     folder.mkdir()
-    path = write_config(Session(own), folder, "127.0.0.1:1234", "[updater]\nreplay = 8\ndropout = 0.25\n")
+    path = written(folder, "127.0.0.1:1234", "[updater]\nreplay = 8\ndropout = 0.25\n", own=own)
     settings = Settings.load(path)
     assert (settings.updater.replay, settings.updater.dropout) == (8, 0.25)
     assert settings.model.lora_targets == ("query", 'val"ue')
     assert settings.service.log_level == "DEBUG"
     assert settings.kafka.bootstrap_servers == "127.0.0.1:1234"
+    assert settings.kafka.security_protocol == "PLAINTEXT"
     assert settings.kafka.group_prefix == "\u00e9\U0001f600-"
     assert settings.kafka.replication == settings.kafka.min_insync_replicas == 1
     assert settings.store.url == f"sqlite:///{folder}/history.db"
@@ -46,7 +57,7 @@ def test_the_written_file_is_read_back(tmp_path: Path) -> None:
 
 
 def test_files_with_the_key_are_for_their_owner_alone(tmp_path: Path) -> None:
-    path = write_config(Session(None), tmp_path, "127.0.0.1:1234")
+    path = written(tmp_path, "127.0.0.1:1234")
     secret = tmp_path / "deployment.key"
     assert [file.stat().st_mode & 0o777 for file in (path, secret)] == [0o600, 0o600]
     assert len(secret.read_text()) == 64
@@ -54,18 +65,90 @@ def test_files_with_the_key_are_for_their_owner_alone(tmp_path: Path) -> None:
 
 
 def test_the_key_is_made_once(tmp_path: Path) -> None:
-    first = Settings.load(write_config(Session(None), tmp_path, "127.0.0.1:1")).service.deployment_key
-    second = Settings.load(write_config(Session(None), tmp_path, "127.0.0.1:2")).service.deployment_key
+    first = Settings.load(written(tmp_path, "127.0.0.1:1")).service.deployment_key
+    second = Settings.load(written(tmp_path, "127.0.0.1:2")).service.deployment_key
     assert first.get_secret_value() == second.get_secret_value()
     (tmp_path / "other").mkdir()
-    other = Settings.load(write_config(Session(None), tmp_path / "other", "127.0.0.1:1")).service.deployment_key
+    other = Settings.load(written(tmp_path / "other", "127.0.0.1:1")).service.deployment_key
     assert other.get_secret_value() != first.get_secret_value()
 
 
 def test_an_interrupted_key_is_made_again(tmp_path: Path) -> None:
     (tmp_path / "deployment.part").touch()
-    key = Settings.load(write_config(Session(None), tmp_path, "127.0.0.1:1")).service.deployment_key
+    key = Settings.load(written(tmp_path, "127.0.0.1:1")).service.deployment_key
     assert len(key.get_secret_value()) == 64
+
+
+class Nobody:
+    """Stands where the embedded broker would."""
+
+    bootstrap_servers = "127.0.0.1:1"
+
+    def __init__(self, data_dir: Path) -> None:
+        self.data_dir = data_dir
+
+    def __enter__(self) -> "Nobody":
+        return self
+
+    def __exit__(self, *_raised: object) -> None:
+        return None
+
+
+def worker_environment(folder: Path) -> dict[str, str]:
+    """The environment of a worker that prints it."""
+    deadline = time.monotonic() + 30
+    while "DONE" not in (said := (folder / "ingest.log").read_text().splitlines()):
+        assert time.monotonic() < deadline, said
+        time.sleep(0.02)
+    return dict(line.split("=", 1) for line in said[: said.index("DONE")] if "=" in line)
+
+
+def test_variables_of_another_stack_reach_neither_this_one_nor_its_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    printing = tmp_path / "printing"
+    printing.write_text("#!/bin/sh\nenv\necho DONE\n")
+    printing.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(printing))
+    monkeypatch.setattr(embedded, "EmbeddedBroker", Nobody)
+    monkeypatch.setattr(operation, "create_topics", lambda _settings: [])
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "stack"
+    elsewhere.mkdir()
+    others = {
+        "OPPU_KAFKA__BOOTSTRAP_SERVERS": "elsewhere:9092",
+        "OPPU_KAFKA__SECURITY_PROTOCOL": "SASL_SSL",
+        "OPPU_KAFKA__SASL_MECHANISM": "PLAIN",
+        "OPPU_KAFKA__SASL_USERNAME": "another",
+        "OPPU_KAFKA__SASL_PASSWORD": "another",
+        "oppu_store__url": f"sqlite:///{elsewhere / 'history.db'}",
+        "OPPU_Registry__Url": str(elsewhere / "adapters"),
+        "OPPU_SERVICE": json.dumps({"state_dir": str(elsewhere / "state")}),
+        "OPPU_SERVICE__DEPLOYMENT_KEY": "another",
+        "OPPU_UPDATER__INTERVAL_SECONDS": "99",
+    }
+    kept = {"OPPU_MODEL__THREADS": "3", "OPPU_UPDATER__REPLAY": "5", "OPPU_KAFKA__TOPIC_PREFIX": "t."}
+    for name, value in {**others, **kept}.items():
+        monkeypatch.setenv(name, value)
+    overrides = "[updater]\ninterval_seconds = 1.5\n"
+    with (
+        caplog.at_level(logging.WARNING),
+        up.stack(Session(None), folder, workers=["ingest"], overrides=overrides) as s,
+    ):
+        told = worker_environment(folder)
+    assert s.settings.kafka.bootstrap_servers == Nobody.bootstrap_servers
+    assert s.settings.kafka.security_protocol == "PLAINTEXT"
+    assert s.settings.store.url == f"sqlite:///{folder / 'history.db'}"
+    assert s.settings.registry.url == str(folder / "adapters")
+    assert s.settings.service.state_dir == folder / "state"
+    assert s.settings.service.deployment_key.get_secret_value() != "another"
+    assert (s.settings.updater.interval_seconds, s.settings.updater.replay) == (1.5, 5)
+    assert (s.settings.model.threads, s.settings.kafka.topic_prefix) == (3, "t.")
+    assert {name for name in told if name.lower().startswith("oppu_")} == {*kept, "OPPU_PARENT"}
+    warned = [r.getMessage() for r in caplog.records if r.name == up.__name__ and "is left out" in r.getMessage()]
+    assert sorted(message.split()[0] for message in warned) == sorted(others)
+    assert not any("elsewhere" in message or "another" in message for message in warned)
+    assert not list(elsewhere.iterdir())
+    assert {name: os.environ[name] for name in others} == others  # the shell of the caller is as it was
 
 
 PARENT = """
