@@ -36,6 +36,10 @@ STEP_BUDGET_SECONDS = 2.0
 """After this much computing a step sends what it has and leaves the rest to the next one: answers do not wait for
 five hundred others, and the loop keeps polling."""
 
+PIECE_TOKENS = 1024
+"""So many tokens may be written in one piece, a lone text's aside, since time is not looked at before the model is
+done: 32 texts of the usual limit. At worst, where no two texts are of a length, it is as many steps of the model."""
+
 
 @dataclass(frozen=True, slots=True)
 class Parts:
@@ -108,16 +112,16 @@ class Engine:
     ) -> list[Answer]:
         """Gather evidence piece by piece: what the step's time does not reach has not been searched for in vain."""
         answers: list[Answer] = []
-        size = self._settings.inference.batch
-        for first in range(0, len(asks), size):
+        tokens = [0 if ask.choices else self._longest(ask) for ask in asks]
+        for asked in _pieces(asks, tokens, self._settings.inference.batch):
             piece = watch.fork()
             with piece.stage("retrieve"):
-                personal = gather(asks[first : first + size], states, self._parts.retriever, self._settings)
-            prepared = [Prepared(*known) for known in zip(asks[first : first + size], personal, strict=True)]
-            for chunk in _chunks(prepared, size, self._settings.inference.resident_adapters):
+                personal = gather(asked, states, self._parts.retriever, self._settings)
+            prepared = [Prepared(*known) for known in zip(asked, personal, strict=True)]
+            for chunk in _chunks(prepared, self._settings.inference.resident_adapters):
                 answers.extend(self._answer_chunk(chunk, piece.fork(), now))
-            if watch.elapsed() >= STEP_BUDGET_SECONDS:
-                break
+                if watch.elapsed() >= STEP_BUDGET_SECONDS:
+                    return answers
         return answers
 
     def _answer_chunk(self, chunk: Sequence[Prepared], watch: "_Stopwatch", now: datetime) -> list[Answer]:
@@ -143,8 +147,6 @@ class Engine:
 
     def _row(self, prepared: Prepared, placed: Placed) -> Row:
         ask, personal = prepared.ask, prepared.personal
-        asked = ask.request.options.max_new_tokens
-        tokens = ask.task.max_new_tokens if asked is None else asked
         # evidence is weighed in scores and caches; a base that was not adapted on such prompts is misled by them
         prompted = self._settings.model.prompts_hold_evidence(ask.choices)
         return Row(
@@ -154,10 +156,15 @@ class Engine:
             profile=personal.profiled.line if prompted and personal.profiled is not None else "",
             choices=ask.choices,
             adapter=placed.ref,
-            max_new_tokens=min(tokens, self._settings.limits.max_new_tokens),
+            max_new_tokens=self._longest(ask),
             blend=None if ask.choices else self._blend(prepared, placed),
             late=lambda: ask.late(self._clock.now()),
         )
+
+    def _longest(self, ask: Ask) -> int:
+        """Return how many tokens an ask's text may have."""
+        asked = ask.request.options.max_new_tokens
+        return min(ask.task.max_new_tokens if asked is None else asked, self._settings.limits.max_new_tokens)
 
     def _blend(self, prepared: Prepared, placed: Placed) -> Blend:
         texts = prepared.personal.caches(prepared.ask.request.input)
@@ -250,13 +257,27 @@ def _placed(prepared: Prepared, shelf: Mapping[UserId, Placed]) -> Placed:
     return shelf[state.user_id] if state is not None else Placed(None)
 
 
-def _chunks(prepared: Sequence[Prepared], rows: int, adapters: int) -> Iterator[list[Prepared]]:
-    """Cut in order, into at most ``rows`` rows with at most ``adapters`` different adapters."""
+def _pieces(asks: Sequence[Ask], tokens: Sequence[int], rows: int) -> Iterator[list[Ask]]:
+    """Cut in order, into at most ``rows`` asks that write at most ``PIECE_TOKENS``, or among which one text writes."""
+    piece: list[Ask] = []
+    written = 0
+    for ask, own in zip(asks, tokens, strict=True):
+        if len(piece) == rows or (written and own and written + own > PIECE_TOKENS):
+            yield piece
+            piece, written = [], 0
+        piece.append(ask)
+        written += own
+    if piece:
+        yield piece
+
+
+def _chunks(prepared: Sequence[Prepared], adapters: int) -> Iterator[list[Prepared]]:
+    """Cut in order, into chunks with at most ``adapters`` different adapters."""
     chunk: list[Prepared] = []
     users: set[UserId] = set()
     for one in prepared:
         user = {one.ask.user_id} if one.wants_adapter is not None else set()
-        if chunk and (len(chunk) == rows or len(users | user) > adapters):
+        if chunk and len(users | user) > adapters:
             yield chunk
             chunk, users = [], set()
         chunk.append(one)

@@ -50,7 +50,8 @@ class Hit:
 class Retrieved:
     """What one query found: ``hits`` for the prompt, best first; ``neighbours`` for the kNN distribution.
 
-    ``hits`` hold no text twice; ``neighbours`` do, since every repeat is a vote. Their events carry no embedding.
+    ``hits`` hold no text twice; ``neighbours`` do, since every repeat is a vote. Their events carry
+    no embedding, and of choices only whether there were any (an empty tuple).
     ``through_seq`` is the last event that could have been found; ``degraded`` is a :class:`Degradation`.
     """
 

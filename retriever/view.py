@@ -7,6 +7,7 @@ Not thread-safe: the owner serialises calls.
 """
 
 import logging
+import sys
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,7 +34,10 @@ _TRIM_SHARE = 8  # a view holds up to 1/8 more items than are shown, so that tri
 
 @dataclass(slots=True)
 class TaskItems:
-    """One task's items of a view, in seq order; derived indexes are built when first asked for."""
+    """One task's items of a view, in seq order; derived indexes are built when first asked for.
+
+    ``text_bytes`` is what the items' texts take in memory: up to four bytes a character.
+    """
 
     key: ListKey
     events: list[Event] = field(default_factory=list)
@@ -57,15 +61,15 @@ class TaskItems:
         return self.text_bytes + _EVENT_BYTES * len(self.events) + self._lexical.nbytes + self._columns.nbytes
 
     def append(self, event: Event) -> None:
-        """Add the next event, without its vector: that lies in the dense index alone."""
+        """Add the next event, without its vector, which lies in the dense index alone, and without its choices, which
+        nobody reads here and which can be a hundred times its size: where it had any, it has an empty tuple of them."""
         if event.embedding is None:
             self.unembedded.append(event.seq)
-        self.events.append(replace(event, embedding=None))
+        self.events.append(replace(event, embedding=None, choices=None if event.choices is None else ()))
         self.seqs.append(event.seq)
         self.text_keys.append(hash(text_key(event.input)))
         self._distinct.add(self.text_keys[-1])
-        choices = sum(len(choice) for choice in event.choices or ())
-        self.text_bytes += len(event.input) + len(event.output) + choices
+        self.text_bytes += sys.getsizeof(event.input) + sys.getsizeof(event.output)
 
     def window(self, first_seq: int, before_seq: int) -> tuple[int, int]:
         """Return the positions of the items with ``first_seq <= seq < before_seq``, as a half-open range."""

@@ -228,8 +228,7 @@ class Updater:
     def _train_all(self, jobs: Sequence[Job], leases: Leases) -> Sequence[Trained | Exception]:
         """Train all in one call; where that breaks, each alone, so that only the one at fault fails.
 
-        Raises:
-            TransientError: There is no memory for any of several.
+        ``TransientError`` where there is no memory for any of several.
         """
         if not jobs:
             return []

@@ -3,7 +3,7 @@
 The same code prepares serving, scoring, per-user training and task adaption, so that they cannot differ.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from oppu.lm.blend import Cache, Texts
@@ -13,6 +13,9 @@ from oppu.lm.scoring import LABEL_TOKENS, Aim, Tries
 from oppu.tasks import Task, Tasks
 
 _MIN_PROMPT_TOKENS = 8
+_CHARACTERS_A_TOKEN = 8
+"""Of a cached text, so many characters are tokenized for each token that is looked at: usual texts have three to five,
+so that only one of unusually long tokens is looked at a little less far; and no text costs what lies behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +75,9 @@ class Encoder:
         """Return how many tokens of a text task's outputs are looked at, the end included."""
         return self._tasks.require(task).max_new_tokens + 1
 
-    def caches(self, texts: Mapping[str, Texts]) -> tuple[Cache, ...]:
-        """Return caches of weighted texts, by name; each text is cut at the longest prompt, else has its end."""
-        ids = self._prompts.continuations(text for own in texts.values() for text, _ in own)
-        end = (self._prompts.end,)
-        return tuple(
-            Cache(name, [((*ids[text], *end)[: self._max_tokens], weight) for text, weight in own])
-            for name, own in texts.items()
-        )
+    def caches(self) -> "Caches":
+        """Return a maker of caches of texts that are cut at the longest prompt, for the rows of one call."""
+        return Caches(self._prompts, self._max_tokens)
 
     def targets(self, examples: Sequence[Example]) -> list[Target]:
         """Return what each example's loss needs: one sequence each.
@@ -134,6 +132,45 @@ class Encoder:
         kept = ids[: min(task.max_new_tokens, self._max_positions - _MIN_PROMPT_TOKENS)]
         wanted = kept if len(kept) < len(ids) else (*kept, self._prompts.end)
         return wanted[:-1], {at: Aim(None, token) for at, token in enumerate(wanted)}, 1 / len(wanted), 0.0
+
+
+class Caches:
+    """Makes the caches of one call's rows, among which a user's texts come again: no text is tokenized twice, and equal
+    texts of equal weights are one cache.
+
+    Not to be kept longer than the call: it forgets nothing.
+    """
+
+    def __init__(self, prompts: Prompts, longest: int) -> None:
+        """Start without any text.
+
+        Args:
+            prompts: Tokenizes.
+            longest: Tokens of a text that are looked at, the end included.
+        """
+        self._prompts = prompts
+        self._longest = longest
+        self._ids: dict[str, Ids] = {}
+        self._made: dict[tuple[str, Texts], Cache] = {}
+
+    def of(self, texts: Mapping[str, Texts]) -> tuple[Cache, ...]:
+        """Return caches of weighted texts, by name; each text is cut, else has its end."""
+        self._tokenize(text for own in texts.values() for text, _ in own)
+        return tuple(self._cache(name, own) for name, own in texts.items())
+
+    def _tokenize(self, texts: Iterable[str]) -> None:
+        """Tokenize what is new, in one call."""
+        whole = {text: text.strip() for text in texts if text not in self._ids}
+        begun = {text: words[: self._longest * _CHARACTERS_A_TOKEN] for text, words in whole.items()}
+        ids = self._prompts.continuations(begun.values())
+        for text, words in begun.items():
+            end = (self._prompts.end,) if words == whole[text] else ()
+            self._ids[text] = (*ids[words], *end)[: self._longest]
+
+    def _cache(self, name: str, own: Texts) -> Cache:
+        if (name, own) not in self._made:
+            self._made[name, own] = Cache(name, [(self._ids[text], weight) for text, weight in own])
+        return self._made[name, own]
 
 
 def _target(prompt: Ids, path: Ids, aims: dict[int, Aim], scale: float, offset: float) -> Target:

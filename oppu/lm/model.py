@@ -20,7 +20,7 @@ from oppu.lm.bank import SlotBank
 from oppu.lm.base import LoadedBase
 from oppu.lm.blend import Texts, foreseen
 from oppu.lm.choices import NONE, Scores, score_choices
-from oppu.lm.encoding import Encoder, Target
+from oppu.lm.encoding import Caches, Encoder, Target
 from oppu.lm.forward import Runner, buckets, target_buckets, target_log_probs, target_losses
 from oppu.lm.generation import Writing, Written, greedy
 from oppu.lm.port import AdapterRef, Example, Row, Scored, Tensors, TrainConfig, Trained, TrainJob
@@ -221,7 +221,8 @@ class TorchModel:
             Probabilities and matched tokens ``[t, e]`` of each.
         """
         wanted = [tuple(aim.index for aim in target.aims) for target in self._encoder.targets(examples)]
-        return [foreseen(self._encoder.caches(own), ids) for own, ids in zip(texts, wanted, strict=True)]
+        caches = self._encoder.caches()
+        return [foreseen(caches.of(own), ids) for own, ids in zip(texts, wanted, strict=True)]
 
     def scores(self, examples: Sequence[Example], tensors: Tensors | None) -> list[Scores]:
         """Return each example's log probabilities under one user's weights.
@@ -337,11 +338,16 @@ class TorchModel:
         prompts = self._encoder.prompts(rows, [row.max_new_tokens for row in rows])
         longest = self._base.max_positions
         limits = [min(row.max_new_tokens, longest - len(ids)) for row, ids in zip(rows, prompts, strict=True)]
-        texts: dict[int, Written] = {}
+        texts = [Written(None)] * len(rows)
+        caches = self._encoder.caches()
         lengths = [len(ids) + limit for ids, limit in zip(prompts, limits, strict=True)]
         for bucket in buckets(lengths, self._runner.tokens):
-            writings = [_writing(rows[at], prompts[at], slots[at], limits[at], self._encoder) for at in bucket]
-            texts.update(zip(bucket, greedy(self._runner, self._bank, writings, self._encoder.stops), strict=True))
+            made = {at: _writing(rows[at], prompts[at], slots[at], limits[at], caches) for at in bucket}
+            writings = {at: writing for at, writing in made.items() if writing is not None}
+            stops = self._encoder.stops
+            written = greedy(self._runner, self._bank, list(writings.values()), stops) if writings else []
+            for at, text in zip(writings, written, strict=True):
+                texts[at] = text
         kept = self._kept(rows, prompts)
         return [self._written(texts[at], kept[at]) for at in range(len(rows))]
 
@@ -363,9 +369,12 @@ def _scored(own: Scores | None, base: Scores, kept: Kept) -> Scored:
     return Scored(scores, base, pairs=kept.pairs, profiled=kept.profiled, unsound=unsound)
 
 
-def _writing(row: Row, prompt: Ids, slot: int, limit: int, encoder: Encoder) -> Writing:
-    caches = encoder.caches(row.blend.caches) if row.blend is not None else ()
-    return Writing(prompt, slot, limit, row.blend, caches, row.late)
+def _writing(row: Row, prompt: Ids, slot: int, limit: int, caches: Caches) -> Writing | None:
+    """Return what is to be written; nothing where the row is late already: making its caches takes time too."""
+    if row.late is not None and row.late():
+        return None
+    own = caches.of(row.blend.caches) if row.blend is not None else ()
+    return Writing(prompt, slot, limit, row.blend, own, row.late)
 
 
 def _fits(bank: SlotBank, job: TrainJob) -> bool:

@@ -30,6 +30,7 @@ from oppu.values import BaseId, Event, EventId, Head, OutRecord, Partition, User
 PURGED_AT_ONCE = 2_000
 """Answers: a transaction that holds rows' locks is to be short."""
 
+
 class HistoryStore(Protocol):
     """The whole interface; workers take it as a constructor argument."""
 
@@ -232,7 +233,10 @@ class HistoryStore(Protocol):
         ...
 
     def purge_answers(self, *, before: datetime) -> int:
-        """Delete answers older than ``before``, at most ``PURGED_AT_ONCE``, and users of whom nothing else is kept.
+        """Delete old answers, at most ``PURGED_AT_ONCE``, and users of whom nothing else is kept.
+
+        Args:
+            before: Those given earlier go.
 
         Returns:
             How many answers; as many as were allowed: there may be more.

@@ -1,7 +1,10 @@
 """Views: read your writes, epochs, bounds, and what the store must not do."""
 
+import gc
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,15 +12,17 @@ import pytest
 from oppu.embedder import HashEmbedder
 from oppu.errors import FatalError
 from oppu.metrics import Metrics
-from oppu.values import UserId, UserState
+from oppu.values import Event, EventId, UserId, UserState
 from retriever.dense import ListKey
 from retriever.port import Query, Retrieved
 from retriever.service import Retriever
+from retriever.view import TaskItems
 
 if TYPE_CHECKING:
     from tests.retriever.conftest import FakeHistory
 
 Make = Callable[..., Retriever]
+START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def look(retriever: Retriever, state: UserState, **options: object) -> Retrieved:
@@ -223,3 +228,47 @@ def test_a_store_that_breaks_its_contract_is_fatal(history: "FakeHistory", make:
 
 def _key(epoch: int) -> ListKey:
     return ListKey(UserId("u"), epoch, "t")
+
+
+def _texts(kind: str, number: int) -> tuple[str, str, tuple[str, ...] | None]:
+    """Return an input, an output and choices, all of them new objects."""
+    if kind == "choices":
+        return f"input {number}", f"choice {number}", tuple(f"{number} choice {at}" for at in range(1000))
+    if kind == "long choices":
+        return f"input {number}", f"choice {number}", tuple(f"{at} " + "выбор " * 200 for at in range(10))
+    words = {"short": "", "ascii": "word " * 400, "cyrillic": "слово " * 400, "emoji": "🙂 " * 400}[kind]
+    return f"input {number} {words}", f"output {number} {words[:100]}", None
+
+
+def _read(kind: str, number: int) -> Event:
+    """Return an event as a store reads it: every value of it an object of its own."""
+    text, output, choices = _texts(kind, number)
+    user, task = (bytes(name, "ascii").decode() for name in ("a user's name", "a task"))
+    at, event_id = START + timedelta(seconds=number), EventId(f"{number:036}")
+    return Event(UserId(user), number, event_id, task, at, at + timedelta(seconds=1), text, output, choices)
+
+
+@pytest.mark.parametrize("kind", ["short", "ascii", "cyrillic", "emoji", "choices", "long choices"])
+def test_the_estimate_is_near_what_python_takes(kind: str) -> None:
+    gc.collect()
+    tracemalloc.start()
+    try:
+        items = TaskItems(ListKey(UserId("u"), 1, "t"))
+        for number in range(1, 101):
+            items.append(_read(kind, number))
+        gc.collect()
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken / 1.5 <= items.nbytes <= taken * 1.5
+
+
+def test_of_choices_it_is_kept_that_there_were_any(history: "FakeHistory", make: Make) -> None:
+    outputs = [f"a rather long answer of {n} words that is not said again" for n in range(8)]
+    for number, output in enumerate(outputs):
+        history.add("u", f"text {number}", output, choices=tuple(outputs))
+    retriever, state = make(), history.state("u")
+    assert {hit.event.choices for hit in look(retriever, state).hits} == {()}
+    assert retriever.profiles([(state, "t", None)])[0].line.startswith("mostly: ")
+    history.add("v", "text")
+    assert {hit.event.choices for hit in look(retriever, history.state("v")).hits} == {None}

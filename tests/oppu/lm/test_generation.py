@@ -69,7 +69,7 @@ def test_the_served_distribution_is_the_evaluated_one(
             said.append(np.exp(model.token_scores([Example(TASK, "words of it", "")], weights)[0]))
     if not adapter:
         said[1] = np.full(len(written), np.nan)
-    cached, matched = foreseen(model._encoder.caches(TEXTS), written)
+    cached, matched = foreseen(model._encoder.caches().of(TEXTS), written)
     experts = np.hstack([np.stack(said, axis=1), cached])
     none = np.zeros((len(written), 2), dtype=np.int64)
     expected = mixed(experts, np.hstack([none, matched]), WEIGHTS)
