@@ -343,8 +343,7 @@ class AdapterRegistry(AdapterSource):
         """Return when a version was written; of one that is torn or spoilt, when its newest file was."""
         try:
             manifest = json.loads(self._place.read(f"{folder}/{MANIFEST}", _MANIFEST_BYTES) or b"")
-            written_at = datetime.fromisoformat(manifest["written_at"])
-            if written_at.tzinfo is not None:
+            if (written_at := datetime.fromisoformat(manifest["written_at"])).tzinfo is not None:
                 return written_at
         except (Spoilt, ValueError, KeyError, TypeError, RecursionError):
             pass
