@@ -36,9 +36,9 @@ STEP_BUDGET_SECONDS = 2.0
 """After this much computing a step sends what it has and leaves the rest to the next one: answers do not wait for
 five hundred others, and the loop keeps polling."""
 
-PIECE_TOKENS = 1024
+PIECE_TOKENS = 2048
 """So many tokens may be written in one piece, a lone text's aside, since time is not looked at before the model is
-done: 32 texts of the usual limit. At worst, where no two texts are of a length, it is as many steps of the model."""
+done: 64 texts of the usual limit. At worst, where no two texts are of a length, it is as many steps of the model."""
 
 
 @dataclass(frozen=True, slots=True)

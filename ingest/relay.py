@@ -1,8 +1,8 @@
 """The outbox's relay: rows are sent, and deleted once acknowledged.
 
-A crash between the two sends a row twice; origin coordinates identify it. One process sends at a time, or a user's head
-could come after the tombstone that erased it. A row that the broker refuses as too
-large stays, visible in the gauge, and holds up no other, however many of them there are.
+A crash between the two sends a row twice; origin coordinates identify it. One process is to send, or a user's head
+could come after the tombstone that erased it; one that the group expelled amid a send does not know it yet. A row that
+the broker refuses as too large stays, visible in the gauge, and holds up no other, however many of them there are.
 """
 
 import logging

@@ -300,8 +300,9 @@ class IngestWorker:
             more = yield from self._relay.run(alone=self._relays())
             self._relay_at = at if more else at + RELAY_EVERY_SECONDS
         if at >= self._gauges_at:
+            began = self._clock.monotonic()
             self._gauges.refresh()
-            self._gauges_at = next_look(at, self._clock.monotonic(), every_seconds=GAUGES_EVERY_SECONDS)
+            self._gauges_at = next_look(began, self._clock.monotonic(), every_seconds=GAUGES_EVERY_SECONDS)
         if at >= self._purge_at:
             before = now - timedelta(seconds=self._settings.store.answers_retention_seconds)
             gone: int = yield Effect("store.purge_answers", partial(self._store.purge_answers, before=before))

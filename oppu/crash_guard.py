@@ -5,7 +5,7 @@ process finds is a death. Two deaths in overlapping ranges of a partition: what 
 record at a time. Two deaths with the same single record marked: that record is poison and is set aside. So
 kill -9 by an operator costs speed at worst; to be set aside, a record must have been alone in two deaths. Where one
 after the other is poison, and no step in between ends well, it is rather what they run on that fails: each time twice
-as many deaths are asked for, so that a night of it costs some ten records and not all.
+as many deaths are asked for, up to 64, so that a night of it costs some tens of records and not all.
 
 Not here: exceptions that the loop handles are no deaths. A mark that cannot be written (disk full) is skipped
 with a warning, since the guard must not stop the work that it guards.
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 DEATHS_BEFORE_SINGLE = 2
 DEATHS_BEFORE_POISON = 2
-_MOST_DOUBLINGS = 10
+_MOST_DOUBLINGS = 5
 SLOTS = 256
 """Processes of one stage on one machine for which a file is looked for."""
 

@@ -91,10 +91,16 @@ class KafkaSettings(_Section):
     @classmethod
     def _addresses(cls, servers: str) -> str:
         # a client would take what is none for a broker that is away, and try for ever
-        wrong = [server.strip() for server in servers.split(",") if not _is_address(server.strip())]
+        named = [server.strip() for server in servers.rstrip(", ").split(",")]
+        wrong = [server for server in named if not _is_address(server)]
         if wrong:
             raise ValueError(f"expected host:port, separated by commas, got {', '.join(map(repr, wrong))}")
-        return servers
+        return ",".join(named)
+
+    @field_validator("ssl_cafile", "ssl_certfile", "ssl_keyfile", mode="before")
+    @classmethod
+    def _empty_is_none(cls, file: object) -> object:
+        return None if file == "" else file
 
     @model_validator(mode="after")
     def _sasl_is_whole_or_not_there(self) -> "KafkaSettings":

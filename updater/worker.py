@@ -17,7 +17,7 @@ import numpy as np
 from oppu.clock import Clock, SystemClock
 from oppu.effects import Effect, Steps
 from oppu.errors import AdapterUnreadable, FatalError, OppuError, TransientError
-from oppu.lm.faults import device_fault, out_of_memory
+from oppu.lm.faults import device_fault
 from oppu.lm.port import LanguageModel, TrainConfig, Trained
 from oppu.metrics import Metrics
 from oppu.privacy import UserHash
@@ -226,10 +226,7 @@ class Updater:
                 job.trained = result
 
     def _train_all(self, jobs: Sequence[Job], leases: Leases) -> Sequence[Trained | Exception]:
-        """Train all in one call; where that breaks, each alone, so that only the one at fault fails.
-
-        ``TransientError`` where there is no memory for any of several.
-        """
+        """Train all in one call; where that breaks, each alone, so that only the one at fault fails."""
         if not jobs:
             return []
         together = self._caught(lambda: self._run_training(jobs, leases))
@@ -238,10 +235,7 @@ class Updater:
         if len(jobs) == 1 or isinstance(together, Drained):
             return [together] * len(jobs)
         logger.warning("training %d users together failed (%s): one by one", len(jobs), type(together).__name__)
-        results = [result for job in jobs for result in self._train_all([job], leases)]
-        if all(isinstance(result, Exception) and out_of_memory(result) for result in results):
-            raise TransientError(f"out of memory, with each of {len(jobs)} users alone as well")
-        return results
+        return [result for job in jobs for result in self._train_all([job], leases)]
 
     def _run_training(self, jobs: Sequence[Job], leases: Leases) -> Sequence[Trained]:
         leases.beat()

@@ -23,6 +23,7 @@ from oppu.cli import Session, compose
 from oppu.cli.adapt import adapt_base
 from oppu.cli.demo_arms import ARMS, Asked, WrongUser, ask_arms
 from oppu.cli.demo_report import Report, draw_picture, print_report
+from oppu.cli.stack_settings import apart
 from oppu.cli.up import Stack, stack
 from oppu.client import Client
 from oppu.errors import ConfigError, FatalError
@@ -62,7 +63,8 @@ def demo(session: Session, folder: Path) -> None:
     started = time.monotonic()
     _prepare(folder)
     sample = read_sample()
-    base = _adapted_base(session.settings, sample, folder)
+    with apart(OVERRIDES.format(base='""'), tell=False):
+        base = _adapted_base(session.settings, sample, folder)
     _say(started, "starting Kafka and the workers")
     with stack(session, folder, overrides=OVERRIDES.format(base=json.dumps(str(base)))) as running:
         addresses = running.addresses()

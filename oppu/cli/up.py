@@ -8,7 +8,6 @@ import contextlib
 import logging
 import os
 import queue
-import secrets
 import signal
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING
 import click
 
 from oppu.cli import Session
+from oppu.cli.stack_settings import apart, write_config
 from oppu.errors import ConfigError, FatalError
 from oppu.settings import Settings
 
@@ -57,7 +57,8 @@ def up(session: Session, folder: Path, *, inference_workers: int) -> None:
     """Run everything on this machine until interrupted."""
     from oppu.logs import configure_logging
 
-    configure_logging(session.settings.service)
+    with apart(tell=False):
+        configure_logging(session.settings.service)
     stop: queue.SimpleQueue[int] = queue.SimpleQueue()  # an event's lock may be held where the signal comes
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: stop.put(number))
@@ -246,9 +247,8 @@ def stack(session: Session, folder: Path, *, workers: Sequence[str] = WORKERS, o
         raise ConfigError(f"--dir: cannot make {folder}: {error.strerror}") from error
     folder = folder.resolve()
     with EmbeddedBroker(folder / "kafka") as kafka:
-        fixed = fixed_settings(folder, kafka.bootstrap_servers, overrides)
-        config = write_config(session, folder, fixed)
-        with _environment_without(fixed):
+        config = write_config(session, folder, kafka.bootstrap_servers, overrides)
+        with apart(overrides):
             settings, environment = Settings.load(config), dict(os.environ)
         migrate(settings.store)
         create_topics(settings)
@@ -268,105 +268,6 @@ def _ready_at(place: Path) -> str | None:
             return url if response.status == HTTPStatus.OK else None
     except (OSError, ValueError, HTTPException):  # no file yet, half a file, nobody there, or somebody else
         return None
-
-
-Sections = Mapping[str, Mapping[str, object]]
-"""Values of settings by section and name; ``None``: the default."""
-_CREDENTIALS = ("sasl_mechanism", "sasl_username", "sasl_password", "ssl_cafile", "ssl_certfile", "ssl_keyfile")
-"""For another cluster; the embedded broker asks for none."""
-
-
-def fixed_settings(folder: Path, bootstrap_servers: str, overrides: str = "") -> Sections:
-    """Return what nobody may set otherwise: what ties workers to this folder's broker and store, and the overrides.
-
-    Args:
-        folder: The stack's folder.
-        bootstrap_servers: Its broker's address.
-        overrides: TOML text.
-
-    Returns:
-        The settings.
-    """
-    import tomllib
-
-    ours: Sections = {
-        "kafka": {
-            **dict.fromkeys(_CREDENTIALS),
-            "bootstrap_servers": bootstrap_servers,
-            "security_protocol": "PLAINTEXT",
-            "replication": 1,
-            "min_insync_replicas": 1,
-        },
-        "store": {"url": f"sqlite:///{folder / 'history.db'}"},
-        "registry": {"url": str(folder / "adapters")},
-        "service": {"state_dir": str(folder / "state"), "deployment_key": _deployment_key(folder)},
-    }
-    return _merged(ours, tomllib.loads(overrides))
-
-
-def write_config(session: Session, folder: Path, fixed: Sections) -> Path:
-    """Write the settings file that ties commands and workers to this folder's broker and store.
-
-    Args:
-        session: Its settings file, if any, gives what is not fixed.
-        folder: Where the file is written.
-        fixed: As of :func:`fixed_settings`.
-
-    Returns:
-        The file.
-    """
-    import tomllib
-
-    base = tomllib.loads(session.config.read_text(encoding="utf-8")) if session.config else {}
-    path = folder / "oppu.toml"
-    path.touch(mode=0o600)  # it holds the deployment key
-    path.write_text("".join(_section(name, values) for name, values in _merged(base, fixed).items()), encoding="utf-8")
-    return path
-
-
-def _merged(base: Sections, over: Sections) -> Sections:
-    return {name: {**base.get(name, {}), **over.get(name, {})} for name in sorted({*base, *over})}
-
-
-@contextlib.contextmanager
-def _environment_without(fixed: Sections) -> Iterator[None]:
-    """Hide the variables that name a fixed setting: they would win over the file, and tie us to another cluster."""
-    hidden = {name: os.environ.pop(name) for name in list(os.environ) if _names_one_of(name, fixed)}
-    for name in sorted(hidden):
-        logger.warning(
-            "%s is left out: this stack's own settings file decides; unset it where you run other commands of it", name
-        )
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
-
-
-def _names_one_of(variable: str, fixed: Sections) -> bool:
-    """Say whether a variable, in any case of letters, sets a fixed setting, or as JSON a section that has one."""
-    prefix, _, rest = variable.lower().partition("_")
-    section, *fields = rest.split("__")
-    return prefix == "oppu" and section in fixed and (not fields or fields[0] in fixed[section])
-
-
-def _deployment_key(folder: Path) -> str:
-    """Return this folder's key, made on the first start: paths and erasures depend on it."""
-    path = folder / "deployment.key"
-    if not path.exists():
-        part = path.with_suffix(".part")  # a kill between the two must not leave an empty key for ever
-        part.touch(mode=0o600)
-        part.write_text(secrets.token_hex(32), encoding="utf-8")
-        part.replace(path)
-    return path.read_text(encoding="utf-8").strip()
-
-
-def _section(name: str, values: Mapping[str, object]) -> str:
-    import json
-
-    # TOML writes a string, number, boolean or array of them as JSON does, but knows no surrogate pairs and no null
-    given = {key: value for key, value in values.items() if value is not None}
-    lines = "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in given.items())
-    return f"[{name}]\n{lines}\n"
 
 
 def die_with_parent() -> None:

@@ -215,7 +215,11 @@ def _engine(url: URL, busy_timeout_seconds: float) -> Engine:
         f"{url.query.get('options', '')} -c lock_timeout={max(1, round(busy_timeout_seconds * 1000))}"
         f" -c idle_in_transaction_session_timeout={_IDLE_TRANSACTION_SECONDS * 1000}"
     )
-    arguments = {"connect_timeout": max(2, round(busy_timeout_seconds)), "options": options.strip(), **_NOTICED_GONE}
+    arguments = {
+        "connect_timeout": max(2, round(busy_timeout_seconds)),
+        "options": options.strip(),
+        **{name: value for name, value in _NOTICED_GONE.items() if name not in url.query},
+    }
     try:
         return create_engine(url, connect_args=arguments, isolation_level="READ COMMITTED", **common)
     except ModuleNotFoundError as error:

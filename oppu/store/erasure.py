@@ -148,15 +148,20 @@ def _log(connection: Connection, user_hash: UserHash, user_id: UserId, now: date
         append(connection, entry)
 
 
-def lock_present(connection: Connection, user_ids: Iterable[UserId]) -> dict[UserId, LockedUser]:
-    """Lock the rows that there are until the transaction ends, in byte order; return those."""
+def lock_present(
+    connection: Connection, user_ids: Iterable[UserId], *, skip_locked: bool = False
+) -> dict[UserId, LockedUser]:
+    """Lock the rows that there are until the transaction ends, in byte order; return those.
+
+    With ``skip_locked`` rows that others hold are left out instead of waited for.
+    """
     locked: dict[UserId, LockedUser] = {}
     for some in chunks(sorted(user_ids)):
         rows = connection.execute(
             select(users.c.user_id, users.c.epoch, users.c.last_seq)
             .where(users.c.user_id.in_(some))
             .order_by(users.c.user_id)
-            .with_for_update(key_share=True)
+            .with_for_update(key_share=True, skip_locked=skip_locked)
         )
         locked |= {row.user_id: LockedUser(row.epoch, row.last_seq) for row in rows}
     return locked

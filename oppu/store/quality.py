@@ -2,12 +2,11 @@
 
 from datetime import datetime
 
-from sqlalchemy import Connection, delete, exists, func, select
+from sqlalchemy import Connection, bindparam, delete, func, select
 
-from oppu.store.database import asked, chunks
 from oppu.store.erasure import drop_idle, lock_present
 from oppu.store.records import Lift, Quality
-from oppu.store.schema import Text8, answers, lifts
+from oppu.store.schema import answers, lifts
 from oppu.values import BaseId, UserId
 
 
@@ -58,11 +57,11 @@ def purge_answers(connection: Connection, before: datetime, limit: int) -> int:
         .order_by(answers.c.answered_at)
         .limit(limit)
     )
-    gone = connection.execute(oldest).all()
-    locked = lock_present(connection, {UserId(row.user_id) for row in gone})
-    for some in chunks([(row.user_id, row.request_id) for row in gone]):
-        wanted = asked(some, user_id=Text8, request_id=Text8)
-        same = (answers.c.user_id == wanted.c.user_id) & (answers.c.request_id == wanted.c.request_id)
-        connection.execute(delete(answers).where(exists(select(wanted).where(same))))
-    drop_idle(connection, locked)
+    gone = sorted((row.user_id, row.request_id) for row in connection.execute(oldest))
+    if gone:
+        one = (answers.c.user_id == bindparam("user")) & (answers.c.request_id == bindparam("request"))
+        keys = [{"user": user, "request": request} for user, request in gone]
+        connection.execute(delete(answers).where(one), keys)  # by the key; a join would read the whole table
+    # whoever is being written to now is not idle, and is not waited for: that could be for each other
+    drop_idle(connection, lock_present(connection, {UserId(user) for user, _ in gone}, skip_locked=True))
     return len(gone)

@@ -67,7 +67,7 @@ def test_texts_are_written_in_pieces_of_so_many_tokens(wide: Settings, make_worl
         for number in range(MANY):
             world.ask("anna", f"r{number:02}", task="write")
     world.turn()
-    assert model.sizes == ([10, 10, 5] if limited else [MANY])
+    assert model.sizes == ([20, 5] if limited else [MANY])
     assert all(sum(row.max_new_tokens for row in rows) <= engine.PIECE_TOKENS for rows in model.calls)
     assert [p.status for p in world.predictions()] == ["ok"] * MANY
 
@@ -121,7 +121,7 @@ def test_a_step_of_texts_ends_soon_after_its_budget(wide: Settings, make_world: 
     longest = engine.STEP_BUDGET_SECONDS + 0.005 * engine.PIECE_TOKENS
     assert max(after - before for before, after in pairwise(times)) <= longest
     assert [(p.request_id, p.status) for p in world.predictions()] == [(f"r{n:02}", "ok") for n in range(count)]
-    assert model.sizes == [10] * 4
+    assert model.sizes == [20] * 2
 
 
 def test_the_time_is_looked_at_after_each_chunk_of_a_piece(settings: Settings, make_world: MakeWorld) -> None:

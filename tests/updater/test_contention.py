@@ -103,38 +103,20 @@ def test_a_lost_device_stops_the_worker_and_is_no_users_failure(
     assert sum(world.tick().ended[Ended.PUBLISHED] for _ in range(2)) == 2
 
 
-def test_memory_that_suffices_for_nobody_is_nobodys_failure(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_finds_no_memory_backs_off_and_is_never_quarantined(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     for user in ("ada", "bob"):
         world.act(user, GLAD)
 
     def exhausted(*_: object, **__: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    for _ in range(SETTINGS.quarantine_after + 1):
-        with monkeypatch.context() as patch:
-            patch.setattr(world.model, "train", exhausted)
-            with pytest.raises(TransientError, match="out of memory, with each of 2 users alone"):
-                world.tick()
-    for user in ("ada", "bob"):
-        assert (world.status(user).state, world.status(user).failures) == (ClaimState.FREE, 0)
-    assert world.tick().ended == {Ended.PUBLISHED: 2}
-
-
-def test_a_lone_user_without_memory_backs_off_and_is_never_quarantined(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    world.act("ada", GLAD)
-
-    def exhausted(*_: object, **__: object) -> None:
-        raise MemoryError
-
     with monkeypatch.context() as patch:
         patch.setattr(world.model, "train", exhausted)
         for _ in range(SETTINGS.quarantine_after + 1):
-            assert world.tick().ended == {Ended.FAILED: 1}
-            assert world.status("ada").state is ClaimState.BACKING_OFF
+            assert world.tick().ended == {Ended.FAILED: 2}
+            assert {world.status(user).state for user in ("ada", "bob")} == {ClaimState.BACKING_OFF}
             world.clock.advance(LONGEST_RETRY_SECONDS)
-    assert world.tick().ended == {Ended.PUBLISHED: 1}
+    assert world.tick().ended == {Ended.PUBLISHED: 2}
 
 
 def test_a_user_who_loses_the_device_is_tried_alone_and_quarantined(world: World) -> None:

@@ -12,7 +12,6 @@ from tests.oppu.cli.conftest import MOOD, Run
 from tests.oppu.cli.test_faults import GOOD, NOBODY, write_events
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown task": ({"task": "nope"}, "task: expected one of "),
     "wrong label": ({"output": "FISHING"}, "output: expected one of "),
     "blank output": ({"output": " "}, "output: expected text that is not blank"),
     "far future": ({"occurred_at": "2999-01-01T00:00:00Z"}, "occurred_at: expected at most "),
@@ -44,6 +43,18 @@ def test_produce_checks_against_the_settings(run: Run, monkeypatch: pytest.Monke
         tmp_path / "e.jsonl", *({**GOOD, "task": "mood", "output": "sad", "input": x} for x in ("it is", "it rains"))
     )
     assert run("produce", file).err == f"oppu: {file}:2: input: at most 5 characters allowed, got 8\n"
+
+
+def test_a_task_that_is_not_known_here_is_left_to_ingest(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OPPU_KAFKA__BOOTSTRAP_SERVERS", NOBODY)
+    monkeypatch.setenv("OPPU_KAFKA__REQUEST_TIMEOUT_SECONDS", "2")
+    file = write_events(tmp_path / "e.jsonl", {**GOOD, "task": "elsewhere"}, {**GOOD, "task": "elsewhere"})
+    assert run("produce", file).code == 1  # it got as far as the broker that is not there
+    assert [r.getMessage().split(":")[0] for r in caplog.records if "elsewhere" in r.getMessage()] == [
+        "task elsewhere is not known here"
+    ]
 
 
 NOT_JSON = {"bytes": b'{"event_id": "\xff"}', "nested": b'{"more":' + b"[" * 200_000, "text": b"a"}

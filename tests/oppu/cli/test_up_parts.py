@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from oppu.cli import Session, operation, up
-from oppu.cli.up import Child, Stack, fixed_settings, write_config
+from oppu.cli import Session, operation, stack_settings, up
+from oppu.cli.stack_settings import write_config
+from oppu.cli.up import Child, Stack
 from oppu.clock import ManualClock
-from oppu.errors import FatalError
+from oppu.errors import ConfigError, FatalError
 from oppu.health import Health, serve
 from oppu.kafka import embedded
 from oppu.metrics import fresh
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("run")  # away from the settings of whoever
 
 def written(folder: Path, servers: str, overrides: str = "", own: Path | None = None) -> Path:
     """Write a stack's settings file."""
-    return write_config(Session(own), folder, fixed_settings(folder, servers, overrides))
+    return write_config(Session(own), folder, servers, overrides)
 
 
 def test_the_written_file_is_read_back(tmp_path: Path) -> None:
@@ -122,7 +123,7 @@ def test_variables_of_another_stack_reach_neither_this_one_nor_its_workers(
         "OPPU_KAFKA__SASL_PASSWORD": "another",
         "oppu_store__url": f"sqlite:///{elsewhere / 'history.db'}",
         "OPPU_Registry__Url": str(elsewhere / "adapters"),
-        "OPPU_SERVICE": json.dumps({"state_dir": str(elsewhere / "state")}),
+        "OPPU_SERVICE": json.dumps({"state_dir": str(elsewhere / "state"), "log_level": "DEBUG"}),
         "OPPU_SERVICE__DEPLOYMENT_KEY": "another",
         "OPPU_UPDATER__INTERVAL_SECONDS": "99",
     }
@@ -143,9 +144,10 @@ def test_variables_of_another_stack_reach_neither_this_one_nor_its_workers(
     assert s.settings.service.deployment_key.get_secret_value() != "another"
     assert (s.settings.updater.interval_seconds, s.settings.updater.replay) == (1.5, 5)
     assert (s.settings.model.threads, s.settings.kafka.topic_prefix) == (3, "t.")
-    assert {name for name in told if name.lower().startswith("oppu_")} == {*kept, "OPPU_PARENT"}
-    warned = [r.getMessage() for r in caplog.records if r.name == up.__name__ and "is left out" in r.getMessage()]
-    assert sorted(message.split()[0] for message in warned) == sorted(others)
+    assert {name for name in told if name.lower().startswith("oppu_")} == {*kept, "OPPU_PARENT", "OPPU_SERVICE"}
+    assert json.loads(told["OPPU_SERVICE"]) == {"log_level": "DEBUG"} and s.settings.service.log_level == "DEBUG"
+    warned = [r.getMessage() for r in caplog.records if r.name == stack_settings.__name__]
+    assert sorted(message.partition(":")[0] for message in warned) == sorted(others)
     assert not any("elsewhere" in message or "another" in message for message in warned)
     assert not list(elsewhere.iterdir())
     assert {name: os.environ[name] for name in others} == others  # the shell of the caller is as it was
@@ -274,3 +276,19 @@ def _greet(listener: socket.socket, times: int) -> None:
         with connection:
             connection.recv(1000)
             connection.sendall(b"220 not http\r\n\r\n")
+
+
+def test_up_starts_whatever_the_environment_says_of_another_cluster(
+    monkeypatch: pytest.MonkeyPatch, run: Run, tmp_path: Path
+) -> None:
+    def started(*_: object, **__: object) -> None:
+        raise ConfigError("got as far as the stack")
+
+    monkeypatch.setattr(up, "stack", started)
+    for name, value in {
+        "OPPU_KAFKA__SASL_PASSWORD": "hush",
+        "OPPU_KAFKA__SSL_CAFILE": "/nope",
+        "OPPU_KAFKA__BOOTSTRAP_SERVERS": "garbage",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert run("up", "--dir", tmp_path / "stack").err.endswith("oppu: got as far as the stack\n")
