@@ -52,13 +52,8 @@ class Relay:
         self.open()
         self._suspect = False
 
-    def run(self, *, alone: bool) -> Steps[bool]:
-        """Send the oldest rows and delete them; says whether there may be more to send at once.
-
-        Does nothing unless this is the one process that sends: rows are in order, and what two of them send is not.
-        """
-        if not alone:
-            return False
+    def run(self) -> Steps[bool]:
+        """Send the oldest rows and delete them; says whether there may be more to send at once."""
         rows = self._store.outbox(ROWS, after=self._after)
         if not rows:
             self._after = 0

@@ -297,7 +297,7 @@ class IngestWorker:
     def _upkeep(self, now: datetime, *, urgent: bool) -> Steps[None]:
         at = self._clock.monotonic()
         if urgent or at >= self._relay_at:
-            more = yield from self._relay.run(alone=self._relays())
+            more = (yield from self._relay.run()) if self._relays() else False
             self._relay_at = at if more else at + RELAY_EVERY_SECONDS
         if at >= self._gauges_at:
             began = self._clock.monotonic()

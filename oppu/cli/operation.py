@@ -109,10 +109,9 @@ def erase(session: Session, user_id: str, *, yes: bool) -> None:
     if not yes and not _agreed(f"Delete everything about {user_id}?"):
         raise OppuError("not erased (use --yes)")
     names = compose.topics(settings)
-    concerned = [names.events, names.requests, names.predictions]
-    partitions = [Partition(topic, index) for topic in concerned for index in range(partition_count(settings, topic))]
     with _admin(settings) as admin:
-        cluster, ends = admin.cluster_id(), admin.high_watermarks(partitions)
+        cluster = admin.cluster_id()
+        ends = admin.high_watermarks(_partitions(admin, [names.events, names.requests, names.predictions]))
     tombstone = OutRecord(names.updates, user_id.encode(), None)
     bases = history.bases()
     if history.counts()["adapters"]:
@@ -240,10 +239,16 @@ def partition_count(settings: Settings, topic: str) -> int:
         TransientError: The cluster cannot be reached.
     """
     with _admin(settings) as admin:
-        found = admin.describe_topics([topic])
-    if topic not in found:
-        raise ConfigError(f"kafka.topic_prefix: there is no topic {topic}: run `oppu topics create`")
-    return found[topic].partitions
+        return len(_partitions(admin, [topic]))
+
+
+def _partitions(admin: Admin, topics: list[str]) -> list[Partition]:
+    """Return all partitions of some topics, which have to exist."""
+    found = admin.describe_topics(topics)
+    for topic in topics:
+        if topic not in found:
+            raise ConfigError(f"kafka.topic_prefix: there is no topic {topic}: run `oppu topics create`")
+    return [Partition(topic, index) for topic in topics for index in range(found[topic].partitions)]
 
 
 def _check_topics(settings: Settings) -> str:

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import kafka.errors as k
-from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka.admin import ConfigResource, ConfigResourceType, OffsetSpec
 from kafka.net.compat import KafkaNetClient
 
 from oppu.errors import OppuError, TransientError
-from oppu.kafka.client_consumer import KafkaGroupConsumer
+from oppu.kafka.client_consumer import KafkaGroupConsumer, ours, theirs
 from oppu.kafka.client_errors import translate, translated
 from oppu.kafka.client_producer import KafkaPlainProducer, KafkaTransactions, NullableBytes, Open
 from oppu.kafka.port import Start, TopicSpec
@@ -186,10 +186,10 @@ class KafkaAdmin:
 
     def high_watermarks(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
         """Return where partitions end, records of transactions that are still open included."""
-        asked = {TopicPartition(p.topic, p.index): OffsetSpec.LATEST for p in partitions}
+        asked = {theirs(partition): OffsetSpec.LATEST for partition in partitions}
         with translated():
             found = self._client.list_partition_offsets(asked) if asked else {}
-        return {Partition(tp.topic, tp.partition): int(end.offset) for tp, end in found.items()}
+        return {ours(tp): int(end.offset) for tp, end in found.items()}
 
     def close(self) -> None:
         """Release the connection."""

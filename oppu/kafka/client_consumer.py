@@ -129,11 +129,11 @@ class KafkaGroupConsumer:
 
     def assignment(self) -> frozenset[Partition]:
         """Return the partitions held now."""
-        return frozenset(_ours(tp) for tp in self._listener.owned)
+        return frozenset(ours(tp) for tp in self._listener.owned)
 
     def seek(self, partition: Partition, offset: int) -> None:
         """Move the position; does nothing for a partition that is not held."""
-        tp = _theirs(partition)
+        tp = theirs(partition)
         if tp in self._listener.owned:
             with translated():
                 self._consumer.seek(tp, offset)
@@ -143,20 +143,20 @@ class KafkaGroupConsumer:
         held = frozenset(partitions) & self.assignment()
         self._paused |= held
         with translated():
-            self._consumer.pause(*map(_theirs, held))
+            self._consumer.pause(*map(theirs, held))
 
     def resume(self, partitions: Iterable[Partition]) -> None:
         """Fetch from these partitions again; does nothing for those not held."""
         held = frozenset(partitions) & self.assignment()
         self._paused -= held
         with translated():
-            self._consumer.resume(*(tp for tp in map(_theirs, held) if tp not in self._listener.unplaced))
+            self._consumer.resume(*(tp for tp in map(theirs, held) if tp not in self._listener.unplaced))
 
     def committed(self, partitions: Iterable[Partition]) -> dict[Partition, int | None]:
         """Return the group's committed next offsets, waiting for a transaction that is about to move them."""
         timeout = self._consumer.config["request_timeout_ms"]
         with translated():
-            return {p: self._consumer.committed(_theirs(p), timeout_ms=timeout) for p in partitions}
+            return {p: self._consumer.committed(theirs(p), timeout_ms=timeout) for p in partitions}
 
     def beginning_offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
         """Return the first offset that the broker still holds."""
@@ -201,13 +201,13 @@ class KafkaGroupConsumer:
         unplaced = self._listener.unplaced
         if not unplaced:
             return
-        new = frozenset(_ours(tp) for tp in unplaced)
+        new = frozenset(ours(tp) for tp in unplaced)
         positions = self._start(new, self.committed(sorted(new)))
         with translated():
             for partition in sorted(new):
-                self._consumer.seek(_theirs(partition), positions[partition])
+                self._consumer.seek(theirs(partition), positions[partition])
             self._listener.unplaced -= unplaced
-            self._consumer.resume(*map(_theirs, new - self._paused))
+            self._consumer.resume(*map(theirs, new - self._paused))
         logger.info("group %s: placed %d new partitions", self._group, len(new))
 
     def _offsets(
@@ -215,11 +215,11 @@ class KafkaGroupConsumer:
         ask: Callable[[list[TopicPartition]], dict[TopicPartition, int]],
         partitions: Iterable[Partition],
     ) -> dict[Partition, int]:
-        asked = [_theirs(partition) for partition in partitions]
+        asked = [theirs(partition) for partition in partitions]
         if not asked:
             return {}
         with translated():
-            return {_ours(tp): offset for tp, offset in ask(asked).items()}
+            return {ours(tp): offset for tp, offset in ask(asked).items()}
 
 
 def _record(raw: Any) -> Record:
@@ -235,9 +235,11 @@ def _record(raw: Any) -> Record:
     )
 
 
-def _ours(tp: TopicPartition) -> Partition:
+def ours(tp: TopicPartition) -> Partition:
+    """Return the library's partition as ours."""
     return Partition(tp.topic, tp.partition)
 
 
-def _theirs(partition: Partition) -> TopicPartition:
+def theirs(partition: Partition) -> TopicPartition:
+    """Return our partition as the library's."""
     return TopicPartition(partition.topic, partition.index)

@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from kafka import KafkaProducer, TopicPartition
+from kafka import KafkaProducer
 from kafka.errors import KafkaError, KafkaTimeoutError
 from kafka.serializer import Serializer
 from kafka.structs import OffsetAndMetadata
 
 from oppu.errors import InvalidRecord, OppuError, ProducerFenced
+from oppu.kafka.client_consumer import theirs
 from oppu.kafka.client_errors import translate, translated
 from oppu.kafka.port import GroupMetadata, Produced
 from oppu.values import OutRecord, Partition
@@ -114,9 +115,9 @@ class KafkaTransactions:
             raise self._failed(ProducerFenced(f"not a member of group {group.group_id} yet"))
         if not offsets:
             return
-        theirs = {TopicPartition(p.topic, p.index): OffsetAndMetadata(n, "") for p, n in offsets.items()}
+        moved = {theirs(partition): OffsetAndMetadata(n, "") for partition, n in offsets.items()}
         manager = self._client._transaction_manager  # noqa: SLF001 - see _await
-        self._await(lambda: manager.send_offsets_to_transaction(theirs, group.raw))
+        self._await(lambda: manager.send_offsets_to_transaction(moved, group.raw))
 
     def commit(self) -> None:
         """Make records and offsets visible together."""
