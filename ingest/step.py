@@ -133,7 +133,7 @@ class IngestWorker:
         self._check_share(fresh, batch)
         yield from self._write(fresh, batch, now)
         yield from self._upkeep(now, urgent=bool(batch.refused))
-        return StepOutcome(len(records))
+        return StepOutcome(len(records), more=self._clock.monotonic() >= min(self._relay_at, self._purge_at))
 
     def poison(self, record: Record, now: datetime) -> Steps[StepOutcome]:
         """Set aside one record that killed the process, without looking into it."""

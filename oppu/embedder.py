@@ -119,6 +119,7 @@ class SentenceEmbedder:
 
         from oppu.lm.casting import cast
         from oppu.lm.packed import Packed
+        from oppu.lm.sequence_packing import sequence_packing
 
         if threads is not None:
             torch.set_num_threads(threads)
@@ -136,10 +137,12 @@ class SentenceEmbedder:
         self._model: Any = cast(model.eval().requires_grad_(False), torch.bfloat16 if half else torch.float32)
         Packed(self._model)
         self._batch = batch
+        self._packing = sequence_packing(self._model, batch)
         self._kinds: dict[int, str] = {}
         self._dim = int(model.get_embedding_dimension())
         self._fingerprint = hashlib.sha256(digest + f"/{model.max_seq_length}".encode()).hexdigest()[:32]
-        logger.info("embedder %s loaded, fingerprint %s", name, self._fingerprint)
+        how = "several texts a row" if self._packing else "a text a row"
+        logger.info("embedder %s loaded, fingerprint %s, %s", name, self._fingerprint, how)
 
     @property
     def fingerprint(self) -> str:
@@ -155,6 +158,8 @@ class SentenceEmbedder:
         """Return ``[len(texts), dim] float32``, each row of unit length."""
         if not texts:
             return np.zeros((0, self._dim), dtype=np.float32)
+        if self._packing is not None:
+            return self._packing.encode(texts, self._batch)
         found = self._model.encode(
             list(texts),
             batch_size=self._batch,

@@ -24,6 +24,11 @@ class Held:
         """The partitions with held records."""
         return frozenset(self._records)
 
+    @property
+    def due(self) -> float | None:
+        """When the first of them is offered again, by the loop's monotonic time; ``None``: nothing is held."""
+        return min(self._due.values(), default=None)
+
     def clear(self) -> None:
         """Forget everything."""
         self._records.clear()

@@ -44,6 +44,10 @@ SETTLED_SECONDS = 1.0
 LAG_EVERY_SECONDS = 5.0
 """End offsets are a request to the broker, and a scrape comes every 10 s or less often."""
 
+SHORTEST_POLL_SECONDS = 0.005
+"""Of a poll while there is work: a client with every partition paused sleeps as long as it may, but one that is joining
+its group needs some time."""
+
 NAP_SECONDS = 0.2
 """Longest pause while there is no client to poll, so that :meth:`Loop.stop` is heard in time."""
 
@@ -101,6 +105,7 @@ class Loop:
         self._held_under: tuple[int, str] | None = None  # the membership under which records were held
         self._paused: frozenset[Partition] = frozenset()
         self._error: TransientError | None = None
+        self._more = False
         self._attempts = 0
         self._retry_at = self._recovered_at = self._lag_at = clock.monotonic()
         self._steady = False
@@ -181,7 +186,8 @@ class Loop:
 
     def _work(self) -> None:
         consumer = self._worker.consumer
-        polled = consumer.poll(self._kafka.poll_timeout_seconds, self._kafka.max_poll_records)
+        due = self._clock.monotonic() if self._more else self._held.due
+        polled = consumer.poll(self._patience(due), self._kafka.max_poll_records)
         assigned = consumer.assignment()
         self._held.keep_only(assigned)
         self._watchdog.keep_only(assigned)
@@ -215,6 +221,7 @@ class Loop:
         if outcome.held:
             self._held.hold(outcome.held, due=self._clock.monotonic() + outcome.retry_after_seconds)
             self._held_under = self._membership()
+        self._more = outcome.more
         after = next_offsets(records, outcome.held)
         self._guard.leaving(after)
         self._watchdog.handled(after)
@@ -279,10 +286,17 @@ class Loop:
         consumer = self._worker.consumer
         try:
             consumer.pause(sorted(consumer.assignment()))
-            consumer.poll(self._kafka.poll_timeout_seconds, 1)
+            consumer.poll(self._patience(self._retry_at), 1)
         except TransientError as error:
             logger.debug("%s: no heartbeat: %s", self._worker.name, error)
-            self._clock.sleep(self._kafka.poll_timeout_seconds)
+            self._clock.sleep(self._patience(self._retry_at))
+
+    def _patience(self, due: float | None) -> float:
+        """Return how many seconds a poll may wait where something is to be done at ``due``."""
+        longest = self._kafka.poll_timeout_seconds
+        if due is None:
+            return longest
+        return min(longest, max(SHORTEST_POLL_SECONDS, due - self._clock.monotonic()))
 
     def _settle(self, *, progressed: bool) -> None:
         """Call it ready once the group is joined and, after an error, once work has succeeded again."""

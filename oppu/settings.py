@@ -78,7 +78,9 @@ class KafkaSettings(_Section):
     replication: int = Field(3, ge=1, description="Replication factor of topics we create.")
     min_insync_replicas: int = Field(2, ge=1, description="Of topics we create; at most their replication.")
     max_poll_records: int = Field(500, ge=1, le=10_000, description="Records of one poll batch.")
-    poll_timeout_seconds: float = Field(0.05, gt=0, le=5, description="Longest wait of one poll.")
+    poll_timeout_seconds: float = Field(
+        0.25, gt=0, le=5, description="Longest wait of one poll where nothing comes; a stop waits as long."
+    )
     session_timeout_seconds: float = Field(10.0, gt=1, description="A member silent for so long is out of the group.")
     transaction_timeout_seconds: float = Field(10.0, gt=1, description="The broker aborts an open transaction then.")
     request_timeout_seconds: float = Field(15.0, gt=1, description="Longest wait for one answer of the broker.")

@@ -18,11 +18,13 @@ class StepOutcome:
         handled: Records finished, durable with their offsets.
         held: Records not taken yet, in order; the loop keeps them, pauses their partitions and offers them again.
         retry_after_seconds: When to offer ``held`` again.
+        more: Whether there is more to do at once, even if no record comes.
     """
 
     handled: int
     held: tuple[Record, ...] = ()
     retry_after_seconds: float = 0.0
+    more: bool = False
 
 
 class Worker(Protocol):

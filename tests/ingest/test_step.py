@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ingest import relay
+from ingest.step import RELAY_EVERY_SECONDS
 from oppu.effects import Effect, Steps, T, perform
 from oppu.errors import FatalError, InvalidRecord, Reason, TransientError
 from oppu.health import Health
@@ -251,6 +252,16 @@ def test_rows_that_others_put_into_the_outbox_are_sent(world: World) -> None:
     found = [record for _ in range(4) for record in reader.poll(0, 10)]
     assert [(record.key, record.value) for record in found] == [(b"u1", b"{}")]
     assert world.store.outbox(10) == []
+
+
+def test_a_step_says_that_more_of_the_outbox_can_be_sent_at_once(world: World) -> None:
+    world.turn(20, seconds=1.0)
+    row = OutRecord(TOPICS.updates, b"u1", b"{}")
+    refusals = tuple(NewRefusal(row, Partition(TOPICS.events, 0), 0) for _ in range(relay.ROWS + 1))
+    world.store.write_events(IngestBatch("elsewhere", (), refused=refusals, now=world.clock.now()))
+    world.clock.advance(RELAY_EVERY_SECONDS)
+    more = [perform(world.worker.step([], world.clock.now())).more for _ in range(4)]
+    assert more == [True, True, False, False] and world.store.outbox(1) == []
 
 
 def test_a_relay_that_fails_is_tried_again_with_a_new_producer(world: World) -> None:

@@ -13,7 +13,7 @@ from oppu.errors import (
     ProducerFenced,
     TransientError,
 )
-from oppu.loop import LoopState
+from oppu.loop import FIRST_BACKOFF_SECONDS, SHORTEST_POLL_SECONDS, LoopState
 from oppu.values import Record
 from oppu.worker import StepOutcome
 from tests.oppu.loop_world import Scripted, World, hold_once, raise_once, two_keys
@@ -304,3 +304,50 @@ def test_stop_before_the_start_opens_nothing() -> None:
     world.loop.stop()
     world.loop.run()
     assert (world.worker.opened, world.worker.closed) == (0, 0)
+
+
+def _patience(world: World, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return a list to which every poll from now on adds the seconds that it may wait."""
+    waits: list[float] = []
+    consumer, poll = world.worker.consumer, world.worker.consumer.poll
+
+    def noted(timeout_seconds: float, max_records: int) -> list[Record]:
+        waits.append(timeout_seconds)
+        return poll(timeout_seconds, max_records)
+
+    monkeypatch.setattr(consumer, "poll", noted)
+    return waits
+
+
+def test_a_poll_waits_until_what_is_held_is_due(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = _patience(world, monkeypatch)
+    longest = world.settings.kafka.poll_timeout_seconds
+    world.worker.script = hold_once("2", seconds=longest + 0.1)
+    world.send(*"123")
+    world.turn()
+    world.turn(2, seconds=longest)
+    world.worker.script = hold_once("4", seconds=0.0)
+    world.send("4")
+    world.turn(3)
+    short = SHORTEST_POLL_SECONDS  # once 2 and 3 are due, and once 4 is
+    assert waits == [longest, longest, pytest.approx(0.1), short, longest, short]
+    assert world.worker.stored == list("1234")
+
+
+def test_a_poll_does_not_wait_while_a_worker_has_more_to_do(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = _patience(world, monkeypatch)
+    left = [True, True, False]
+    world.worker.script = lambda records: StepOutcome(len(records), more=left.pop(0))
+    world.turn(3)
+    longest = world.settings.kafka.poll_timeout_seconds
+    assert waits == [longest, SHORTEST_POLL_SECONDS, SHORTEST_POLL_SECONDS]
+
+
+def test_a_heartbeat_waits_until_the_next_attempt(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.worker.script = raise_once(TransientError("store"))
+    world.worker.recovery_error = TransientError("store")
+    world.send("1")
+    world.turn()
+    waits = _patience(world, monkeypatch)
+    world.turn(3)
+    assert waits == [SHORTEST_POLL_SECONDS, FIRST_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS]
