@@ -15,13 +15,14 @@ from sentence_transformers import SentenceTransformer
 
 from benchmarks.live import events
 from benchmarks.timing import REPEATS, Cell, interleaved, machine, rounded, show, write
+from oppu.embedder import quiet_and_local
 from oppu.lm.casting import cast
 from oppu.lm.hardware import fast_bfloat16, keep_freed_memory
 from oppu.lm.packed import Packed
 from oppu.lm.sequence_packing import SequencePacking
 
 TEXTS = 64
-CALLS = 8
+CALLS = 2
 """Of a round, each with other texts."""
 JOINED = (1, 3, 8)
 """Inputs of the sample in one text, which have a few dozen tokens each."""
@@ -68,7 +69,8 @@ def _texts(joined: int) -> list[str]:
 
 
 def _model(dtype: torch.dtype) -> Any:
-    loaded = SentenceTransformer(str(get_model_path()), device="cpu", local_files_only=True)
+    with quiet_and_local():
+        loaded = SentenceTransformer(str(get_model_path()), device="cpu", local_files_only=True)
     return cast(loaded.eval().requires_grad_(False), dtype)
 
 

@@ -126,7 +126,7 @@ class SentenceEmbedder:
         keep_freed_memory()
         try:
             folder = _folder(name)
-            with _quiet_and_local():
+            with quiet_and_local():
                 model = sentence_transformers.SentenceTransformer(
                     str(folder), device=device, local_files_only=True, model_kwargs={"use_safetensors": True}
                 )
@@ -231,7 +231,7 @@ def _fingerprint(folder: Path) -> bytes:
 
 
 @contextmanager
-def _quiet_and_local() -> Iterator[None]:
+def quiet_and_local() -> Iterator[None]:
     """Keep the libraries from the network (the folder is complete) and from their bars and reports."""
     from huggingface_hub import constants
     from transformers.utils import logging as log

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 _WIDTHS = (128, 256)
-"""Tokens of a row, unless one text has more."""
+"""Tokens of a row that are tried, or as many as the longest text has."""
 _ATTENTION = 600
 """A token's attention over so many others takes about as long as the rest of a block."""
 _PROBES = ("", "rain", "The senate voted on Tuesday.", "Rain over Spain, then sun.", "word " * 200, "an end " * 3000)
@@ -127,7 +127,7 @@ def _first_position(encoder: torch.nn.Module) -> int:
 
 def _rows(lengths: Sequence[int]) -> list[list[int]]:
     """Return which texts share a row; ``lengths`` fall."""
-    widths = [width for width in _WIDTHS if width >= lengths[0]] or [lengths[0]]
+    widths = sorted({max(width, lengths[0]) for width in _WIDTHS})
     return min((_first_fit(lengths, width) for width in widths), key=lambda rows: _cost(rows, lengths))
 
 
