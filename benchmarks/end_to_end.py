@@ -2,10 +2,12 @@
 
 Every user has a history and an adapter. A round's requests lie in the topic at once, so the workers are never idle;
 broker, workers and client share the machine. Between the rounds, while they wait, as many processes as there are
-workers answer the same rows with the model alone: a ratio is of neighbours in time.
+workers answer the same rows with the model alone, and so does one process on all cores, where that is not the same: a
+ratio is of neighbours in time.
 """
 
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -44,22 +46,37 @@ STAGES = "oppu_inference_stage_duration_seconds"
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Seconds of each round through Kafka and of the model alone, and of the former by stage."""
+    """Seconds of each round through Kafka, of the model alone (in as many processes as there are workers, and in one on
+    all cores), and of the first by stage."""
 
     requests: int
     kafka: Timing
     model: Timing
+    all_cores: Timing
     stages: list[dict[str, Cell]] = field(repr=False)
 
     @property
     def ratios(self) -> list[float]:
         """The workers' rate over the model's, by round."""
-        return [rounded(m / k) for m, k in zip(self.model.seconds, self.kafka.seconds, strict=True)]
+        return self._over_kafka(self.model)
+
+    @property
+    def ratios_to_all_cores(self) -> list[float]:
+        """The workers' rate over that of the model in one process on all cores, by round."""
+        return self._over_kafka(self.all_cores)
 
     @property
     def ratio(self) -> float:
         """The median of ``ratios``."""
         return statistics.median(self.ratios)
+
+    @property
+    def ratio_to_all_cores(self) -> float:
+        """The median of ``ratios_to_all_cores``."""
+        return statistics.median(self.ratios_to_all_cores)
+
+    def _over_kafka(self, other: Timing) -> list[float]:
+        return [rounded(o / k) for o, k in zip(other.seconds, self.kafka.seconds, strict=True)]
 
 
 def measure(requests: int, users: int, *, workers: int = 1, repeats: int = REPEATS) -> Measured:
@@ -77,7 +94,7 @@ def measure(requests: int, users: int, *, workers: int = 1, repeats: int = REPEA
     Raises:
         FatalError: Not every request was answered with its user's adapter.
     """
-    kafka, model, spent = list[float](), list[float](), defaultdict[str, float](float)
+    kafka, model, all_cores, spent = list[float](), list[float](), list[float](), defaultdict[str, float](float)
     with tempfile.TemporaryDirectory(prefix="oppu-end-to-end-") as folder:
         started = ("ingest", *("infer",) * workers)
         with stack(Session(None), Path(folder) / "stack", workers=started, overrides=OVERRIDES) as running:
@@ -85,7 +102,7 @@ def measure(requests: int, users: int, *, workers: int = 1, repeats: int = REPEA
             with client_of(running.settings) as client:
                 urls = [url for name, url in running.addresses().items() if name.startswith("inference")]
                 tensors = _prepared(running.settings, client, history, users)
-                with _alone(running.settings, tensors, users, workers) as alone:
+                with _baselines(running.settings, tensors, users, workers) as (alone, whole):
                     for number in range(-1, repeats):
                         asked = [_request(n, number, history[n % len(history)], users) for n in range(requests)]
                         first = [timed(partial(alone, asked))] if number % 2 else []
@@ -94,9 +111,11 @@ def measure(requests: int, users: int, *, workers: int = 1, repeats: int = REPEA
                         if number >= 0:
                             kafka.append(seconds)
                             model += beside
+                            all_cores += beside if whole is alone else [timed(partial(whole, asked))]
                             for stage, took in stages.items():
                                 spent[stage] += took
-    return Measured(requests, Timing(tuple(kafka)), Timing(tuple(model)), _shown(spent, workers * sum(kafka)))
+    shown = _shown(spent, workers * sum(kafka))
+    return Measured(requests, Timing(tuple(kafka)), Timing(tuple(model)), Timing(tuple(all_cores)), shown)
 
 
 def _histories(users: int) -> list[BehaviorEvent]:
@@ -140,6 +159,20 @@ def _through_kafka(
     if personal < len(asked):
         raise FatalError(f"{personal} of {len(asked)} answers used adapter and history")
     return seconds, {stage: after[stage] - before.get(stage, 0.0) for stage in after}
+
+
+@contextmanager
+def _baselines(
+    settings: Settings, tensors: Tensors, users: int, workers: int
+) -> Iterator[tuple["_Answering", "_Answering"]]:
+    """Hold the model alone as the workers run it, and in one process on all cores; once, where that is the same."""
+    every = settings.model_copy(update={"model": settings.model.model_copy(update={"threads": None})})
+    with _alone(settings, tensors, users, workers) as alone:
+        if workers == 1 and settings.model.threads in {None, os.cpu_count()}:
+            yield alone, alone
+            return
+        with _alone(every, tensors, users, 1) as whole:
+            yield alone, whole
 
 
 @contextmanager

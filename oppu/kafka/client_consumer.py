@@ -6,6 +6,7 @@ it is delivered earlier; an error of ``Start`` leaves :meth:`poll`, and the next
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -118,7 +119,7 @@ class KafkaGroupConsumer:
         self._place()
         self._unpark()
         with translated():
-            batches = self._consumer.poll(timeout_ms=int(timeout_seconds * 1000), max_records=max_records)
+            batches = self._consumer.poll(timeout_ms=math.ceil(timeout_seconds * 1000), max_records=max_records)
         self._paused &= self.assignment()
         self._place()
         if batches:

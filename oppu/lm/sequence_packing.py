@@ -17,7 +17,12 @@ _WIDTHS = (128, 256)
 """Tokens of a row that are tried, or as many as the longest text has."""
 _ATTENTION = 600
 """A token's attention over so many others takes about as long as the rest of a block."""
-_PROBES = ("", "rain", "The senate voted on Tuesday.", "Rain over Spain, then sun.", "word " * 200, "an end " * 3000)
+_PROBES = (
+    *("", "rain", "The senate voted on Tuesday.", "Rain over Spain, then sun."),
+    *(" ".join(map(str, range(most))) for most in (90, 600)),  # words that change: nearness in a text must count
+)
+_NEAR = ("sliding_window", "local_attention", "attention_window")
+"""Settings of encoders in which some layers look at near tokens only; a mask that we give replaces that."""
 _LIKENESS = 0.999
 """Least cosine of a probe's two vectors; bfloat16 rounds to .9999."""
 _NOBODY = -1
@@ -35,6 +40,13 @@ class SequencePacking:
         encoder, *self._after = list(model)
         self._encoder, self._tokenizer = encoder.model, encoder.tokenizer
         self._first_position = _first_position(self._encoder)
+
+    @property
+    def looks_near(self) -> bool:
+        """Whether some of the encoder's layers look at near tokens only."""
+        config = self._encoder.config
+        kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
+        return kinds != {"full_attention"} or any(getattr(config, name, None) for name in _NEAR)
 
     def encode(self, texts: Sequence[str], batch: int) -> NDArray[np.float32]:
         """Embed texts.
@@ -90,7 +102,7 @@ class SequencePacking:
         return vectors
 
 
-def sequence_packing(model: Any, batch: int) -> SequencePacking | None:
+def sequence_packing(model: Any) -> SequencePacking | None:
     """Pack a model's texts where that is known to change nothing.
 
     It is tried on a few texts: what reads positions, masks or prompts in another way than most encoders do gives other
@@ -98,18 +110,20 @@ def sequence_packing(model: Any, batch: int) -> SequencePacking | None:
 
     Args:
         model: A ``SentenceTransformer`` in its final type.
-        batch: Texts of one forward.
 
     Returns:
-        The packing, or ``None``: on a device that was not measured, or where vectors differ.
+        The packing, or ``None``: on a device that was not measured, where layers look at near tokens only, or where
+        vectors differ.
     """
     if model.device.type != "cpu" or model.default_prompt_name is not None:
         return None
     probes = list(_PROBES)
-    alone = model.encode(probes, batch_size=batch, convert_to_tensor=True, show_progress_bar=False)
     try:
         packing = SequencePacking(model)
-        packed = torch.from_numpy(packing.encode(probes, batch))
+        if packing.looks_near:
+            return None
+        alone = model.encode(probes, batch_size=1, convert_to_tensor=True, show_progress_bar=False)
+        packed = torch.from_numpy(packing.encode(probes, len(probes)))
         likeness = functional.cosine_similarity(packed, alone.float())
     except Exception:
         return None

@@ -79,7 +79,7 @@ def test_positions_may_begin_after_the_paddings(minilm: Any, tmp_path: Path, fam
         minilm, tmp_path, getattr(transformers, f"{family}Model"), getattr(transformers, f"{family}Config")
     )
     model = _loaded(folder)
-    assert sequence_packing(model, 8) is not None
+    assert sequence_packing(model) is not None
     texts = ["rain over spain", "a", "the senate voted on tuesday again"]
     np.testing.assert_allclose(SequencePacking(model).encode(texts, 3), _alone(model, texts), atol=2e-6)
 
@@ -88,7 +88,22 @@ def test_a_model_that_reads_masks_in_another_way_stays_as_it_is(minilm: Any, tmp
     folder = _random(
         minilm, tmp_path, transformers.LlamaModel, transformers.LlamaConfig
     )  # a token sees only those before it
-    assert sequence_packing(_loaded(folder), 8) is None
+    assert sequence_packing(_loaded(folder)) is None
+    embedder, texts = SentenceEmbedder(folder, threads=1, batch=8), ["rain over spain", "a", "the senate voted"]
+    np.testing.assert_allclose(embedder.embed(texts), _alone(_loaded(folder), texts), atol=2e-6)
+
+
+def test_layers_that_look_at_near_tokens_only_are_left_to_the_library(minilm: Any, tmp_path: Path) -> None:
+    folder = _random(minilm, tmp_path, transformers.ModernBertModel, transformers.ModernBertConfig)
+    model = _loaded(folder)
+    assert SequencePacking(model).looks_near and sequence_packing(model) is None
+    assert not SequencePacking(minilm).looks_near
+
+
+def test_a_model_that_fails_on_a_long_text_still_loads(minilm: Any, tmp_path: Path) -> None:
+    folder = _random(minilm, tmp_path, transformers.RobertaModel, transformers.RobertaConfig, longest=400)  # of 300
+    with pytest.raises((IndexError, RuntimeError)):
+        SequencePacking(_loaded(folder)).encode(["word " * 400], 1)
     embedder, texts = SentenceEmbedder(folder, threads=1, batch=8), ["rain over spain", "a", "the senate voted"]
     np.testing.assert_allclose(embedder.embed(texts), _alone(_loaded(folder), texts), atol=2e-6)
 
@@ -96,19 +111,19 @@ def test_a_model_that_reads_masks_in_another_way_stays_as_it_is(minilm: Any, tmp
 def test_a_prompt_is_left_to_the_library(minilm: Any) -> None:
     prompted = _loaded(str(get_model_path()))
     prompted.prompts, prompted.default_prompt_name = {"query": "question: "}, "query"
-    assert sequence_packing(prompted, 8) is None
-    assert sequence_packing(minilm, 8) is not None
+    assert sequence_packing(prompted) is None
+    assert sequence_packing(minilm) is not None
 
 
 def test_bfloat16_is_packed_too(minilm: Any) -> None:
     half = _loaded(str(get_model_path())).to(torch.bfloat16)
-    packing = sequence_packing(half, 64)
+    packing = sequence_packing(half)
     assert packing is not None
     texts = ["rain over spain", "a", "the senate voted on tuesday again"] * 7
     np.testing.assert_allclose(packing.encode(texts, 64), SequencePacking(minilm).encode(texts, 64), atol=0.01)
 
 
-def _random(minilm: Any, folder: Path, model: Any, config: Any) -> str:
+def _random(minilm: Any, folder: Path, model: Any, config: Any, *, longest: int = 256) -> str:
     """Save an encoder of another family with random weights and MiniLM's tokenizer as sentence-transformers' model."""
     from sentence_transformers.sentence_transformer.modules import Normalize, Transformer
 
@@ -126,6 +141,6 @@ def _random(minilm: Any, folder: Path, model: Any, config: Any) -> str:
     )
     model(small).save_pretrained(folder / "encoder")
     tokenizer.save_pretrained(folder / "encoder")
-    encoder = Transformer(str(folder / "encoder"), max_seq_length=256)
+    encoder = Transformer(str(folder / "encoder"), max_seq_length=longest)
     SentenceTransformer(modules=[encoder, Pooling(32), Normalize()], device="cpu").save(str(folder / "saved"))
     return str(folder / "saved")
