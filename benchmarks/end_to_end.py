@@ -166,11 +166,11 @@ def _baselines(
     settings: Settings, tensors: Tensors, users: int, workers: int
 ) -> Iterator[tuple["_Answering", "_Answering"]]:
     """Hold the model alone as the workers run it, and in one process on all cores; once, where that is the same."""
-    every = settings.model_copy(update={"model": settings.model.model_copy(update={"threads": None})})
     with _alone(settings, tensors, users, workers) as alone:
         if workers == 1 and settings.model.threads in {None, os.cpu_count()}:
             yield alone, alone
             return
+        every = settings.model_copy(update={"model": settings.model.model_copy(update={"threads": None})})
         with _alone(every, tensors, users, 1) as whole:
             yield alone, whole
 

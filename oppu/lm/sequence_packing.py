@@ -70,25 +70,15 @@ class SequencePacking:
 
     def _forward(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
         """Return vectors ``[len(tokens), dim] float32``; the longest come first."""
-        rows = _rows([len(text) for text in tokens])
-        width = max(sum(len(tokens[text]) for text in row) for row in rows)
-        ids = np.zeros((len(rows), width), dtype=np.int64)
-        positions, owners = np.full_like(ids, self._first_position), np.full_like(ids, _NOBODY)
-        for number, row in enumerate(rows):
-            for text, place in zip(row, _places([len(tokens[text]) for text in row]), strict=True):
-                ids[number, place] = tokens[text]
-                positions[number, place] += np.arange(len(tokens[text]))
-                owners[number, place] = text
-        owned = torch.from_numpy(owners)
+        lengths = [len(text) for text in tokens]
+        rows = _rows(lengths)
+        known, positions, owned = self._laid_out(tokens, rows, _width(rows, lengths))
         apart = owned[:, None, :, None] != owned[:, None, None, :]  # padding sees padding: no row is masked whole
         mask = torch.zeros(apart.shape, dtype=self._encoder.dtype)
         mask.masked_fill_(apart, torch.finfo(mask.dtype).min)
-        known = torch.from_numpy(ids)
-        states = self._encoder(
-            input_ids=known, attention_mask=mask, position_ids=torch.from_numpy(positions)
-        ).last_hidden_state
+        states = self._encoder(input_ids=known, attention_mask=mask, position_ids=positions).last_hidden_state
         kept, order = owned != _NOBODY, [text for row in rows for text in row]
-        ends = np.cumsum([0, *(len(tokens[text]) for text in order)])
+        ends = np.cumsum([0, *(lengths[text] for text in order)])
         features: dict[str, Any] = {
             "token_embeddings": states[kept][None],
             "input_ids": known[kept][None],
@@ -100,6 +90,19 @@ class SequencePacking:
         vectors = torch.empty_like(pooled)
         vectors[order] = pooled
         return vectors
+
+    def _laid_out(
+        self, tokens: Sequence[Sequence[int]], rows: Sequence[Sequence[int]], width: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return ids, positions within their text, and the text of each place, all ``[len(rows), width] int64``."""
+        ids = np.zeros((len(rows), width), dtype=np.int64)
+        positions, owners = np.full_like(ids, self._first_position), np.full_like(ids, _NOBODY)
+        for number, row in enumerate(rows):
+            for text, place in zip(row, _places([len(tokens[text]) for text in row]), strict=True):
+                ids[number, place] = tokens[text]
+                positions[number, place] += np.arange(len(tokens[text]))
+                owners[number, place] = text
+        return torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(owners)
 
 
 def sequence_packing(model: Any) -> SequencePacking | None:
@@ -160,8 +163,13 @@ def _first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
 
 
 def _cost(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
-    width = max(sum(lengths[text] for text in row) for row in rows)
+    width = _width(rows, lengths)
     return len(rows) * width * (_ATTENTION + width)
+
+
+def _width(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
+    """Return the tokens of the fullest row."""
+    return max(sum(lengths[text] for text in row) for row in rows)
 
 
 def _places(lengths: Sequence[int]) -> Iterator[slice]:

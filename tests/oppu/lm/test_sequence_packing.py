@@ -85,9 +85,8 @@ def test_positions_may_begin_after_the_paddings(minilm: Any, tmp_path: Path, fam
 
 
 def test_a_model_that_reads_masks_in_another_way_stays_as_it_is(minilm: Any, tmp_path: Path) -> None:
-    folder = _random(
-        minilm, tmp_path, transformers.LlamaModel, transformers.LlamaConfig
-    )  # a token sees only those before it
+    # a token sees only those before it
+    folder = _random(minilm, tmp_path, transformers.LlamaModel, transformers.LlamaConfig)
     assert sequence_packing(_loaded(folder)) is None
     embedder, texts = SentenceEmbedder(folder, threads=1, batch=8), ["rain over spain", "a", "the senate voted"]
     np.testing.assert_allclose(embedder.embed(texts), _alone(_loaded(folder), texts), atol=2e-6)
