@@ -108,10 +108,11 @@ def measure(requests: int, users: int, *, workers: int = 1, repeats: int = REPEA
                         first = [timed(partial(alone, asked))] if number % 2 else []
                         seconds, stages = _through_kafka(urls, client, asked)
                         beside = first or [timed(partial(alone, asked))]
+                        on_all_cores = beside if whole is alone else [timed(partial(whole, asked))]
                         if number >= 0:
                             kafka.append(seconds)
                             model += beside
-                            all_cores += beside if whole is alone else [timed(partial(whole, asked))]
+                            all_cores += on_all_cores
                             for stage, took in stages.items():
                                 spent[stage] += took
     shown = _shown(spent, workers * sum(kafka))
