@@ -19,7 +19,7 @@ from oppu.embedder import quiet_and_local
 from oppu.lm.casting import cast
 from oppu.lm.hardware import fast_bfloat16, keep_freed_memory
 from oppu.lm.packed import Packed
-from oppu.lm.sequence_packing import SequencePacking
+from oppu.lm.text_packing import TextPacking
 
 TEXTS = 64
 CALLS = 2
@@ -44,7 +44,7 @@ def _row(dtype: torch.dtype, joined: int, repeats: int) -> dict[str, Cell]:
     texts = _texts(joined)
     plain, matrices = _model(dtype), _model(dtype)
     Packed(matrices)
-    packing = SequencePacking(matrices)
+    packing = TextPacking(matrices)
     cases = {
         "library": partial(_each, partial(_encode, plain), texts),
         "matrices": partial(_each, partial(_encode, matrices), texts),

@@ -23,6 +23,7 @@ from oppu.lm.encoding import Reading
 from oppu.lm.forward import Runner
 from oppu.lm.kv_cache import roomy_cache
 from oppu.lm.port import Tensors
+from oppu.lm.reading import read
 from oppu.lm.targets import find_targets
 from oppu.settings import ModelSettings
 
@@ -89,8 +90,11 @@ class Banked:
     def run(self, ids: Sequence[tuple[int, ...]], slots: Sequence[int]) -> torch.Tensor:
         """Return ``[n, vocabulary]`` for rows of mixed users."""
         readings = [Reading(row, (len(row) - 1,), slot) for row, slot in zip(ids, slots, strict=True)]
-        with torch.no_grad(), self.bank.use(slots):
-            return self.runner.logits(readings)
+        found = torch.empty(len(ids), self.runner.vocabulary)
+        with torch.no_grad():
+            for members, logits in read(self.runner, self.bank, readings):
+                found[members] = logits.to(found.device)
+        return found
 
     def decoder(self, ids: Sequence[tuple[int, ...]], slots: Sequence[int]) -> "Decoder":
         """Return a decoder of rows of mixed users, side by side by slot as the service has them."""

@@ -29,6 +29,7 @@ from oppu.lm.encoding import Encoder, Reading, Target
 from oppu.lm.forward import Runner, target_buckets, target_losses
 from oppu.lm.port import Example, TrainConfig
 from oppu.lm.scoring import Trie, allowed_log_probs
+from oppu.lm.sequence_packing import Layout
 from oppu.lm.targets import find_targets
 from oppu.lm.trunk import Memory
 from oppu.settings import ModelSettings
@@ -211,9 +212,11 @@ class _Prefixed(Runner):
 
     def __init__(self, base: LoadedBase, model: Any) -> None:
         super().__init__(base)
-        self.base = replace(base, model=model)
+        self.base, self.packs = replace(base, model=model), False
 
-    def logits(self, readings: Sequence[Reading], _memory: Memory | None = None) -> torch.Tensor:
+    def logits(
+        self, readings: Sequence[Reading], _memory: Memory | None = None, _layouts: Sequence[Layout] = ()
+    ) -> torch.Tensor:
         """Run sequences as ``Runner.logits`` does, their positions counted without the virtual tokens."""
         return super().logits(
             [replace(r, positions=tuple(at + VIRTUAL_TOKENS for at in r.positions)) for r in readings]

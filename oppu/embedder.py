@@ -119,7 +119,7 @@ class SentenceEmbedder:
 
         from oppu.lm.casting import cast
         from oppu.lm.packed import Packed
-        from oppu.lm.sequence_packing import sequence_packing
+        from oppu.lm.text_packing import text_packing
 
         if threads is not None:
             torch.set_num_threads(threads)
@@ -137,7 +137,7 @@ class SentenceEmbedder:
         self._model: Any = cast(model.eval().requires_grad_(False), torch.bfloat16 if half else torch.float32)
         Packed(self._model)
         self._batch = batch
-        self._packing = sequence_packing(self._model)
+        self._packing = text_packing(self._model)
         self._kinds: dict[int, str] = {}
         self._dim = int(model.get_embedding_dimension())
         self._fingerprint = hashlib.sha256(digest + f"/{model.max_seq_length}".encode()).hexdigest()[:32]

@@ -10,7 +10,7 @@ apart by the number of rows.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -20,32 +20,14 @@ from torch import nn
 
 from oppu.errors import AdapterUnreadable, ConfigError
 from oppu.lm.dropout import Dropout, dropped
+from oppu.lm.mix import Mix, mixed, mixed_in_rows
 from oppu.lm.places import Place, factors_of, placed, spans_of
 from oppu.lm.port import Tensors
-from oppu.lm.transfer import sent
+from oppu.lm.sequence_packing import Layout
 
 _PREFIX = "base_model.model."
 _NARROW_TOKENS = 4
 """From so many tokens a row a CPU multiplies faster in bfloat16; fewer in float32, widened once while decoding."""
-_LOOP_ROWS = 4
-"""With so many rows a run of equal slots, a product a run costs less than a copy of its adapter a row."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Mix:
-    """The rows of a batch by adapter: ``plain`` rows of slot 0 first, then runs of equal slots.
-
-    ``slots`` ``[k]`` holds a slot a run; ``lengths`` are the runs' rows where they differ in length (empty: all have
-    ``n / k``). ``kept`` are the factors, by the first layer that asks for them, that a next forward of the same batch
-    finds gathered; ``None`` where they were gathered once and not kept. ``dropout`` has a seed a row that is adapted.
-    """
-
-    rows: int
-    plain: int
-    slots: torch.Tensor
-    lengths: tuple[int, ...]
-    kept: dict["Place", "_Gathered | None"] = field(default_factory=dict)
-    dropout: Dropout | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +43,7 @@ class _Gathered:
 @dataclass(frozen=True, slots=True)
 class _Inner:
     """What the layers of a group have in common for one input ``x``: each one's B, and its ``scale · A x``
-    ``[k, n / k · t, r]``, or ``[n · t, r]`` where runs differ in length."""
+    ``[k, m, r]`` of ``m`` tokens a run, or ``[k · m, r]`` where runs differ in length."""
 
     group: int
     x: torch.Tensor
@@ -87,7 +69,7 @@ class SlotBank:
         self.slots, self.rank, self.alpha = slots, rank, alpha
         self.scale = alpha / rank
         self._names = tuple(targets)
-        self._mix: _Mix | None = None
+        self._mix: Mix | None = None
         self._inner: _Inner | None = None
         self._places = placed(targets, rank)
         pairs = [(_key(name, "A"), _key(name, "B")) for name in self._names]
@@ -123,19 +105,26 @@ class SlotBank:
             hook.remove()
 
     @contextmanager
-    def use(self, slots: Sequence[int], dropout: Dropout | None = None) -> Iterator[None]:
-        """Give the rows of the next forwards their slots.
+    def use(
+        self, slots: Sequence[int], dropout: Dropout | None = None, layouts: Sequence[Layout] = ()
+    ) -> Iterator[None]:
+        """Give the sequences of the next forwards their slots.
 
         Args:
-            slots: One a row; all 0 means the base as it is. Rows of one slot cost least side by side, those of
+            slots: One a sequence; all 0 means the base as it is. Rows of one slot cost least side by side, those of
                 slot 0 at the front.
             dropout: What the adapters do not see of their inputs, while training.
+            layouts: Where the sequences lie, by what layers read of them; none: a row each. Not while training.
         """
-        self._mix = self._mixed(slots, dropout) if any(slots) else None
+        self._mix = self._mixed(slots, dropout, layouts) if any(slots) else None
         try:
             yield
         finally:
             self._mix = self._inner = None
+
+    def _mixed(self, slots: Sequence[int], dropout: Dropout | None, layouts: Sequence[Layout]) -> Mix:
+        device = self.weights[0].device
+        return mixed_in_rows(slots, layouts, device) if layouts else mixed(slots, device, dropout)
 
     def check(self, tensors: Tensors) -> int:
         """Return an adapter's rank.
@@ -240,73 +229,50 @@ class SlotBank:
 
         return add
 
-    def _added(self, mix: _Mix, at: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def _added(self, mix: Mix, at: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Add the adapters' part to a layer's output ``y`` ``[n, t, out]`` of ``x``, ``[n, t, in]`` or flattened."""
         place, rows = self._places[at], self._by_row(mix, at, x)
         if mix.dropout is not None and torch.is_grad_enabled():  # every layer drops its own
             own = dropped(rows[mix.plain :], mix.dropout, at)
             factors = self._factors_of(mix, own, [place], place)
-            [b], [inner] = factors.b, self._inside(mix, own, factors)
+            [b], [inner] = factors.b, _inside(own, factors, mix.lengths, self.rank)
         else:
             shared = self._shared(mix, place, x, rows)
             b, inner = shared.b[place.first], shared.inner[place.first]
+        if mix.spans:
+            spans = mix.spans[rows.shape[1]]
+            return spans.add(y, _product(inner, b, spans.lengths))
         if torch.is_grad_enabled() and b.requires_grad:
-            own = self._outer(mix, inner, b).view(len(y) - mix.plain, *y.shape[1:])
+            own = _product(inner, b, mix.lengths).view(len(y) - mix.plain, *y.shape[1:])
             return y + torch.cat([torch.zeros_like(y[: mix.plain]), own]) if mix.plain else y + own
         rest = y[mix.plain :] if mix.plain else y
         if mix.lengths or b.dtype != y.dtype:
-            rest += self._outer(mix, inner, b).view(rest.shape).to(rest.dtype)
+            rest += _product(inner, b, mix.lengths).view(rest.shape).to(rest.dtype)
         else:  # y is the layer's own and fresh: adding in place saves two copies
             rest.view(len(b), -1, place.out).baddbmm_(inner, b)
         return y
 
-    def _by_row(self, mix: _Mix, at: int, x: torch.Tensor) -> torch.Tensor:
+    def _by_row(self, mix: Mix, at: int, x: torch.Tensor) -> torch.Tensor:
         """Return what a layer reads or gives as ``[n, t, d]``; a view."""
-        if x.dim() == 2 and len(x) % mix.rows == 0:
-            return x.view(mix.rows, len(x) // mix.rows, x.shape[1])
-        if x.dim() != 3 or len(x) != mix.rows:
+        flattened = x.dim() == 2 and len(x) % mix.rows == 0
+        rows = x.view(mix.rows, len(x) // mix.rows, x.shape[1]) if flattened else x
+        if rows.dim() != 3 or len(rows) != mix.rows or (mix.spans and rows.shape[1] not in mix.spans):
             found = f"{self._names[at]} reads {list(x.shape)} of a batch of {mix.rows} rows"
             raise ConfigError(f"model.lora_targets: expected layers that keep a batch's rows apart: {found}")
-        return x
+        return rows
 
-    def _shared(self, mix: _Mix, place: Place, x: torch.Tensor, rows: torch.Tensor) -> _Inner:
+    def _shared(self, mix: Mix, place: Place, x: torch.Tensor, rows: torch.Tensor) -> _Inner:
         """Return what the layers of a group that read ``x`` have in common, computed by the first of them."""
         found = self._inner
         if found is None or found.group != place.group or found.x is not x:
-            own = rows[mix.plain :] if mix.plain else rows
+            spans = mix.spans.get(rows.shape[1])
+            own = rows[mix.plain :] if spans is None else spans.gathered(rows)
             factors = self._factors_of(mix, own, self._groups[place.group], place)
-            found = self._inner = _Inner(place.group, x, factors.b, self._inside(mix, own, factors))
+            inner = _inside(own, factors, mix.lengths if spans is None else spans.lengths, self.rank)
+            found = self._inner = _Inner(place.group, x, factors.b, inner)
         return found
 
-    def _inside(self, mix: _Mix, own: torch.Tensor, factors: _Gathered) -> tuple[torch.Tensor, ...]:
-        """Multiply the adapted rows by the A of some layers, and by the scale; one product a layer."""
-        a = factors.a
-        own = own.to(a.dtype)
-        if mix.lengths:
-            inner = _run_by_run(own.flatten(0, 1), a, mix.lengths)
-        else:
-            inner = torch.bmm(own.reshape(len(a), -1, a.shape[1]), a)
-        if factors.scale != 1.0:
-            inner = inner * factors.scale
-        return torch.split(inner, self.rank, -1)
-
-    def _outer(self, mix: _Mix, inner: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Return ``inner`` under each run's ``b`` ``[k, r, out]``, all rows and positions in order."""
-        return _run_by_run(inner, b, mix.lengths) if mix.lengths else torch.bmm(inner, b)
-
-    def _mixed(self, slots: Sequence[int], dropout: Dropout | None = None) -> _Mix:
-        plain = next(row for row, slot in enumerate(slots) if slot)
-        runs = [(slot, len(list(rows))) for slot, rows in groupby(slots[plain:])]
-        adapted = len(slots) - plain
-        lengths = {length for _, length in runs}
-        if len(lengths) > 1 and adapted < _LOOP_ROWS * len(runs):
-            runs, lengths = [(slot, 1) for slot in slots[plain:]], {1}
-        chosen = sent([slot for slot, _ in runs], self.weights[0].device)
-        if dropout is not None:
-            dropout = replace(dropout, seeds=dropout.seeds[plain:])
-        return _Mix(len(slots), plain, chosen, tuple(n for _, n in runs) if len(lengths) > 1 else (), dropout=dropout)
-
-    def _factors_of(self, mix: _Mix, own: torch.Tensor, places: Sequence[Place], asking: Place) -> _Gathered:
+    def _factors_of(self, mix: Mix, own: torch.Tensor, places: Sequence[Place], asking: Place) -> _Gathered:
         """Return a batch's factors of neighbouring layers of a group, in the type to multiply the rows in.
 
         The first forward of a batch gathers into memory that stays in the CPU's cache. When a layer asks again it is
@@ -355,6 +321,22 @@ def _product_type(own: torch.Tensor) -> torch.dtype:
     """Return the type in which rows ``[n, t, in]`` are multiplied fastest."""
     wider = own.device.type == "cpu" and own.shape[1] < _NARROW_TOKENS
     return torch.promote_types(torch.float32, own.dtype) if wider else own.dtype
+
+
+def _inside(own: torch.Tensor, factors: _Gathered, lengths: Sequence[int], rank: int) -> tuple[torch.Tensor, ...]:
+    """Multiply the adapted tokens ``[…, in]`` by the A of some layers, and by the scale; one product a layer."""
+    inner = _product(own.to(factors.a.dtype), factors.a, lengths)
+    if factors.scale != 1.0:
+        inner = inner * factors.scale
+    return torch.split(inner, rank, -1)
+
+
+def _product(x: torch.Tensor, factors: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Return each run's tokens, ``[…, i]`` in order, under its own of ``factors`` ``[k, i, j]``: ``[k, m, j]``, or
+    flattened where runs differ in length."""
+    if lengths:
+        return _run_by_run(x.reshape(-1, x.shape[-1]), factors, lengths)
+    return torch.bmm(x.reshape(len(factors), -1, x.shape[-1]), factors)
 
 
 def _run_by_run(x: torch.Tensor, factors: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:

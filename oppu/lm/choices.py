@@ -16,6 +16,7 @@ from oppu.lm.encoding import Reading
 from oppu.lm.forward import Runner, buckets
 from oppu.lm.kv_cache import roomy_cache
 from oppu.lm.prompts import Ids
+from oppu.lm.reading import read
 from oppu.lm.scoring import Line, Trie, choice_logits
 from oppu.lm.transfer import sent
 
@@ -71,12 +72,12 @@ def read_branches(runner: Runner, bank: SlotBank, prompt: Ids, trie: Trie, slot:
     _spread(said, root, [trie], [found])
     places = [_behind(line, trie) for line in trie.lines]
     lengths = [len(prompt) + len(line.path) for line in trie.lines]
-    for group in buckets(lengths, runner.tokens, [len(read) for read, _ in places], runner.reads):
+    for group in buckets(lengths, runner.tokens, [len(behind) for behind, _ in places], runner.reads):
         own = copy.deepcopy(cache)
         own.batch_repeat_interleave(len(group))
-        paths, read = [trie.lines[at].path for at in group], [places[at][0] for at in group]
+        paths, behind = [trie.lines[at].path for at in group], [places[at][0] for at in group]
         with bank.use([slot] * len(group)):
-            said = runner.logits_after(paths, read, own, len(prompt))
+            said = runner.logits_after(paths, behind, own, len(prompt))
         _spread(said, [(0, node) for at in group for node in places[at][1]], [trie], [found])
     return found
 
@@ -90,7 +91,7 @@ def _behind(line: Line, trie: Trie) -> tuple[tuple[int, ...], list[int]]:
 def _read_lines(
     runner: Runner, bank: SlotBank, work: Sequence[Work], some: Sequence[int], found: list[list[Scores]]
 ) -> None:
-    """Read some rows' prompts with each of their lines, rows of like length together."""
+    """Read some rows' prompts with each of their lines."""
     readings, owners = [], []
     for at in some:
         prompt, trie, slot = work[at]
@@ -99,11 +100,7 @@ def _read_lines(
             readings.append(Reading(prompt + line.path, positions, slot))
             owners.append([(at, node) for node in line.nodes])
     tries = [trie for _, trie, _ in work]
-    lengths, reads = [len(reading.ids) for reading in readings], [len(reading.positions) for reading in readings]
-    for bucket in buckets(lengths, runner.tokens, reads, runner.reads):
-        group = sorted(bucket, key=lambda index: readings[index].slot)
-        with bank.use([readings[index].slot for index in group]):
-            logits = runner.logits([readings[index] for index in group])
+    for group, logits in read(runner, bank, readings):
         _spread(logits, [place for index in group for place in owners[index]], tries, found)
 
 

@@ -21,6 +21,7 @@ from oppu.lm.last_block import LastBlock
 from oppu.lm.packed import Packed
 from oppu.lm.prompts import Ids
 from oppu.lm.scoring import aim_log_probs
+from oppu.lm.sequence_packing import WIDTHS, Layout, looks_near
 from oppu.lm.transfer import sent
 from oppu.lm.trunk import Memory, Trunk
 
@@ -30,7 +31,7 @@ _CPU_LOGITS, _GPU_LOGITS = 2**26, 2**29
 """Most logits of one forward, where all of a text is aimed at: a training step holds a few copies, in float32."""
 _PLAIN_ATTENTION_TOKENS = 192
 """Up to so many, all products of a row's positions lie in memory without harm."""
-_FORWARD_SHARE = 8
+FORWARD_SHARE = 8
 """A forward's fixed cost, as a part of its most tokens; see ``buckets``."""
 
 
@@ -60,6 +61,8 @@ class Runner:
         self._trunk = Trunk(base.model, targets)  # its hooks come first: the last block may be the lowest adapted one
         self._last = LastBlock(base.model, known=not library)
         self._takes_positions = "position_ids" in inspect.signature(base.model.forward).parameters
+        self.packs = not library and self._may_pack()
+        """Whether rows may hold several sequences."""
         # what the head reads: OPT calls its decoder past the model around it
         self._hook = base.model.get_decoder().register_forward_hook(self._pick)
 
@@ -71,21 +74,48 @@ class Runner:
         if self._packed is not None:
             self._packed.close()
 
-    def logits(self, readings: Sequence[Reading], memory: Memory | None = None) -> torch.Tensor:
-        """Run sequences of similar length.
+    def logits(
+        self, readings: Sequence[Reading], memory: Memory | None = None, layouts: Sequence[Layout] = ()
+    ) -> torch.Tensor:
+        """Run sequences of similar length, or where they lie several to a row.
 
         Args:
             readings: At least one, each with at least one position.
-            memory: Keeps what no adapter reaches, for the next time that the same sequences are read.
+            memory: Keeps what no adapter reaches, for the next time that the same sequences are read; only where they
+                have a row each.
+            layouts: Where the sequences lie, and of what is read of them, its narrowed one; none: a row each. For bases
+                that ``packs`` allows.
 
         Returns:
             ``[t, vocabulary]`` float32 (or the base's wider type), positions in the order of the readings.
         """
+        if layouts:
+            return self._logits_in_rows(readings, *layouts)
         rows, below = self._below([reading.ids for reading in readings], memory)
         ids = self.padded(rows)
         positions = [reading.positions for reading in readings]
-        with self._picking(positions), self._attention(ids.shape[1]), below, one_sequence_a_row():
+        with self._reading(positions), self._attention(ids.shape[1]), below, one_sequence_a_row():
             out = self.base.model(input_ids=ids, use_cache=False, **self.positions(ids))
+        return self.widened(out.logits[0])
+
+    def _logits_in_rows(self, readings: Sequence[Reading], whole: Layout, read: Layout) -> torch.Tensor:
+        """Run sequences of which rows hold several."""
+        device = self.base.device
+        firsts = [first for _, first in whole.places]
+        columns = [[first + at for at in own.positions] for first, own in zip(firsts, readings, strict=True)]
+        cells = [cell for number in range(len(readings)) for cell in read.cells(number)]
+        picked = [divmod(cell, read.width) for cell in cells]
+        if not self._last.known:
+            rows = [row for row, _ in whole.places]
+            picked = [(row, column) for row, own in zip(rows, columns, strict=True) for column in own]
+        narrow = read.filled(columns).to(device) if self._last.known else None
+        with self._picking(picked, narrow):
+            out = self.base.model(
+                input_ids=whole.filled([reading.ids for reading in readings]).to(device),
+                attention_mask=whole.mask(self.base.dtype, causal=True).to(device),
+                use_cache=False,
+                **self.given_positions(whole.positions().to(device)),
+            )
         return self.widened(out.logits[0])
 
     def logits_after(
@@ -104,7 +134,7 @@ class Runner:
         """
         ids = self.padded(rows)
         at = torch.arange(begin, begin + ids.shape[1], device=ids.device)
-        with self._picking(positions):
+        with self._reading(positions):
             out = self.base.model(
                 input_ids=ids,
                 attention_mask=torch.ones(len(ids), begin + ids.shape[1], dtype=torch.int64, device=ids.device),
@@ -154,22 +184,32 @@ class Runner:
         plain = half and short and self.base.device.type == "cpu" and torch.is_grad_enabled() and not self._library
         return plain_attention() if plain else nullcontext()
 
-    @contextmanager
-    def _picking(self, positions: Sequence[tuple[int, ...]]) -> Iterator[None]:
+    def _may_pack(self) -> bool:
+        """Say whether rows of several sequences are worth trying: they are measured on CPUs, and blocks that no adapter
+        reaches are shared by rows of one."""
+        longest, base = WIDTHS[-1], self.base
+        sees = base.max_positions >= longest and not looks_near(base.model.config.get_text_config(), longest)
+        return base.device.type == "cpu" and self._takes_positions and sees and not self._trunk.known
+
+    def _reading(self, positions: Sequence[tuple[int, ...]]) -> AbstractContextManager[None]:
         """Let the next forward give the hidden states of some positions of each row only.
 
         A known last block is always narrowed: which of its columns a row's dropout counts must not depend on how long
         the rows beside it are.
         """
-        device = self.base.device
-        rows = [row for row, own in enumerate(positions) for _ in own]
-        columns = [column for own in positions for column in own]
         most = max(len(own) for own in positions)
-        if self._last.known and most:
-            read = [[*own, *(own[-1:] or (0,)) * (most - len(own))] for own in positions]
-            self._last.read = sent(read, device)
-            columns = [place for own in positions for place in range(len(own))]
-        self._picked = sent(rows, device), sent(columns, device)
+        if not (self._last.known and most):
+            return self._picking([(row, column) for row, own in enumerate(positions) for column in own], None)
+        read = [[*own, *(own[-1:] or (0,)) * (most - len(own))] for own in positions]
+        picked = [(row, place) for row, own in enumerate(positions) for place in range(len(own))]
+        return self._picking(picked, sent(read, self.base.device))
+
+    @contextmanager
+    def _picking(self, picked: Sequence[tuple[int, int]], read: torch.Tensor | None) -> Iterator[None]:
+        """Let the last block be narrowed to ``read`` ``[n, p]``, if anything, and the head see (row, column) of it."""
+        rows, columns = zip(*picked, strict=True) if picked else ((), ())
+        self._picked = sent(rows, self.base.device, torch.int64), sent(columns, self.base.device, torch.int64)
+        self._last.read = read
         try:
             yield
         finally:
@@ -182,29 +222,39 @@ class Runner:
         return output
 
 
-def target_log_probs(
-    runner: Runner, targets: Sequence[Target], slots: Sequence[int], memory: Memory | None = None
-) -> torch.Tensor:
-    """Return the log probabilities of all that targets of similar length aim at, one target's after the other's.
+def target_readings(targets: Sequence[Target], slots: Sequence[int]) -> list[Reading]:
+    """Return what targets read, each under its bank slot."""
+    pairs = zip(targets, slots, strict=True)
+    return [Reading(target.ids, target.positions, slot) for target, slot in pairs]
+
+
+def target_log_probs(logits: torch.Tensor, targets: Sequence[Target]) -> torch.Tensor:
+    """Return the log probabilities of all that targets aim at, one target's after the other's.
 
     Args:
-        runner: The base.
-        targets: Each with at least one position.
-        slots: Bank slot of each.
-        memory: As for ``Runner.logits``.
+        logits: ``[t, vocabulary]`` at the targets' positions.
+        targets: In the same order.
 
     Returns:
-        ``[sum of aims]``, differentiable.
+        ``[t]``, differentiable.
     """
-    pairs = zip(targets, slots, strict=True)
-    logits = runner.logits([Reading(target.ids, target.positions, slot) for target, slot in pairs], memory)
     return aim_log_probs(logits, [aim for target in targets for aim in target.aims])
+
+
+def losses_of(log_probs: torch.Tensor, targets: Sequence[Target]) -> torch.Tensor:
+    """Return the losses of targets from ``target_log_probs``, ``[n]``, differentiable."""
+    owners = [row for row, target in enumerate(targets) for _ in target.aims]
+    zero = torch.zeros(len(targets), dtype=log_probs.dtype, device=log_probs.device)
+    sums = zero.index_add(0, sent(owners, log_probs.device), log_probs)
+    scale = sent([target.scale for target in targets], log_probs.device, log_probs.dtype)
+    offset = sent([target.offset for target in targets], log_probs.device, log_probs.dtype)
+    return offset - scale * sums
 
 
 def target_losses(
     runner: Runner, targets: Sequence[Target], slots: Sequence[int], memory: Memory | None = None
 ) -> torch.Tensor:
-    """Return the losses of targets of similar length, ``[n]``, differentiable.
+    """Return the losses of targets of similar length, a row each, ``[n]``, differentiable.
 
     Args:
         runner: The base.
@@ -215,13 +265,8 @@ def target_losses(
     Returns:
         One loss a target.
     """
-    log_probs = target_log_probs(runner, targets, slots, memory)
-    owners = [row for row, target in enumerate(targets) for _ in target.aims]
-    zero = torch.zeros(len(targets), dtype=log_probs.dtype, device=log_probs.device)
-    sums = zero.index_add(0, sent(owners, log_probs.device), log_probs)
-    scale = sent([target.scale for target in targets], log_probs.device, log_probs.dtype)
-    offset = sent([target.offset for target in targets], log_probs.device, log_probs.dtype)
-    return offset - scale * sums
+    logits = runner.logits(target_readings(targets, slots), memory)
+    return losses_of(target_log_probs(logits, targets), targets)
 
 
 def target_buckets(runner: Runner, targets: Sequence[Target]) -> list[list[int]]:
@@ -258,7 +303,7 @@ def buckets(
         first = max(end - max(1, tokens // longest), min(few, end - 1), 0)
         costs = least[first:end] + longest * np.arange(end - first, 0, -1)
         begins[end] = first + int(costs.argmin())
-        least[end] = costs.min() + tokens / _FORWARD_SHARE
+        least[end] = costs.min() + tokens / FORWARD_SHARE
     groups: list[list[int]] = []
     end = len(order)
     while end:

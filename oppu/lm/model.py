@@ -9,7 +9,6 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import numpy as np
 import torch
@@ -21,10 +20,11 @@ from oppu.lm.base import LoadedBase
 from oppu.lm.blend import Texts, foreseen
 from oppu.lm.choices import NONE, Scores, score_choices
 from oppu.lm.encoding import Caches, Encoder, Target
-from oppu.lm.forward import Runner, buckets, target_buckets, target_log_probs, target_losses
+from oppu.lm.forward import Runner, buckets, losses_of, target_log_probs, target_readings
 from oppu.lm.generation import Writing, Written, greedy
 from oppu.lm.port import AdapterRef, Example, Row, Scored, Tensors, TrainConfig, Trained, TrainJob
 from oppu.lm.prompts import Ids, Kept
+from oppu.lm.reading import read
 from oppu.lm.residence import AdapterBank
 from oppu.lm.self_check import check_base
 from oppu.lm.targets import adapter_config, find_targets
@@ -34,8 +34,6 @@ from oppu.tasks import Tasks
 from oppu.values import BaseId
 
 logger = logging.getLogger(__name__)
-
-_Compute = Callable[[Sequence[Target], Sequence[int]], torch.Tensor]
 
 
 class TorchModel:
@@ -165,8 +163,8 @@ class TorchModel:
         """
         targets = self._encoder.targets(examples)
         found = np.array([target.offset for target in targets], dtype=np.float64)
-        for members, part in self._over(targets, tensors, partial(target_losses, self._runner)):
-            found[members] = part.double().cpu().numpy()
+        for members, said in self._over(targets, tensors):
+            found[members] = losses_of(said, [targets[at] for at in members]).double().cpu().numpy()
         return found
 
     def token_scores(self, examples: Sequence[Example], tensors: Tensors | None) -> list[Scores]:
@@ -185,23 +183,21 @@ class TorchModel:
         """
         targets = self._encoder.targets(examples)
         found: list[Scores] = [NONE] * len(examples)
-        for members, said in self._over(targets, tensors, partial(target_log_probs, self._runner)):
+        for members, said in self._over(targets, tensors):
             ends = np.cumsum([len(targets[at].aims) for at in members])[:-1]
             for at, part in zip(members, np.split(said.double().cpu().numpy(), ends), strict=True):
                 found[at] = part
         return found
 
-    def _over(
-        self, targets: Sequence[Target], tensors: Tensors | None, compute: _Compute
-    ) -> list[tuple[list[int], torch.Tensor]]:
-        """Compute something, from targets and their slots, of all targets that aim at anything, under one user's
-        weights and by lengths; return their places with it."""
+    def _over(self, targets: Sequence[Target], tensors: Tensors | None) -> list[tuple[list[int], torch.Tensor]]:
+        """Return the log probabilities of what targets aim at under one user's weights, of all that aim at anything,
+        some targets' after the other's, and which ones' they are."""
         live, found = [at for at, target in enumerate(targets) if target.positions], []
         with self._one_user(tensors) as slot, torch.no_grad():
-            for group in target_buckets(self._runner, [targets[at] for at in live]):
-                members = [live[index] for index in group]
-                with self._scratch.use([slot] * len(members)):
-                    found.append((members, compute([targets[at] for at in members], [slot] * len(members))))
+            readings = target_readings([targets[at] for at in live], [slot] * len(live))
+            for group, logits in read(self._runner, self._scratch, readings):
+                members = [live[number] for number in group]
+                found.append((members, target_log_probs(logits, [targets[at] for at in members])))
         return found
 
     def longest_output(self, task: str) -> int:

@@ -21,6 +21,7 @@ from oppu.lm.forward import Runner
 from oppu.lm.generation import left_padded
 from oppu.lm.kv_cache import roomy_cache
 from oppu.lm.prompts import Ids
+from oppu.lm.sequence_packing import packed
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ _STRIDE = 7919
 """A prime, to scatter their tokens over the vocabulary."""
 _ALIKE, _ALIKE_ROUNDED = 1 - 1e-4, 0.9
 """Least cosine between logits, centred: equal but for rounding, in bfloat16 also but for an expert chosen otherwise."""
+_ALIKE_PACKED = 0.995
+"""In bfloat16, of sequences that share a row: what cannot be told from a leak gets a row of its own, and no more."""
 _FAULTS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
@@ -43,6 +46,7 @@ def check_base(runner: Runner, bank: SlotBank, targets: Mapping[str, nn.Module])
 
     Returns:
         Whether several continuations can share what is kept of one prompt; where not, it is read again for each.
+        Whether rows may hold several sequences is left in the runner.
 
     Raises:
         ConfigError: Naming ``model.base`` and what it does otherwise; or ``model.lora_targets`` where none of them is
@@ -71,9 +75,30 @@ def check_base(runner: Runner, bank: SlotBank, targets: Mapping[str, nn.Module])
         except _FAULTS as error:
             _not_the_bases(error)
             shared, why = False, str(error)
+        # the first row once more: it lies between the two
+        runner.packs = runner.packs and _packs(runner, bank, [*rows, *rows[:1]], [*alone, *alone[:1]])
     if not shared:
         logger.warning("base %s: each choice's line reads its prompt again: %s", runner.base.name, why)
     return shared
+
+
+def _packs(runner: Runner, bank: SlotBank, rows: list[Ids], alone: list[torch.Tensor]) -> bool:
+    """Say whether sequences that share a row are read as each alone, in a batch with an adapter too."""
+    layout = packed([len(row) for row in rows])
+    layouts, readings = (layout, layout.narrowed([1] * len(rows))), [Reading(row, (len(row) - 1,)) for row in rows]
+    plain = len(rows) - 1  # the last one may have an adapter, and is not compared
+    try:
+        for slot in (0, 1):
+            with bank.use([*[0] * plain, slot], layouts=layouts):
+                found = runner.logits(readings, layouts=layouts)
+            pairs = zip(found[:plain], alone[:plain], strict=True)
+            if not all(_alike(runner, one, other, _ALIKE_PACKED) for one, other in pairs):
+                return False
+    except (*_FAULTS, ConfigError) as error:
+        _not_the_bases(error)
+        logger.info("base %s: every sequence has a row of its own: %s", runner.base.name, error)
+        return False
+    return True
 
 
 def _not_the_bases(error: Exception) -> None:
@@ -151,8 +176,8 @@ def _followed(runner: Runner, bank: SlotBank, row: Ids, times: int) -> torch.Ten
         return runner.logits_after([row[-1:]] * times, [(0,)] * times, cache, len(row) - 1)
 
 
-def _alike(runner: Runner, one: torch.Tensor, other: torch.Tensor) -> bool:
+def _alike(runner: Runner, one: torch.Tensor, other: torch.Tensor, rounded: float = _ALIKE_ROUNDED) -> bool:
     mine, wanted = (logits.double() - logits.double().mean() for logits in (one, other))
     cosine = torch.nn.functional.cosine_similarity(mine, wanted, dim=0)
-    least = _ALIKE_ROUNDED if runner.base.dtype == torch.bfloat16 else _ALIKE
+    least = rounded if runner.base.dtype == torch.bfloat16 else _ALIKE
     return bool(cosine > least)

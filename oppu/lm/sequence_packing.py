@@ -1,179 +1,136 @@
-"""Texts to vectors with several texts in a row of an encoder, which attention keeps apart.
+"""Where sequences lie when several share a row of one forward, and what keeps them apart.
 
-Texts of a few dozen tokens, one a row, are mostly padding and small products: packed, 64 of them take .44 to .61 of
-sentence-transformers' own time on two cores, and texts of 152 tokens as long (``python -m benchmarks.embedding``). Its
-own layers pool and normalize, as they do after a GPU's kernel for sequences of different lengths.
+Sequences of a few dozen tokens, one a row, are mostly padding and small products. In shared rows each has positions
+from its own beginning, and attention sees no other. Invariant: every sequence lies whole in one row.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch.nn import functional
 
-_WIDTHS = (128, 256)
-"""Tokens of a row that are tried, or as many as the longest text has."""
-_ATTENTION = 600
+WIDTHS = (128, 256)
+"""Tokens of a row that are tried, or as many as the longest sequence has."""
+ATTENTION = 600
 """A token's attention over so many others takes about as long as the rest of a block."""
-_PROBES = (
-    *("", "rain", "The senate voted on Tuesday.", "Rain over Spain, then sun."),
-    *(" ".join(map(str, range(most))) for most in (90, 600)),  # words that change: nearness in a text must count
-)
-_NEAR = ("sliding_window", "local_attention", "attention_window")
-"""Settings of encoders in which some layers look at near tokens only; a mask that we give replaces that."""
-_LIKENESS = 0.999
-"""Least cosine of a probe's two vectors; bfloat16 rounds to .9999."""
+_FEW = 16
+"""Attention over fewer tokens takes as long as over hundreds: two to five times as long a token as over 16 to 64."""
 _NOBODY = -1
+_NEAR = ("sliding_window", "local_attention", "attention_window", "attention_chunk_size")
+"""Settings of models in which some layers look at near tokens only; a mask that we give replaces that."""
 
 
-class SequencePacking:
-    """An encoder of texts on a CPU, with as many to a row as fit."""
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Sequences in ``rows`` of ``width`` places: of each its row and first column, and how long it is."""
 
-    def __init__(self, model: Any) -> None:
-        """Take a model's parts.
-
-        Args:
-            model: A ``SentenceTransformer``.
-        """
-        encoder, *self._after = list(model)
-        self._encoder, self._tokenizer = encoder.model, encoder.tokenizer
-        self._first_position = _first_position(self._encoder)
+    rows: int
+    width: int
+    places: tuple[tuple[int, int], ...]
+    lengths: tuple[int, ...]
 
     @property
-    def looks_near(self) -> bool:
-        """Whether some of the encoder's layers look at near tokens only."""
-        config = self._encoder.config
-        kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
-        return kinds != {"full_attention"} or any(getattr(config, name, None) for name in _NEAR)
+    def cost(self) -> int:
+        """What a block computes of it, in products of a token with another or as much work."""
+        return cost(self.rows, self.width)
 
-    def encode(self, texts: Sequence[str], batch: int) -> NDArray[np.float32]:
-        """Embed texts.
+    @property
+    def in_order(self) -> list[int]:
+        """The sequences as they follow each other, row by row."""
+        return sorted(range(len(self.places)), key=self.places.__getitem__)
 
-        Args:
-            texts: Any.
-            batch: Texts of one forward; the longest are taken first.
+    def cells(self, sequence: int) -> range:
+        """Return where a sequence lies, counted over all rows."""
+        row, first = self.places[sequence]
+        return range(row * self.width + first, row * self.width + first + self.lengths[sequence])
 
-        Returns:
-            ``[len(texts), dim] float32``, each row of unit length.
+    def filled(self, sequences: Sequence[Sequence[int]], fill: int = 0) -> torch.Tensor:
+        """Return numbers of each sequence's tokens where those lie ``[rows, width] int64``, elsewhere ``fill``."""
+        found = np.full((self.rows, self.width), fill, dtype=np.int64)
+        for (row, first), numbers in zip(self.places, sequences, strict=True):
+            found[row, first : first + len(numbers)] = numbers
+        return torch.from_numpy(found)
+
+    def positions(self, begin: int = 0) -> torch.Tensor:
+        """Return positions within their sequence ``[rows, width] int64``, the first of each being ``begin``."""
+        return self.filled([range(begin, begin + length) for length in self.lengths], begin)
+
+    def owners(self) -> torch.Tensor:
+        """Return the sequence that each place belongs to ``[rows, width] int64``; −1: none."""
+        return self.filled([[number] * length for number, length in enumerate(self.lengths)], _NOBODY)
+
+    def mask(self, dtype: torch.dtype, *, causal: bool) -> torch.Tensor:
+        """Return what to add to attention's scores ``[rows, 1, width, width]``: 0 within a sequence, else −∞.
+
+        What belongs to none sees its like, so that no place is masked as a whole. Nothing finite passes −∞, however
+        large; what is not finite reaches all of its row.
         """
-        tokens: list[list[int]] = self._tokenizer(list(texts), truncation=True)["input_ids"]
-        longest_first = sorted(range(len(texts)), key=lambda text: -len(tokens[text]))
-        parts = [longest_first[first : first + batch] for first in range(0, len(texts), batch)]
-        with torch.inference_mode():
-            vectors = torch.cat([self._forward([tokens[text] for text in part]) for part in parts])
-            ordered = torch.empty_like(vectors)
-            ordered[longest_first] = vectors
-        found: NDArray[np.float32] = functional.normalize(ordered, dim=1).numpy()
-        return found
+        owners = self.owners()
+        hidden = owners[:, None, :, None] != owners[:, None, None, :]
+        if causal:
+            hidden |= torch.ones(self.width, self.width, dtype=torch.bool).triu(1)
+        return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
-    def _forward(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Return vectors ``[len(tokens), dim] float32``; the longest come first."""
-        lengths = [len(text) for text in tokens]
-        rows = _rows(lengths)
-        known, positions, owned = self._laid_out(tokens, rows, _width(rows, lengths))
-        apart = owned[:, None, :, None] != owned[:, None, None, :]  # padding sees padding: no row is masked whole
-        mask = torch.zeros(apart.shape, dtype=self._encoder.dtype)
-        mask.masked_fill_(apart, torch.finfo(mask.dtype).min)
-        states = self._encoder(input_ids=known, attention_mask=mask, position_ids=positions).last_hidden_state
-        kept, order = owned != _NOBODY, [text for row in rows for text in row]
-        ends = np.cumsum([0, *(lengths[text] for text in order)])
-        features: dict[str, Any] = {
-            "token_embeddings": states[kept][None],
-            "input_ids": known[kept][None],
-            "cu_seq_lens_q": torch.from_numpy(ends.astype(np.int32)),
-        }
-        for module in self._after:
-            features = module(features)
-        pooled = features["sentence_embedding"].float()
-        vectors = torch.empty_like(pooled)
-        vectors[order] = pooled
-        return vectors
+    def narrowed(self, counts: Sequence[int]) -> "Layout":
+        """Return how the rows look when of each sequence only so many places are kept, its first ones at the front.
 
-    def _laid_out(
-        self, tokens: Sequence[Sequence[int]], rows: Sequence[Sequence[int]], width: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return ids, positions within their text, and the text of each place, all ``[len(rows), width] int64``."""
-        ids = np.zeros((len(rows), width), dtype=np.int64)
-        positions, owners = np.full_like(ids, self._first_position), np.full_like(ids, _NOBODY)
-        for number, row in enumerate(rows):
-            for text, place in zip(row, _places([len(tokens[text]) for text in row]), strict=True):
-                ids[number, place] = tokens[text]
-                positions[number, place] += np.arange(len(tokens[text]))
-                owners[number, place] = text
-        return torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(owners)
+        Its width never is this one's, so that the two can be told apart.
+        """
+        filled, places = [0] * self.rows, [(0, 0)] * len(counts)
+        for sequence in self.in_order:
+            row = self.places[sequence][0]
+            places[sequence] = row, filled[row]
+            filled[row] += counts[sequence]
+        width = max(filled)
+        return Layout(self.rows, width + (width == self.width), tuple(places), tuple(counts))
 
 
-def sequence_packing(model: Any) -> SequencePacking | None:
-    """Pack a model's texts where that is known to change nothing.
-
-    It is tried on a few texts: what reads positions, masks or prompts in another way than most encoders do gives other
-    vectors, or an error, and then stays as it is.
+def packed(lengths: Sequence[int]) -> Layout:
+    """Lay sequences out in the rows of least cost.
 
     Args:
-        model: A ``SentenceTransformer`` in its final type.
+        lengths: Of each, at least one.
 
     Returns:
-        The packing, or ``None``: on a device that was not measured, where layers look at near tokens only, or where
-        vectors differ.
+        Where they lie.
     """
-    if model.device.type != "cpu" or model.default_prompt_name is not None:
-        return None
-    probes = list(_PROBES)
-    try:
-        packing = SequencePacking(model)
-        if packing.looks_near:
-            return None
-        alone = model.encode(probes, batch_size=1, convert_to_tensor=True, show_progress_bar=False)
-        packed = torch.from_numpy(packing.encode(probes, len(probes)))
-        likeness = functional.cosine_similarity(packed, alone.float())
-    except Exception:
-        return None
-    return packing if likeness.min() >= _LIKENESS else None
+    widths = sorted({max(width, *lengths) for width in WIDTHS})
+    return min((_first_fit(lengths, width) for width in widths), key=lambda layout: layout.cost)
 
 
-def _first_position(encoder: torch.nn.Module) -> int:
-    """Return the position of a text's first token: RoBERTa and its kin count from after the padding's."""
-    for module in encoder.modules():
-        table = getattr(module, "position_embeddings", None)
-        if isinstance(table, torch.nn.Embedding):
-            return 0 if table.padding_idx is None else table.padding_idx + 1
-    return 0
+def cost(rows: int, width: int) -> int:
+    """Return what a block computes of so many rows of so many tokens, in products of a token with another."""
+    return rows * width * (ATTENTION + (width if width >= _FEW else WIDTHS[-1]))
 
 
-def _rows(lengths: Sequence[int]) -> list[list[int]]:
-    """Return which texts share a row; ``lengths`` fall."""
-    widths = sorted({max(width, lengths[0]) for width in _WIDTHS})
-    return min((_first_fit(lengths, width) for width in widths), key=lambda rows: _cost(rows, lengths))
+def looks_near(config: object, reach: float) -> bool:
+    """Say whether some of a model's layers look at near tokens only.
+
+    Args:
+        config: The model's.
+        reach: So many tokens are near enough.
+
+    Returns:
+        Whether any layer sees fewer, or has a kind of attention that is not known.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
+    sizes = [size for name in _NEAR if (size := getattr(config, name, None))]
+    if not kinds <= {"full_attention", "sliding_attention"}:
+        return True
+    if not sizes:
+        return "sliding_attention" in kinds
+    return any(not isinstance(size, int) or size < reach for size in sizes)
 
 
-def _first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Put each text into the first row that has room for it (first-fit decreasing)."""
-    rows, room = list[list[int]](), list[int]()
-    for text, length in enumerate(lengths):
-        number = next((number for number, left in enumerate(room) if left >= length), None)
-        if number is None:
-            rows.append([])
-            room.append(width)
-            number = len(rows) - 1
-        rows[number].append(text)
-        room[number] -= length
-    return rows
-
-
-def _cost(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
-    width = _width(rows, lengths)
-    return len(rows) * width * (_ATTENTION + width)
-
-
-def _width(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
-    """Return the tokens of the fullest row."""
-    return max(sum(lengths[text] for text in row) for row in rows)
-
-
-def _places(lengths: Sequence[int]) -> Iterator[slice]:
-    start = 0
-    for length in lengths:
-        yield slice(start, start + length)
-        start += length
+def _first_fit(lengths: Sequence[int], width: int) -> Layout:
+    """Put each sequence, the longest first, into the first row that has room for it (first-fit decreasing)."""
+    filled, places = list[int](), [(0, 0)] * len(lengths)
+    for sequence in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        length = lengths[sequence]
+        row = next((row for row, used in enumerate(filled) if used + length <= width), len(filled))
+        if row == len(filled):
+            filled.append(0)
+        places[sequence] = row, filled[row]
+        filled[row] += length
+    return Layout(len(filled), max(filled), tuple(places), tuple(lengths))

@@ -74,11 +74,12 @@ def test_nested_choices_are_read_within_what_a_forward_holds_in_logits(
     read: list[tuple[int, int]] = []  # rows and positions of each forward
     picking = Runner._picking
 
-    def noted(self: Runner, positions: Any) -> Any:
-        read.append((len(positions), sum(len(own) for own in positions)))
-        return picking(self, positions)
+    def noted(self: Runner, picked: Any, narrow: Any) -> Any:
+        read.append((len({row for row, _ in picked}), len(picked)))
+        return picking(self, picked, narrow)
 
     monkeypatch.setattr(Runner, "_picking", noted)
+    model._runner.packs = False
     model._runner.reads = 24  # a row of nested choices reads eight or nine, but for one that reads more
     found = model.answer(asked)
     assert max(reads for _, reads in read) > 8  # several positions a row

