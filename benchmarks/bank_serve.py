@@ -1,10 +1,11 @@
 """Serving: a batch of rows of many users through the bank, against the base alone and against PEFT's two ways.
 
-First checks that all of them compute the same logits. The base is run as a user of transformers would, and well:
-through the bank's own ``Runner``, packed matrices included, with every row in slot 0, so that
-``ratio_to_well_run_base`` is what adapters cost and nothing else. PEFT's adapters are in float32, its default, and over
-another base in the base's type too; each of its ways is compared in the faster one. ``sweep_users`` keeps the rows and
-varies how many users they belong to; there another ratio is to one user, and PEFT is not run.
+First checks that all of them compute the same logits, for rows of equal length and for prompts as they come. The base
+is run as a user of transformers would, and well: through the bank's own ``Runner``, packed matrices and shared rows
+included, with every row in slot 0, so that ``ratio_to_well_run_base`` is what adapters cost and nothing else. PEFT's
+adapters are in float32, its default, and over another base in the base's type too; each of its ways is compared in the
+faster one. ``sweep_users`` keeps the rows and varies how many users they belong to; there another ratio is to one user,
+and PEFT is not run.
 """
 
 import functools
@@ -15,13 +16,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from benchmarks.subjects import Banked, Decoder, Peft, banked, bare, random_adapter
+from benchmarks.bank_train import jobs_of
+from benchmarks.subjects import Banked, Decoder, Peft, banked, bare, inputs_of, random_adapter
 from benchmarks.timing import REPEATS, Cell, Timing, interleaved, rounded
 from benchmarks.train_at_once import NOT_MEASURED, Device
 from oppu.errors import FatalError
 from oppu.lm.base import LoadedBase
+from oppu.lm.encoding import Encoder
+from oppu.settings import ModelSettings
+from oppu.tasks import Tasks
 
 _Case = Callable[[], torch.Tensor]
+_Ways = tuple[_Case, dict[str, _Case]]
+"""The bank's, and the others by name."""
 CACHED = 32
 """Tokens before the one that is decoded where ``tokens`` is 1; every other length is a prompt read at once."""
 DECODED = 16
@@ -63,13 +70,46 @@ def against_others(base: LoadedBase, scope: Scope) -> Iterator[dict[str, Cell]]:
         FatalError: Bank and PEFT disagree.
     """
     for rank in scope.ranks:
-        subject = banked(base, slots=ROWS, rank=rank, alpha=2 * rank)
-        adapters = [random_adapter(subject.bank, seed) for seed in range(ROWS)]
-        types = ["float32"] if base.dtype == torch.float32 else ["float32", _name(base.dtype)]
-        pefts = {dtype: Peft(base, adapters, rank=rank, alpha=2 * rank, widened=dtype == "float32") for dtype in types}
+        subject, pefts = _subjects(base, rank)
         for tokens in scope.tokens:
-            yield _compared(base, subject, pefts, tokens, scope.repeats)
+            decodes = tokens == 1
+            ways = _decoding(base, subject, pefts) if decodes else _reading(base, subject, pefts, _ids(ROWS, tokens))
+            yield {"rows": ROWS, "tokens": tokens, **_compared(subject, pefts, ways, scope.repeats, decodes=decodes)}
         subject.close()
+
+
+def on_prompts(base: LoadedBase, tasks: Tasks, scope: Scope) -> dict[str, Cell]:
+    """Measure 64 prompts of 64 users, of the unequal lengths that events have; others pad them to the longest.
+
+    Args:
+        base: The base.
+        tasks: The known tasks.
+        scope: Its first rank is taken.
+
+    Returns:
+        A row, ``tokens`` being the mean.
+
+    Raises:
+        FatalError: Bank and PEFT disagree.
+    """
+    settings = ModelSettings()
+    encoder = Encoder(base.prompts(), tasks, max_tokens=settings.max_tokens, max_positions=base.max_positions)
+    prompts = encoder.prompts([one for [one] in jobs_of(ROWS, 1, tasks)], [1] * ROWS)
+    subject, pefts = _subjects(base, scope.ranks[0])
+    found = _compared(subject, pefts, _reading(base, subject, pefts, prompts), scope.repeats)
+    subject.close()
+    lengths = [len(prompt) for prompt in prompts]
+    mean = rounded(sum(lengths) / ROWS)
+    return {"rows": ROWS, "tokens": mean, "shortest": min(lengths), "longest": max(lengths), **found}
+
+
+def _subjects(base: LoadedBase, rank: int) -> tuple[Banked, dict[str, Peft]]:
+    """Return a bank of as many users as rows, and the same adapters in PEFT, by their type."""
+    subject = banked(base, slots=ROWS, rank=rank, alpha=2 * rank)
+    adapters = [random_adapter(subject.bank, seed) for seed in range(ROWS)]
+    types = ["float32"] if base.dtype == torch.float32 else ["float32", _name(base.dtype)]
+    made = {dtype: Peft(base, adapters, rank=rank, alpha=2 * rank, widened=dtype == "float32") for dtype in types}
+    return subject, made
 
 
 def sweep_users(base: LoadedBase, scope: Scope, gpu: Device | None, *, rank: int = 8) -> Iterator[dict[str, Cell]]:
@@ -79,14 +119,14 @@ def sweep_users(base: LoadedBase, scope: Scope, gpu: Device | None, *, rank: int
     subject = banked(base, slots=max(scope.users), rank=rank, alpha=2 * rank, distinct=ROWS)
     for tokens in scope.wide_tokens:
         ids = _ids(rows, tokens)
-        tensor = torch.tensor(ids, device=base.device)
+        inputs = inputs_of(base, ids)
 
         def run(count: int, ids: list[tuple[int, ...]] = ids) -> object:
             return subject.run(ids, sorted(1 + row % count for row in range(rows)))  # as the service sorts its rows
 
         cases = {str(count): (lambda count=count, run=run: run(count)) for count in scope.users}
         bases = {
-            "base": lambda tensor=tensor: bare(base, tensor),
+            "base": lambda inputs=inputs: bare(base, inputs),
             "well run": lambda ids=ids: subject.run(ids, [0] * rows),
         }
         times = interleaved({**bases, **cases}, repeats=scope.repeats)
@@ -116,10 +156,9 @@ def bytes_moved(base: LoadedBase, rows: int, rank: int) -> int:
 
 
 def _compared(
-    base: LoadedBase, subject: Banked, pefts: Mapping[str, Peft], tokens: int, repeats: int
+    subject: Banked, pefts: Mapping[str, Peft], ways: _Ways, repeats: int, *, decodes: bool = False
 ) -> dict[str, Cell]:
-    decodes = tokens == 1
-    own, cases = _decoding(base, subject, pefts) if decodes else _reading(base, subject, pefts, tokens)
+    own, cases = ways
     for name in [name for name in cases if name.startswith(("names", "set"))]:
         _agree(own(), cases[name](), name)
     taken = interleaved({"bank": own, **cases}, repeats=repeats)
@@ -128,8 +167,6 @@ def _compared(
     switching, switching_type = fastest(times, "set each" if decodes else "set", pefts)
     answers, _ = fastest(times, "set", pefts)
     return {
-        "rows": ROWS,
-        "tokens": tokens,
         "distinct_users": ROWS,
         "rank": subject.bank.rank,
         "ratio_to_base": _ratio(times["base"], times["bank"]),
@@ -171,25 +208,22 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _reading(
-    base: LoadedBase, subject: Banked, pefts: Mapping[str, Peft], tokens: int
-) -> tuple[_Case, dict[str, _Case]]:
+def _reading(base: LoadedBase, subject: Banked, pefts: Mapping[str, Peft], ids: Sequence[tuple[int, ...]]) -> _Ways:
     """Read prompts: scoring, and the start of a generation."""
-    ids, users = _ids(ROWS, tokens), list(range(ROWS))
-    tensor = torch.tensor(ids, device=base.device)
+    users, inputs = list(range(ROWS)), inputs_of(base, ids)
     cases: dict[str, _Case] = {
-        "base": lambda: bare(base, tensor),
+        "base": lambda: bare(base, inputs),
         "well run": lambda: subject.run(ids, [0] * ROWS),
     }
     for dtype, peft in pefts.items():
         cases |= {
-            f"names {dtype}": functools.partial(peft.by_adapter_names, tensor, users),
-            f"set {dtype}": functools.partial(peft.by_set_adapter, tensor, users),
+            f"names {dtype}": functools.partial(peft.by_adapter_names, inputs, users),
+            f"set {dtype}": functools.partial(peft.by_set_adapter, inputs, users),
         }
     return lambda: subject.run(ids, [1 + user for user in users]), cases
 
 
-def _decoding(base: LoadedBase, subject: Banked, pefts: Mapping[str, Peft]) -> tuple[_Case, dict[str, _Case]]:
+def _decoding(base: LoadedBase, subject: Banked, pefts: Mapping[str, Peft]) -> _Ways:
     """Decode one token after a cached prompt, again and again in one batch as generation does."""
     ids = _ids(ROWS, CACHED + 1)
     tensor = torch.tensor(ids, device=base.device)

@@ -21,10 +21,12 @@ from oppu.lm.bank import SlotBank
 from oppu.lm.base import LoadedBase, load_base, ready
 from oppu.lm.encoding import Reading
 from oppu.lm.forward import Runner
+from oppu.lm.generation import left_padded
 from oppu.lm.kv_cache import roomy_cache
 from oppu.lm.port import Tensors
 from oppu.lm.reading import read
 from oppu.lm.targets import find_targets
+from oppu.lm.transfer import sent
 from oppu.settings import ModelSettings
 
 LLAMA_1B = "llama-1b"
@@ -34,6 +36,8 @@ _LLAMA = {
     "num_key_value_heads": 8, "vocab_size": 32_000, "max_position_embeddings": 4096,
 }  # fmt: skip
 _SCALE = 0.01
+Inputs = Mapping[str, torch.Tensor]
+"""A model's arguments by name, ``[n, t]`` each."""
 
 
 def base_named(name: str, *, device: str, dtype: str) -> LoadedBase:
@@ -85,15 +89,15 @@ class Banked:
     runner: Runner = field(init=False)
 
     def __post_init__(self) -> None:
-        self.runner = Runner(self.base)
+        self.runner = Runner(self.base, adapted_layers(self.base))
 
     def run(self, ids: Sequence[tuple[int, ...]], slots: Sequence[int]) -> torch.Tensor:
         """Return ``[n, vocabulary]`` for rows of mixed users."""
         readings = [Reading(row, (len(row) - 1,), slot) for row, slot in zip(ids, slots, strict=True)]
-        found = torch.empty(len(ids), self.runner.vocabulary)
+        found = torch.empty(len(ids), self.runner.vocabulary, device=self.base.device)
         with torch.no_grad():
             for members, logits in read(self.runner, self.bank, readings):
-                found[members] = logits.to(found.device)
+                found[sent(members, found.device)] = logits.to(found.dtype)
         return found
 
     def decoder(self, ids: Sequence[tuple[int, ...]], slots: Sequence[int]) -> "Decoder":
@@ -156,10 +160,18 @@ class Decoder:
         return logits
 
 
-def bare(base: LoadedBase, ids: torch.Tensor) -> torch.Tensor:
+def inputs_of(base: LoadedBase, ids: Sequence[tuple[int, ...]]) -> Inputs:
+    """Return what a user of transformers gives a model: rows of unequal length padded on the left, and masked."""
+    if len({len(row) for row in ids}) == 1:
+        return {"input_ids": torch.tensor(ids, device=base.device)}
+    padded, mask, positions = left_padded(ids, base.device)
+    return {"input_ids": padded, "attention_mask": mask, "position_ids": positions}
+
+
+def bare(base: LoadedBase, inputs: Inputs) -> torch.Tensor:
     """Return ``[n, vocabulary]`` of the base alone, as a user of transformers would."""
     with torch.no_grad():
-        logits: torch.Tensor = base.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+        logits: torch.Tensor = base.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
     return logits
 
 
@@ -190,22 +202,23 @@ class Peft:
             self._load(name, tensors)
         self.model.eval()
 
-    def by_set_adapter(self, ids: torch.Tensor, users: Sequence[int]) -> torch.Tensor:
+    def by_set_adapter(self, inputs: Inputs, users: Sequence[int]) -> torch.Tensor:
         """Switch the active adapter for every user's rows; users follow each other."""
         found, first = [], 0
         with torch.no_grad():
             for user, count in _runs(users):
                 self.model.set_adapter(self.names[user])
-                part = self.model(input_ids=ids[first : first + count], use_cache=False, logits_to_keep=1)
+                own = {name: rows[first : first + count] for name, rows in inputs.items()}
+                part = self.model(**own, use_cache=False, logits_to_keep=1)
                 found.append(part.logits[:, -1])
                 first += count
         return torch.cat(found)
 
-    def by_adapter_names(self, ids: torch.Tensor, users: Sequence[int]) -> torch.Tensor:
+    def by_adapter_names(self, inputs: Inputs, users: Sequence[int]) -> torch.Tensor:
         """Run all rows in one call that names each row's adapter."""
         names = [self.names[user] for user in users]
         with torch.no_grad():
-            out = self.model(input_ids=ids, use_cache=False, logits_to_keep=1, adapter_names=names)
+            out = self.model(**inputs, use_cache=False, logits_to_keep=1, adapter_names=names)
         logits: torch.Tensor = out.logits[:, -1]
         return logits
 

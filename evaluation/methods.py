@@ -212,10 +212,10 @@ class _Prefixed(Runner):
 
     def __init__(self, base: LoadedBase, model: Any) -> None:
         super().__init__(base)
-        self.base, self.packs = replace(base, model=model), False
+        self.base, self.packs = replace(base, model=model), False  # a row has one prefix
 
     def logits(
-        self, readings: Sequence[Reading], _memory: Memory | None = None, _layouts: Sequence[Layout] = ()
+        self, readings: Sequence[Reading], _memory: Memory | None = None, layouts: Sequence[Layout] = ()
     ) -> torch.Tensor:
         """Run sequences as ``Runner.logits`` does, their positions counted without the virtual tokens."""
         return super().logits(

@@ -79,6 +79,8 @@ def bank_serve(
     result: dict[str, object] = {"machine": machine(), "base": base, "dtype": dtype}
     rows = list(_told(work.against_others(loaded, scope)))
     show("64 rows of 64 users; ratios of throughput, the bank's over the other's", rows)
+    prompts = work.on_prompts(loaded, load_tasks(None), scope)
+    show("64 prompts of 64 users as they come", [prompts])
     wide = list(_told(work.sweep_users(loaded, scope, on_gpu(device))))
     show("as many rows, more and more users", wide)
     moved = {rank: work.bytes_moved(loaded, work.ROWS, rank) for rank in scope.ranks}
@@ -86,7 +88,16 @@ def bank_serve(
     users, questions = (16, 2) if quick else (work.ROWS, QUESTIONS)
     mates = changed_by_batch_mates(loaded, load_tasks(None), users=users, questions=questions)
     show("answers alone and among batch-mates", [mates.cells()])
-    write(out, {**result, "rows": rows + wide, "adapter_bytes_by_rank": moved, "batch_mates": mates.cells()})
+    write(
+        out,
+        {
+            **result,
+            "rows": rows + wide,
+            "prompts": prompts,
+            "adapter_bytes_by_rank": moved,
+            "batch_mates": mates.cells(),
+        },
+    )
 
 
 @bench.command("bank-train")

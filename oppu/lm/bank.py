@@ -20,7 +20,7 @@ from torch import nn
 
 from oppu.errors import AdapterUnreadable, ConfigError
 from oppu.lm.dropout import Dropout, dropped
-from oppu.lm.mix import Mix, mixed, mixed_in_rows
+from oppu.lm.mix import Gathered, Mix, mixed, mixed_in_rows
 from oppu.lm.places import Place, factors_of, placed, spans_of
 from oppu.lm.port import Tensors
 from oppu.lm.sequence_packing import Layout
@@ -28,16 +28,6 @@ from oppu.lm.sequence_packing import Layout
 _PREFIX = "base_model.model."
 _NARROW_TOKENS = 4
 """From so many tokens a row a CPU multiplies faster in bfloat16; fewer in float32, widened once while decoding."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Gathered:
-    """A batch's factors of some layers of a group: their A's transposes ``[k, in, r · layers]``, each one's B's
-    transpose ``[k, r, out]``, and the scale that A lacks."""
-
-    a: torch.Tensor
-    b: tuple[torch.Tensor, ...]
-    scale: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +224,7 @@ class SlotBank:
         place, rows = self._places[at], self._by_row(mix, at, x)
         if mix.dropout is not None and torch.is_grad_enabled():  # every layer drops its own
             own = dropped(rows[mix.plain :], mix.dropout, at)
-            factors = self._factors_of(mix, own, [place], place)
+            factors = self._factors_of(mix, mix.slots, own, [place], place)
             [b], [inner] = factors.b, _inside(own, factors, mix.lengths, self.rank)
         else:
             shared = self._shared(mix, place, x, rows)
@@ -267,13 +257,16 @@ class SlotBank:
         if found is None or found.group != place.group or found.x is not x:
             spans = mix.spans.get(rows.shape[1])
             own = rows[mix.plain :] if spans is None else spans.gathered(rows)
-            factors = self._factors_of(mix, own, self._groups[place.group], place)
+            slots = mix.slots if spans is None else spans.slots
+            factors = self._factors_of(mix, slots, own, self._groups[place.group], place)
             inner = _inside(own, factors, mix.lengths if spans is None else spans.lengths, self.rank)
             found = self._inner = _Inner(place.group, x, factors.b, inner)
         return found
 
-    def _factors_of(self, mix: Mix, own: torch.Tensor, places: Sequence[Place], asking: Place) -> _Gathered:
-        """Return a batch's factors of neighbouring layers of a group, in the type to multiply the rows in.
+    def _factors_of(
+        self, mix: Mix, slots: torch.Tensor, own: torch.Tensor, places: Sequence[Place], asking: Place
+    ) -> Gathered:
+        """Return the factors of some slots for neighbouring layers of a group, in the type to multiply the rows in.
 
         The first forward of a batch gathers into memory that stays in the CPU's cache. When a layer asks again it is
         known to be decoding: then they are gathered for good, the scale with them, and the steps that follow only
@@ -281,27 +274,27 @@ class SlotBank:
         """
         weights = self.weights[asking.group]
         if torch.is_grad_enabled() and weights.requires_grad:
-            return self._cut(weights.index_select(0, mix.slots).to(own.dtype), places)
+            return self._cut(weights.index_select(0, slots).to(own.dtype), places)
         found = mix.kept.get(asking)
         if found is None and asking in mix.kept:
-            whole = weights.detach().index_select(0, mix.slots).to(_product_type(own))
+            whole = weights.detach().index_select(0, slots).to(_product_type(own))
             whole[:, : places[0].b] *= self.scale
             found = mix.kept[asking] = replace(self._cut(whole, places), scale=1.0)
         if found is None:
             mix.kept[asking] = None
-            found = self._cut(self._gathered(weights.detach(), mix.slots), places)
+            found = self._cut(self._gathered(weights.detach(), slots), places)
         dtype = _product_type(own)
         if found.a.dtype == dtype:
             return found
-        return _Gathered(found.a.to(dtype), tuple(b.to(dtype) for b in found.b), found.scale)
+        return Gathered(found.a.to(dtype), tuple(b.to(dtype) for b in found.b), found.scale)
 
-    def _cut(self, weights: torch.Tensor, places: Sequence[Place]) -> _Gathered:
+    def _cut(self, weights: torch.Tensor, places: Sequence[Place]) -> Gathered:
         """Name the parts of gathered weights ``[k, size]``; views."""
         first, wide = places[0], places[0].wide
         spans = [(first.a, len(places) * self.rank * wide), *((p.b, self.rank * p.out) for p in places)]
         a, *own = spans_of(weights, spans)
         b = tuple(part.view(-1, self.rank, p.out) for part, p in zip(own, places, strict=True))
-        return _Gathered(a.view(len(weights), -1, wide).transpose(1, 2), b, self.scale)
+        return Gathered(a.view(len(weights), -1, wide).transpose(1, 2), b, self.scale)
 
     def _gathered(self, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Gather into memory that every group of this size uses again."""
@@ -323,7 +316,7 @@ def _product_type(own: torch.Tensor) -> torch.dtype:
     return torch.promote_types(torch.float32, own.dtype) if wider else own.dtype
 
 
-def _inside(own: torch.Tensor, factors: _Gathered, lengths: Sequence[int], rank: int) -> tuple[torch.Tensor, ...]:
+def _inside(own: torch.Tensor, factors: Gathered, lengths: Sequence[int], rank: int) -> tuple[torch.Tensor, ...]:
     """Multiply the adapted tokens ``[…, in]`` by the A of some layers, and by the scale; one product a layer."""
     inner = _product(own.to(factors.a.dtype), factors.a, lengths)
     if factors.scale != 1.0:

@@ -29,6 +29,8 @@ _CPU_TOKENS, _GPU_TOKENS = 4_096, 32_768
 """Most padded tokens of one forward: on a CPU, a training step's activations stay within some hundred megabytes."""
 _CPU_LOGITS, _GPU_LOGITS = 2**26, 2**29
 """Most logits of one forward, where all of a text is aimed at: a training step holds a few copies, in float32."""
+_MASKED = ("sdpa", "eager")
+"""Kinds of attention, by the library's names, that take any mask; others may end the process."""
 _PLAIN_ATTENTION_TOKENS = 192
 """Up to so many, all products of a row's positions lie in memory without harm."""
 FORWARD_SHARE = 8
@@ -187,8 +189,9 @@ class Runner:
     def _may_pack(self) -> bool:
         """Say whether rows of several sequences are worth trying: they are measured on CPUs, and blocks that no adapter
         reaches are shared by rows of one."""
-        longest, base = WIDTHS[-1], self.base
-        sees = base.max_positions >= longest and not looks_near(base.model.config.get_text_config(), longest)
+        longest, base, config = WIDTHS[-1], self.base, self.base.model.config.get_text_config()
+        masked = getattr(config, "_attn_implementation", None) in _MASKED
+        sees = masked and base.max_positions >= longest and not looks_near(config, longest)
         return base.device.type == "cpu" and self._takes_positions and sees and not self._trunk.known
 
     def _reading(self, positions: Sequence[tuple[int, ...]]) -> AbstractContextManager[None]:

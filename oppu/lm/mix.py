@@ -7,12 +7,13 @@ ones' tokens are gathered, multiplied and added where they belong. Invariant: no
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from oppu.lm.dropout import Dropout
+from oppu.lm.places import Place
 from oppu.lm.sequence_packing import Layout
 from oppu.lm.transfer import sent
 
@@ -20,17 +21,32 @@ _LOOP_ROWS = 4
 """With so many rows a run of equal slots, a product a run costs less than a copy of its adapter a row."""
 _LOOP_TOKENS = 128
 """The same in tokens, where rows hold several sequences."""
+_PIECE_TOKENS = 16
+"""What another piece of a sequence costs, its adapter's copy, in tokens that are gathered, multiplied and added."""
+_Numbers = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """A batch's factors of some layers of a group: their A's transposes ``[k, in, r · layers]``, each one's B's
+    transpose ``[k, r, out]``, and the scale that A lacks."""
+
+    a: torch.Tensor
+    b: tuple[torch.Tensor, ...]
+    scale: float
 
 
 @dataclass(frozen=True, slots=True)
 class Spans:
     """Where adapted sequences lie in rows of several.
 
-    ``taken`` ``[k, m]`` are the places that are multiplied, counted over all rows; of these ``given`` ``[t]``
-    (``None``: all) are no padding, counted over all of them, and belong to ``places`` ``[t]``. ``lengths`` are the
-    runs' tokens where they differ: then ``k`` is 1, and none is padded (empty: all runs have ``m``).
+    ``slots`` ``[k]`` holds a slot a run. ``taken`` ``[k, m]`` are the places that are multiplied, counted over all
+    rows; of these ``given`` ``[t]`` (``None``: all) are no padding, counted over all of them, and belong to ``places``
+    ``[t]``. ``lengths`` are the runs' tokens where they differ: then ``taken`` is ``[1, t]``, and none is padded
+    (empty: all runs have ``m``).
     """
 
+    slots: torch.Tensor
     taken: torch.Tensor
     given: torch.Tensor | None
     places: torch.Tensor
@@ -52,9 +68,9 @@ class Spans:
 class Mix:
     """The sequences of a batch by adapter.
 
-    ``slots`` ``[k]`` holds a slot a run of equal ones. Where rows hold one sequence each, the first ``plain`` of
-    ``rows`` have slot 0, and ``lengths`` are the runs' rows where they differ in length (empty: all have
-    ``(rows - plain) / k``); else ``spans`` say where the adapted tokens lie, by the columns of what a layer reads.
+    Where ``rows`` hold one sequence each, ``slots`` ``[k]`` holds a slot a run of equal ones, the first ``plain`` rows
+    have slot 0, and ``lengths`` are the runs' rows where they differ in length (empty: all have
+    ``(rows - plain) / k``). Else ``spans`` say where the adapted tokens lie, by the columns of what a layer reads.
     ``kept`` are the factors, by the first layer that asks for them, that a next forward of the same batch finds
     gathered; ``None`` where they were gathered once and not kept. ``dropout`` has a seed a row that is adapted.
     """
@@ -64,7 +80,7 @@ class Mix:
     plain: int = 0
     lengths: tuple[int, ...] = ()
     spans: dict[int, Spans] = field(default_factory=dict)
-    kept: dict[Any, Any] = field(default_factory=dict)
+    kept: dict[Place, Gathered | None] = field(default_factory=dict)
     dropout: Dropout | None = None
 
 
@@ -105,26 +121,45 @@ def mixed_in_rows(slots: Sequence[int], layouts: Sequence[Layout], device: torch
         return Mix(layouts[0].rows, sent(slots[:1], device))
     adapted = sorted((number for number, slot in enumerate(slots) if slot), key=slots.__getitem__)
     runs = [list(own) for _, own in groupby(adapted, key=slots.__getitem__)]
-    if sum(layouts[0].lengths[number] for number in adapted) < _LOOP_TOKENS * len(runs):
-        runs = [[number] for number in adapted]
-        spans = {layout.width: _padded(layout, adapted, device) for layout in layouts}
-    else:
-        spans = {layout.width: _joined(layout, runs, device) for layout in layouts}
-    return Mix(layouts[0].rows, sent([slots[own[0]] for own in runs], device), spans=spans)
+    few = sum(layouts[0].lengths[number] for number in adapted) < _LOOP_TOKENS * len(runs)
+    spans = {x.width: _in_pieces(x, slots, adapted) if few else _joined(x, slots, runs) for x in layouts}
+    none = torch.empty(0, dtype=torch.int64)  # the spans have their own
+    return Mix(layouts[0].rows, none, spans={width: _moved(own, device) for width, own in spans.items()})
 
 
-def _padded(layout: Layout, sequences: Sequence[int], device: torch.device) -> Spans:
-    """Have a run a sequence, each as long as the longest: what is beyond its end repeats its last token."""
-    firsts = np.array([layout.cells(number).start for number in sequences])[:, None]
-    lengths = np.array([layout.lengths[number] for number in sequences])[:, None]
-    along = np.arange(lengths.max())[None]
-    taken, real = firsts + np.minimum(along, lengths - 1), along < lengths
-    given = None if real.all() else sent(np.flatnonzero(real).tolist(), device)
-    return Spans(sent(taken.tolist(), device), given, sent(taken[real].tolist(), device), ())
+def _in_pieces(layout: Layout, slots: Sequence[int], sequences: Sequence[int]) -> Spans:
+    """Have sequences in pieces of equal length, each a run: what is beyond a sequence's end repeats its last token."""
+    lengths = np.array([layout.lengths[number] for number in sequences])
+    cells = np.array([layout.cells(number).start for number in sequences])
+    size = _piece(lengths)
+    counts = -(-lengths // size)
+    owners = np.repeat(np.arange(len(lengths)), counts)
+    number = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)  # of a piece in its sequence
+    along = number[:, None] * size + np.arange(size)
+    ends = lengths[owners][:, None]
+    taken, real = cells[owners][:, None] + np.minimum(along, ends - 1), along < ends
+    given = None if real.all() else torch.from_numpy(np.flatnonzero(real))
+    chosen = np.array([slots[number] for number in sequences])[owners]
+    return Spans(torch.from_numpy(chosen), torch.from_numpy(taken), given, torch.from_numpy(taken[real]), ())
 
 
-def _joined(layout: Layout, runs: Sequence[Sequence[int]], device: torch.device) -> Spans:
+def _piece(lengths: _Numbers) -> int:
+    """Return the length of pieces of least cost: few short ones, or many with much beyond the sequences' ends."""
+    longest = int(lengths.max())
+    sizes = [size for size in (*(1 << power for power in range(longest.bit_length())), longest)]
+    return min(sizes, key=lambda size: int((-(-lengths // size)).sum()) * (size + _PIECE_TOKENS))
+
+
+def _joined(layout: Layout, slots: Sequence[int], runs: Sequence[Sequence[int]]) -> Spans:
     """Have a run's sequences one after the other, and no padding."""
     tokens = [[cell for number in own for cell in layout.cells(number)] for own in runs]
-    places = sent([cell for own in tokens for cell in own], device)
-    return Spans(places[None], None, places, tuple(map(len, tokens)))
+    places = torch.tensor([cell for own in tokens for cell in own])
+    chosen = torch.tensor([slots[own[0]] for own in runs])
+    return Spans(chosen, places[None], None, places, tuple(map(len, tokens)))
+
+
+def _moved(spans: Spans, device: torch.device) -> Spans:
+    given = None if spans.given is None else spans.given.to(device)
+    return replace(
+        spans, slots=spans.slots.to(device), taken=spans.taken.to(device), given=given, places=spans.places.to(device)
+    )

@@ -39,7 +39,7 @@ def read(runner: Runner, bank: SlotBank, readings: Sequence[Reading]) -> Iterato
     for group in _planned(runner, readings):
         own = [readings[member] for member in group.members]
         said = _said(runner, bank, own, group.layout)
-        spoilt = _spoilt(group.layout, own, said) if group.layout is not None else set()
+        spoilt = [] if group.layout is None else _spoilt(group.layout, own, said)
         if not spoilt:
             yield group.members, said
             continue
@@ -47,8 +47,9 @@ def read(runner: Runner, bank: SlotBank, readings: Sequence[Reading]) -> Iterato
         parts = torch.split(said, [len(reading.positions) for reading in own])
         if sound:
             yield [group.members[number] for number in sound], torch.cat([parts[number] for number in sound])
-        for number in sorted(spoilt):
-            yield [group.members[number]], _said(runner, bank, [own[number]], None)
+        for again in _groups(runner, [own[number] for number in spoilt], 0):
+            numbers = [spoilt[at] for at in again.members]
+            yield [group.members[number] for number in numbers], _said(runner, bank, [own[n] for n in numbers], None)
 
 
 def _said(runner: Runner, bank: SlotBank, readings: Sequence[Reading], layout: Layout | None) -> torch.Tensor:
@@ -58,20 +59,20 @@ def _said(runner: Runner, bank: SlotBank, readings: Sequence[Reading], layout: L
         return runner.logits(readings, layouts=layouts)
 
 
-def _spoilt(layout: Layout, readings: Sequence[Reading], said: torch.Tensor) -> set[int]:
+def _spoilt(layout: Layout, readings: Sequence[Reading], said: torch.Tensor) -> list[int]:
     """Return the sequences in whose rows something is not finite; of a position's logits one tells of all."""
     owners = [number for number, reading in enumerate(readings) for _ in reading.positions]
     rows = {layout.places[owners[at]][0] for at in (~said[:, 0].isfinite()).nonzero()[:, 0].tolist()}
-    return {number for number, (row, _) in enumerate(layout.places) if row in rows}
+    return [number for number, (row, _) in enumerate(layout.places) if row in rows]
 
 
 def _planned(runner: Runner, readings: Sequence[Reading]) -> list[_Group]:
     """Return the forwards of least cost, with what each of them costs beside its tokens."""
     may_share = runner.packs and not torch.is_grad_enabled()  # what is added in place has no gradient
-    longest = max((len(reading.ids) for reading in readings), default=0)
-    shared = [most for at, most in enumerate(WIDTHS) if at == 0 or WIDTHS[at - 1] < longest] if may_share else []
+    short = {most: sum(len(reading.ids) <= most for reading in readings) for most in WIDTHS} if may_share else {}
+    differing = {count: most for most, count in reversed(short.items()) if count > 1}
     fixed = runner.tokens // FORWARD_SHARE * ATTENTION
-    plans = (_groups(runner, readings, most) for most in (0, *shared))
+    plans = (_groups(runner, readings, most) for most in (0, *differing.values()))
     return min(plans, key=lambda groups: sum(group.cost + fixed for group in groups))
 
 
@@ -91,7 +92,8 @@ def _groups(runner: Runner, readings: Sequence[Reading], most: int) -> list[_Gro
 
 
 def _parts(runner: Runner, readings: Sequence[Reading], numbers: Sequence[int]) -> Iterator[list[int]]:
-    """Cut sequences, a slot's one after the other, where a forward would hold more tokens or reads than it may."""
+    """Cut sequences, a slot's one after the other, where a forward would hold more tokens, padding not counted, or
+    reads than it may."""
     part, tokens, reads = list[int](), 0, 0
     for number in sorted(numbers, key=lambda number: readings[number].slot):
         length, own = len(readings[number].ids), len(readings[number].positions)

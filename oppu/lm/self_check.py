@@ -83,7 +83,7 @@ def check_base(runner: Runner, bank: SlotBank, targets: Mapping[str, nn.Module])
 
 
 def _packs(runner: Runner, bank: SlotBank, rows: list[Ids], alone: list[torch.Tensor]) -> bool:
-    """Say whether sequences that share a row are read as each alone, in a batch with an adapter too."""
+    """Say whether sequences that share a row are read as each alone, and so beside one whose layers add an adapter."""
     layout = packed([len(row) for row in rows])
     layouts, readings = (layout, layout.narrowed([1] * len(rows))), [Reading(row, (len(row) - 1,)) for row in rows]
     plain = len(rows) - 1  # the last one may have an adapter, and is not compared
@@ -92,13 +92,15 @@ def _packs(runner: Runner, bank: SlotBank, rows: list[Ids], alone: list[torch.Te
             with bank.use([*[0] * plain, slot], layouts=layouts):
                 found = runner.logits(readings, layouts=layouts)
             pairs = zip(found[:plain], alone[:plain], strict=True)
-            if not all(_alike(runner, one, other, _ALIKE_PACKED) for one, other in pairs):
-                return False
+            why = "" if all(_alike(runner, one, other, _ALIKE_PACKED) for one, other in pairs) else "the answers differ"
+            if why:
+                break
     except (*_FAULTS, ConfigError) as error:
         _not_the_bases(error)
-        logger.info("base %s: every sequence has a row of its own: %s", runner.base.name, error)
-        return False
-    return True
+        why = str(error) or type(error).__name__
+    if why:
+        logger.info("base %s: every sequence has a row of its own: %s", runner.base.name, why)
+    return not why
 
 
 def _not_the_bases(error: Exception) -> None:

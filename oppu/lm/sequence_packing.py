@@ -14,10 +14,8 @@ WIDTHS = (128, 256)
 """Tokens of a row that are tried, or as many as the longest sequence has."""
 ATTENTION = 600
 """A token's attention over so many others takes about as long as the rest of a block."""
-_FEW = 16
-"""Attention over fewer tokens takes as long as over hundreds: two to five times as long a token as over 16 to 64."""
 _NOBODY = -1
-_NEAR = ("sliding_window", "local_attention", "attention_window", "attention_chunk_size")
+_NEAR = ("sliding_window", "local_attention", "attention_window", "attention_chunk_size", "keep_window_size")
 """Settings of models in which some layers look at near tokens only; a mask that we give replaces that."""
 
 
@@ -101,7 +99,7 @@ def packed(lengths: Sequence[int]) -> Layout:
 
 def cost(rows: int, width: int) -> int:
     """Return what a block computes of so many rows of so many tokens, in products of a token with another."""
-    return rows * width * (ATTENTION + (width if width >= _FEW else WIDTHS[-1]))
+    return rows * width * (ATTENTION + width)
 
 
 def looks_near(config: object, reach: float) -> bool:

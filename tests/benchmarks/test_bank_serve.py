@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import bank_serve
-from benchmarks.bank_serve import Scope, against_others, sweep_users
+from benchmarks.bank_serve import Scope, against_others, on_prompts, sweep_users
 from benchmarks.batch_mates import changed_by_batch_mates
 from benchmarks.subjects import banked, bare, base_named
 from oppu.lm.hardware import fast_bfloat16
@@ -22,8 +22,11 @@ def test_bank_and_peft_agree_and_every_ratio_is_there(dtype: str, monkeypatch: p
         monkeypatch.setattr(bank_serve, name, few)
     scope = Scope(tokens=(1, 8), ranks=(8,), users=(1, 4), wide_tokens=(1,), repeats=1)
     base = base_named("offline", device="cpu", dtype=dtype)
-    rows = [*against_others(base, scope), *sweep_users(base, scope, None)]
-    assert [(row["tokens"], row["distinct_users"]) for row in rows] == [(1, 4), (8, 4), (1, 1), (1, 4)]
+    rows = [*against_others(base, scope), *sweep_users(base, scope, None), on_prompts(base, load_tasks(None), scope)]
+    assert [row["distinct_users"] for row in rows] == [4, 4, 1, 4, 4]
+    assert [row["tokens"] for row in rows[:4]] == [1, 8, 1, 1]
+    shortest, mean, longest = (cast(float, rows[4][name]) for name in ("shortest", "tokens", "longest"))
+    assert shortest < mean < longest
     for row in rows:
         names = ("ratio_to_base", "ratio_to_well_run_base", "ratio_to_peft_set_adapter", "ratio_to_peft_adapter_names")
         found = [row[name] for name in (names if row["rows"] == 4 else names[:2])]
@@ -44,7 +47,7 @@ def test_batch_mates_turn_no_answer_but_near_ties(dtype: str) -> None:
 
 def test_the_base_that_is_compared_with_stays_as_it_comes() -> None:
     base = base_named("offline", device="cpu", dtype="float32")
-    ids = torch.tensor([[1000, 2000, 3000]])
+    ids = {"input_ids": torch.tensor([[1000, 2000, 3000]])}
     before = bare(base, ids)
     subject = banked(base, slots=1, rank=2, alpha=4)
     own = subject.run([(1000, 2000, 3000)], [1])

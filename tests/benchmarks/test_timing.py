@@ -76,6 +76,7 @@ def test_parts_of_a_benchmark_run_alone(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     monkeypatch.setattr("benchmarks.subjects.base_named", lambda *_, **__: None)
     monkeypatch.setattr(bank_serve, "bytes_moved", lambda *_: 0)
+    monkeypatch.setattr(bank_serve, "on_prompts", lambda *_: {"rows": 64})
     monkeypatch.setattr("benchmarks.batch_mates.changed_by_batch_mates", lambda *_, **__: Changed(0, 0.0, 0.0))
     monkeypatch.setattr(residency, "growth", lambda *_: [])
     for module, name in ((bank_serve, "against_others"), (bank_serve, "sweep_users"), (residency, "measure")):
