@@ -77,6 +77,7 @@ def check_base(runner: Runner, bank: SlotBank, targets: Mapping[str, nn.Module])
             shared, why = False, str(error)
         # the first row once more: it lies between the two
         runner.packs = runner.packs and _packs(runner, bank, [*rows, *rows[:1]], [*alone, *alone[:1]])
+    logger.info("base %s: short sequences %s rows", runner.base.name, "share" if runner.packs else "do not share")
     if not shared:
         logger.warning("base %s: each choice's line reads its prompt again: %s", runner.base.name, why)
     return shared
@@ -99,7 +100,7 @@ def _packs(runner: Runner, bank: SlotBank, rows: list[Ids], alone: list[torch.Te
         _not_the_bases(error)
         why = str(error) or type(error).__name__
     if why:
-        logger.info("base %s: every sequence has a row of its own: %s", runner.base.name, why)
+        logger.info("base %s: a row of several sequences is not read as each alone: %s", runner.base.name, why)
     return not why
 
 

@@ -313,4 +313,4 @@ def test_a_base_that_reads_masks_otherwise_keeps_a_row_each(
         model = TorchModel(make_base("llama", dtype), tasks, settings=settings, slots=1)
     assert not model._runner.packs
     said = {"leaks": "the answers differ", "fails": "no such mask", "layers": "layers read rows otherwise"}
-    assert said[fault] in caplog.text
+    assert said[fault] in caplog.text and "do not share rows" in caplog.text
