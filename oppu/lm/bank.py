@@ -4,8 +4,8 @@ Target layers that read the same input (query and value of one block) share one 
 A ``[r, in]`` and the transposes of their B ``[out, r]``: what a batch needs of it is gathered in one copy, into memory
 that stays in the cache, and all A meet the input in one product. A hook adds ``scale · B A x`` of its slot to every
 row. Slot 0 is the zero adapter and never written. Names and shapes outside are PEFT's. Which version lies in which
-slot is decided in ``residence``. A layer that reads its rows' tokens flattened, as OPT's ``fc1`` does, is told them
-apart by the number of rows.
+slot is decided in ``residence``, and which tokens have which slot in ``mix``. A layer that reads its rows' tokens
+flattened, as OPT's ``fc1`` does, is told them apart by the number of rows.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -104,7 +104,8 @@ class SlotBank:
             slots: One a sequence; all 0 means the base as it is. Rows of one slot cost least side by side, those of
                 slot 0 at the front.
             dropout: What the adapters do not see of their inputs, while training.
-            layouts: Where the sequences lie, by what layers read of them; none: a row each. Not while training.
+            layouts: Where the sequences lie, by what layers read of them; none: a row each. On a CPU, and not while
+                training.
         """
         self._mix = self._mixed(slots, dropout, layouts) if any(slots) else None
         try:
@@ -113,8 +114,7 @@ class SlotBank:
             self._mix = self._inner = None
 
     def _mixed(self, slots: Sequence[int], dropout: Dropout | None, layouts: Sequence[Layout]) -> Mix:
-        device = self.weights[0].device
-        return mixed_in_rows(slots, layouts, device) if layouts else mixed(slots, device, dropout)
+        return mixed_in_rows(slots, layouts) if layouts else mixed(slots, self.weights[0].device, dropout)
 
     def check(self, tensors: Tensors) -> int:
         """Return an adapter's rank.

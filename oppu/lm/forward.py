@@ -1,8 +1,8 @@
 """Run token sequences through the base and read logits only where they are wanted.
 
 Sequences are padded on the right with explicit positions; attention is causal, so padding cannot reach a real
-token and a row's logits do not depend on its batch-mates. The language-model head, and of most bases the last block's
-second half, see the read positions only.
+token and a row's logits do not depend on its batch-mates. Where a row holds several, a mask keeps them apart. The
+language-model head, and of most bases the last block's second half, see the read positions only.
 """
 
 import inspect
@@ -102,21 +102,18 @@ class Runner:
 
     def _logits_in_rows(self, readings: Sequence[Reading], whole: Layout, read: Layout) -> torch.Tensor:
         """Run sequences of which rows hold several."""
-        device = self.base.device
-        firsts = [first for _, first in whole.places]
-        columns = [[first + at for at in own.positions] for first, own in zip(firsts, readings, strict=True)]
-        cells = [cell for number in range(len(readings)) for cell in read.cells(number)]
-        picked = [divmod(cell, read.width) for cell in cells]
-        if not self._last.known:
-            rows = [row for row, _ in whole.places]
-            picked = [(row, column) for row, own in zip(rows, columns, strict=True) for column in own]
-        narrow = read.filled(columns).to(device) if self._last.known else None
+        pairs = list(zip(whole.places, readings, strict=True))
+        if self._last.known:
+            narrow = read.filled([[first + at for at in own.positions] for (_, first), own in pairs])
+            picked = [divmod(cell, read.width) for number in range(len(pairs)) for cell in read.cells(number)]
+        else:
+            narrow, picked = None, [(row, first + at) for (row, first), own in pairs for at in own.positions]
         with self._picking(picked, narrow):
             out = self.base.model(
-                input_ids=whole.filled([reading.ids for reading in readings]).to(device),
-                attention_mask=whole.mask(self.base.dtype, causal=True).to(device),
+                input_ids=whole.filled([reading.ids for reading in readings]),
+                attention_mask=whole.mask(self.base.dtype, causal=True),
                 use_cache=False,
-                **self.given_positions(whole.positions().to(device)),
+                **self.given_positions(whole.positions()),
             )
         return self.widened(out.logits[0])
 

@@ -106,25 +106,24 @@ def mixed(slots: Sequence[int], device: torch.device, dropout: Dropout | None = 
     return Mix(len(slots), chosen, plain, tuple(n for _, n in runs) if len(lengths) > 1 else (), dropout=dropout)
 
 
-def mixed_in_rows(slots: Sequence[int], layouts: Sequence[Layout], device: torch.device) -> Mix:
-    """Sort out a batch whose rows hold several sequences.
+def mixed_in_rows(slots: Sequence[int], layouts: Sequence[Layout]) -> Mix:
+    """Sort out a batch on a CPU whose rows hold several sequences.
 
     Args:
         slots: Of each sequence; not all 0.
         layouts: Where they lie: one for each number of columns that layers read.
-        device: Where the weights are.
 
     Returns:
         The mix.
     """
     if len(set(slots)) == 1:  # then padding may have the adapter too
-        return Mix(layouts[0].rows, sent(slots[:1], device))
+        return Mix(layouts[0].rows, torch.tensor(slots[:1]))
     adapted = sorted((number for number, slot in enumerate(slots) if slot), key=slots.__getitem__)
     runs = [list(own) for _, own in groupby(adapted, key=slots.__getitem__)]
     few = sum(layouts[0].lengths[number] for number in adapted) < _LOOP_TOKENS * len(runs)
     spans = {x.width: _in_pieces(x, slots, adapted) if few else _joined(x, slots, runs) for x in layouts}
     none = torch.empty(0, dtype=torch.int64)  # the spans have their own
-    return Mix(layouts[0].rows, none, spans={width: _moved(own, device) for width, own in spans.items()})
+    return Mix(layouts[0].rows, none, spans=spans)
 
 
 def _in_pieces(layout: Layout, slots: Sequence[int], sequences: Sequence[int]) -> Spans:
@@ -156,10 +155,3 @@ def _joined(layout: Layout, slots: Sequence[int], runs: Sequence[Sequence[int]])
     places = torch.tensor([cell for own in tokens for cell in own])
     chosen = torch.tensor([slots[own[0]] for own in runs])
     return Spans(chosen, places[None], None, places, tuple(map(len, tokens)))
-
-
-def _moved(spans: Spans, device: torch.device) -> Spans:
-    given = None if spans.given is None else spans.given.to(device)
-    return replace(
-        spans, slots=spans.slots.to(device), taken=spans.taken.to(device), given=given, places=spans.places.to(device)
-    )

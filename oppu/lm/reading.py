@@ -38,7 +38,7 @@ def read(runner: Runner, bank: SlotBank, readings: Sequence[Reading]) -> Iterato
     """
     for group in _planned(runner, readings):
         own = [readings[member] for member in group.members]
-        said = _said(runner, bank, own, group.layout)
+        said = read_laid_out(runner, bank, own, group.layout)
         spoilt = [] if group.layout is None else _spoilt(group.layout, own, said)
         if not spoilt:
             yield group.members, said
@@ -49,10 +49,24 @@ def read(runner: Runner, bank: SlotBank, readings: Sequence[Reading]) -> Iterato
             yield [group.members[number] for number in sound], torch.cat([parts[number] for number in sound])
         for again in _groups(runner, [own[number] for number in spoilt], 0):
             numbers = [spoilt[at] for at in again.members]
-            yield [group.members[number] for number in numbers], _said(runner, bank, [own[n] for n in numbers], None)
+            yield (
+                [group.members[number] for number in numbers],
+                read_laid_out(runner, bank, [own[n] for n in numbers], None),
+            )
 
 
-def _said(runner: Runner, bank: SlotBank, readings: Sequence[Reading], layout: Layout | None) -> torch.Tensor:
+def read_laid_out(runner: Runner, bank: SlotBank, readings: Sequence[Reading], layout: Layout | None) -> torch.Tensor:
+    """Read sequences in one forward.
+
+    Args:
+        runner: The base.
+        bank: The adapters.
+        readings: Each with at least one position.
+        layout: Where they lie; ``None``: a row each.
+
+    Returns:
+        ``[t, vocabulary]``, as ``Runner.logits``.
+    """
     counts = [len(reading.positions) for reading in readings]
     layouts = () if layout is None else (layout, layout.narrowed(counts))
     with bank.use([reading.slot for reading in readings], layouts=layouts):

@@ -21,6 +21,7 @@ from oppu.lm.forward import Runner
 from oppu.lm.generation import left_padded
 from oppu.lm.kv_cache import roomy_cache
 from oppu.lm.prompts import Ids
+from oppu.lm.reading import read_laid_out
 from oppu.lm.sequence_packing import packed
 
 logger = logging.getLogger(__name__)
@@ -86,12 +87,12 @@ def check_base(runner: Runner, bank: SlotBank, targets: Mapping[str, nn.Module])
 def _packs(runner: Runner, bank: SlotBank, rows: list[Ids], alone: list[torch.Tensor]) -> bool:
     """Say whether sequences that share a row are read as each alone, and so beside one whose layers add an adapter."""
     layout = packed([len(row) for row in rows])
-    layouts, readings = (layout, layout.narrowed([1] * len(rows))), [Reading(row, (len(row) - 1,)) for row in rows]
     plain = len(rows) - 1  # the last one may have an adapter, and is not compared
     try:
-        for slot in (0, 1):
-            with bank.use([*[0] * plain, slot], layouts=layouts):
-                found = runner.logits(readings, layouts=layouts)
+        for last in (0, 1):
+            slots = [*[0] * plain, last]
+            readings = [Reading(row, (len(row) - 1,), slot) for row, slot in zip(rows, slots, strict=True)]
+            found = read_laid_out(runner, bank, readings, layout)
             pairs = zip(found[:plain], alone[:plain], strict=True)
             why = "" if all(_alike(runner, one, other, _ALIKE_PACKED) for one, other in pairs) else "the answers differ"
             if why:
