@@ -48,7 +48,7 @@ def _row(dtype: torch.dtype, joined: int, repeats: int) -> dict[str, Cell]:
     cases = {
         "library": partial(_each, partial(_encode, plain), texts),
         "matrices": partial(_each, partial(_encode, matrices), texts),
-        "packed": partial(_each, partial(packing.encode, batch=TEXTS), texts),
+        "packed": partial(_each, packing.encode, texts),
     }
     found = interleaved(cases, repeats=repeats)
     tokens = [len(ids) for ids in plain.tokenizer(texts, truncation=True)["input_ids"]]

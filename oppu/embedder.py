@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 
 OFFLINE = "offline"
 _BATCH = 32
-"""Texts of one forward: sorted by length within a call, so that short ones are not padded to the longest of all."""
+"""Texts of one forward, where each takes a row: sorted by length within a call, so that short ones are not padded to
+the longest of all."""
 _HASH_BLOCK_BYTES = 1 << 20
 _WORD_LIST = "WordPiece"
 _CONTENT = (
@@ -109,7 +110,7 @@ class SentenceEmbedder:
             dtype: ``float32``, ``bfloat16``, or ``auto``: the latter where the hardware multiplies it. That is rounding
                 (similarities move by some thousandths), so vectors of both are compared.
             threads: Torch threads; none = as they are.
-            batch: Texts of one forward.
+            batch: Texts of one forward, where each takes a row.
 
         Raises:
             ConfigError: Naming ``model.embedder``.
@@ -159,7 +160,7 @@ class SentenceEmbedder:
         if not texts:
             return np.zeros((0, self._dim), dtype=np.float32)
         if self._packing is not None:
-            return self._packing.encode(texts, self._batch)
+            return self._packing.encode(texts)
         found = self._model.encode(
             list(texts),
             batch_size=self._batch,

@@ -21,8 +21,8 @@ from oppu.embedder import Embedder
 from oppu.values import Vector
 
 FIRST_WINDOW, MOST_WINDOW = 64, 256
-"""Texts of one call: the first is what a worker waits for, each further one is as many as all before it, because texts
-are padded less the more of them are sorted (512 at once took .7 of the time of eight calls of 64)."""
+"""Texts of one call: the first is what a worker waits for, each further one is as many as all before it, because a call
+costs something beside its texts."""
 
 NICENESS = 10
 """Of the thread, above its process's: most vectors are needed later than what runs now. Workers of one torch thread on
@@ -83,7 +83,8 @@ class QueryVectors:
             for place in before.values():
                 if id(place.call) not in needed:
                     place.call.cancel()  # what is urgent now must not wait behind it
-            self._expected = {**kept, **self._begin(self._executor, (text for text in texts if text not in kept))}
+            new = (text for text in texts if text not in kept)
+            self._expected = {**kept, **self._begin(self._executor, new, len(kept))}
 
     def of(self, texts: Sequence[str]) -> list[Vector]:
         """Return vectors, waiting for those that are on their way.
@@ -101,7 +102,8 @@ class QueryVectors:
             return list(self._embedder.embed(texts)) if texts else []
         with self._lock:
             known = {text: self._expected[text] for text in texts if text in self._expected}
-            places = {**known, **self._begin(self._executor, (text for text in texts if text not in known))}
+            new = (text for text in texts if text not in known)
+            places = {**known, **self._begin(self._executor, new, MOST_WINDOW)}  # all are waited for
         try:
             vectors = {text: place.vector() for text, place in places.items()}
         except Exception:  # it may have been raised on a text that others expect
@@ -116,18 +118,18 @@ class QueryVectors:
         with self._lock:
             self._expected.clear()
 
-    def _begin(self, executor: Executor, texts: Iterable[str]) -> Mapping[str, _Place]:
-        """Hand texts to the thread, each once."""
+    def _begin(self, executor: Executor, texts: Iterable[str], ahead: int) -> Mapping[str, _Place]:
+        """Hand texts to the thread, each once; so many are needed before them."""
         places: dict[str, _Place] = {}
-        for part in _windows(list(dict.fromkeys(texts))):
+        for part in _windows(list(dict.fromkeys(texts)), ahead):
             call = executor.submit(self._embedder.embed, part)
             places.update({text: _Place(call, row) for row, text in enumerate(part)})
         return places
 
 
-def _windows(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+def _windows(texts: Sequence[str], ahead: int) -> Iterator[Sequence[str]]:
     done = 0
     while done < len(texts):
-        size = min(max(done, FIRST_WINDOW), MOST_WINDOW)
+        size = min(max(ahead + done, FIRST_WINDOW), MOST_WINDOW)
         yield texts[done : done + size]
         done += size

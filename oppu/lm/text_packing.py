@@ -6,7 +6,7 @@ own layers pool and normalize, as they do after a GPU's kernel for sequences of 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from torch.nn import functional
 
 from oppu.lm.sequence_packing import looks_near, packed
 
+TOKENS = 8192
+"""Of one forward."""
 _PROBES = (
     *("", "rain", "The senate voted on Tuesday.", "Rain over Spain, then sun."),
     *(" ".join(map(str, range(most))) for most in (90, 600)),  # words that change: nearness in a text must count
@@ -42,19 +44,19 @@ class TextPacking:
         """The encoder's."""
         return self._encoder.config
 
-    def encode(self, texts: Sequence[str], batch: int) -> NDArray[np.float32]:
+    def encode(self, texts: Sequence[str], most: int = TOKENS) -> NDArray[np.float32]:
         """Embed texts.
 
         Args:
             texts: Any.
-            batch: Texts of one forward; the longest are taken first.
+            most: Tokens of one forward of several texts, padding not counted; the longest texts are taken first.
 
         Returns:
             ``[len(texts), dim] float32``, each row of unit length.
         """
         tokens: list[list[int]] = self._tokenizer(list(texts), truncation=True)["input_ids"]
         longest_first = sorted(range(len(texts)), key=lambda text: -len(tokens[text]))
-        parts = [longest_first[first : first + batch] for first in range(0, len(texts), batch)]
+        parts = list(_parts(longest_first, [len(text) for text in tokens], most))
         with torch.inference_mode():
             vectors = torch.cat([self._forward([tokens[text] for text in part]) for part in parts])
             ordered = torch.empty_like(vectors)
@@ -106,11 +108,24 @@ def text_packing(model: Any) -> TextPacking | None:
         if looks_near(packing.config, math.inf):
             return None
         alone = model.encode(probes, batch_size=1, convert_to_tensor=True, show_progress_bar=False)
-        shared = torch.from_numpy(packing.encode(probes, len(probes)))
+        shared = torch.from_numpy(packing.encode(probes))
         likeness = functional.cosine_similarity(shared, alone.float())
     except Exception:
         return None
     return packing if likeness.min() >= _LIKENESS else None
+
+
+def _parts(order: Sequence[int], lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Cut texts, in this order, where a forward would hold more tokens than it may."""
+    part, tokens = list[int](), 0
+    for text in order:
+        if part and tokens + lengths[text] > most:
+            yield part
+            part, tokens = [], 0
+        part.append(text)
+        tokens += lengths[text]
+    if part:
+        yield part
 
 
 def _first_position(encoder: torch.nn.Module) -> int:

@@ -79,6 +79,15 @@ def test_the_first_call_is_small_and_none_is_large(vectors: QueryVectors, embedd
     assert [len(call) for call in embedder.calls] == [FIRST_WINDOW, 64, 128, MOST_WINDOW, 700 - 512]
 
 
+def test_what_comes_behind_others_is_one_call(vectors: QueryVectors, embedder: Watched) -> None:
+    vectors.expect(TEXTS[:300])
+    vectors.expect(TEXTS[64:600])
+    vectors.of(TEXTS[64:600])
+    assert [len(call) for call in embedder.calls] == [FIRST_WINDOW, 64, 128, 300 - 256, 236, 600 - 536]
+    vectors.of([f"unexpected {n}" for n in range(300)])
+    assert [len(call) for call in embedder.calls[6:]] == [MOST_WINDOW, 300 - MOST_WINDOW]
+
+
 def test_what_a_step_did_not_reach_is_there_for_the_next(vectors: QueryVectors, embedder: Watched) -> None:
     vectors.expect(TEXTS[:300])
     vectors.of(TEXTS[:64])

@@ -38,10 +38,10 @@ def _alone(model: Any, texts: list[str]) -> Any:
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.lists(st.integers(0, 300), min_size=1, max_size=40), st.integers(1, 40), st.randoms())
-def test_a_packed_text_has_the_librarys_vector(minilm: Any, lengths: list[int], batch: int, rng: random.Random) -> None:
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=40), st.integers(1, 2000), st.randoms())
+def test_a_packed_text_has_the_librarys_vector(minilm: Any, lengths: list[int], most: int, rng: random.Random) -> None:
     texts = [" ".join(rng.choices(WORDS, k=length)) for length in lengths]
-    found = TextPacking(minilm).encode(texts, batch)
+    found = TextPacking(minilm).encode(texts, most)
     assert found.shape == (len(texts), 384) and found.dtype == np.float32
     np.testing.assert_allclose(found, _alone(minilm, texts), atol=2e-6)
 
@@ -56,13 +56,14 @@ def test_rows_hold_several_texts_and_no_text_is_cut(minilm: Any, monkeypatch: py
 
     packing = TextPacking(minilm)
     monkeypatch.setattr(minilm[0].model, "forward", seen)
-    packing.encode(["rain over spain"] * 60 + ["word " * 500], 64)
-    packing.encode(["rain over spain"] * 60, 64)
-    packing.encode(["rain"] * 5, 2)
+    packing.encode(["rain over spain"] * 60 + ["word " * 500])
+    packing.encode(["rain over spain"] * 60)
+    packing.encode(["rain"] * 5, 7)
+    packing.encode(["word " * 500, "rain"], 7)
     [(long_rows, long), (rows, width), *small] = shapes
     assert long == 256 and long_rows == 3  # 60 texts of 5 tokens beside one of 256: 51 fit into a row
-    assert (rows, width) == (3, 125)  # 25 texts fit into 128 tokens, which are no more than are needed
-    assert small == [(1, 6), (1, 6), (1, 3)]
+    assert (rows, width) == (5, 60)  # 12 texts fit into 64 tokens, which are no more than are needed
+    assert small == [(1, 6), (1, 6), (1, 3), (1, 256), (1, 3)]  # seven tokens are two texts of three, or one longer one
 
 
 @pytest.mark.parametrize("pooling", ["cls", "max", "lasttoken"])
@@ -70,9 +71,9 @@ def test_the_models_own_layers_pool(minilm: Any, pooling: str) -> None:
     other = _loaded(str(get_model_path()))
     other[1] = Pooling(384, pooling_mode=pooling)
     texts = ["rain over spain", "a", "the senate voted on tuesday again"]
-    found = TextPacking(other).encode(texts, 3)
+    found = TextPacking(other).encode(texts)
     np.testing.assert_allclose(found, _alone(other, texts), atol=2e-6)
-    assert np.abs(found - TextPacking(minilm).encode(texts, 3)).max() > 0.01
+    assert np.abs(found - TextPacking(minilm).encode(texts)).max() > 0.01
 
 
 @pytest.mark.parametrize("family", ["Roberta", "MPNet"])
@@ -83,7 +84,7 @@ def test_positions_may_begin_after_the_paddings(minilm: Any, tmp_path: Path, fam
     model = _loaded(folder)
     assert text_packing(model) is not None
     texts = ["rain over spain", "a", "the senate voted on tuesday again"]
-    np.testing.assert_allclose(TextPacking(model).encode(texts, 3), _alone(model, texts), atol=2e-6)
+    np.testing.assert_allclose(TextPacking(model).encode(texts), _alone(model, texts), atol=2e-6)
 
 
 def test_a_model_that_reads_masks_in_another_way_stays_as_it_is(minilm: Any, tmp_path: Path) -> None:
@@ -104,7 +105,7 @@ def test_layers_that_look_at_near_tokens_only_are_left_to_the_library(minilm: An
 def test_a_model_that_fails_on_a_long_text_still_loads(minilm: Any, tmp_path: Path) -> None:
     folder = _random(minilm, tmp_path, transformers.RobertaModel, transformers.RobertaConfig, longest=400)  # of 300
     with pytest.raises((IndexError, RuntimeError)):
-        TextPacking(_loaded(folder)).encode(["word " * 400], 1)
+        TextPacking(_loaded(folder)).encode(["word " * 400])
     embedder, texts = SentenceEmbedder(folder, threads=1, batch=8), ["rain over spain", "a", "the senate voted"]
     np.testing.assert_allclose(embedder.embed(texts), _alone(_loaded(folder), texts), atol=2e-6)
 
@@ -121,7 +122,7 @@ def test_bfloat16_is_packed_too(minilm: Any) -> None:
     packing = text_packing(half)
     assert packing is not None
     texts = ["rain over spain", "a", "the senate voted on tuesday again"] * 7
-    np.testing.assert_allclose(packing.encode(texts, 64), TextPacking(minilm).encode(texts, 64), atol=0.01)
+    np.testing.assert_allclose(packing.encode(texts), TextPacking(minilm).encode(texts), atol=0.01)
 
 
 def _random(minilm: Any, folder: Path, model: Any, config: Any, *, longest: int = 256) -> str:
