@@ -295,15 +295,16 @@ def buckets(
         Groups of indices, shortest first; every index once.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    wanted = np.cumsum([0, *(reads[i] for i in order)]) if reads else np.zeros(len(order) + 1, dtype=np.int64)
-    least, begins = np.zeros(len(order) + 1), [0] * (len(order) + 1)
-    for end in range(1, len(order) + 1):
-        longest = lengths[order[end - 1]]
-        few = int(np.searchsorted(wanted[:end], wanted[end] - most_reads)) if reads else 0
-        first = max(end - max(1, tokens // longest), min(few, end - 1), 0)
-        costs = least[first:end] + longest * np.arange(end - first, 0, -1)
-        begins[end] = first + int(costs.argmin())
-        least[end] = costs.min() + tokens / FORWARD_SHARE
+    wanted = np.cumsum([0, *(reads[i] if reads else 0 for i in order)])
+    few = np.searchsorted(wanted, wanted[1:] - most_reads).tolist()  # the first that each may share a group with
+    least, begins, members = np.zeros(len(order) + 1), [0] * (len(order) + 1), np.arange(len(order), 0, -1)
+    for last, index in enumerate(order):
+        longest = lengths[index]
+        first = max(last + 1 - max(1, tokens // longest), min(few[last], last), 0)
+        costs = members[first - last - 1 :] * longest + least[first : last + 1]
+        cheapest = int(costs.argmin())
+        begins[last + 1] = first + cheapest
+        least[last + 1] = costs[cheapest] + tokens / FORWARD_SHARE
     groups: list[list[int]] = []
     end = len(order)
     while end:

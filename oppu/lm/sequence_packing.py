@@ -4,6 +4,7 @@ Sequences of a few dozen tokens, one a row, are mostly padding and small product
 from its own beginning, and attention sees no other. Invariant: every sequence lies whole in one row.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -95,7 +96,7 @@ def packed(lengths: Sequence[int]) -> Layout:
         Where they lie.
     """
     widths = sorted({max(width, *lengths) for width in WIDTHS})
-    return min((_first_fit(lengths, width) for width in widths), key=lambda layout: layout.cost)
+    return min((_best_fit(lengths, width) for width in widths), key=lambda layout: layout.cost)
 
 
 def cost(rows: int, width: int) -> int:
@@ -122,14 +123,16 @@ def looks_near(config: object, reach: float) -> bool:
     return any(not isinstance(size, int) or size < reach for size in sizes)
 
 
-def _first_fit(lengths: Sequence[int], width: int) -> Layout:
-    """Put each sequence, the longest first, into the first row that has room for it (first-fit decreasing)."""
-    filled, places = list[int](), [(0, 0)] * len(lengths)
+def _best_fit(lengths: Sequence[int], width: int) -> Layout:
+    """Put each sequence, the longest first, into the fullest row that has room for it (best-fit decreasing)."""
+    room, rows, places = list[tuple[int, int]](), 0, [(0, 0)] * len(lengths)  # of each row what is left, ascending
     for sequence in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
         length = lengths[sequence]
-        row = next((row for row, used in enumerate(filled) if used + length <= width), len(filled))
-        if row == len(filled):
-            filled.append(0)
-        places[sequence] = row, filled[row]
-        filled[row] += length
-    return Layout(len(filled), max(filled), tuple(places), tuple(lengths))
+        at = bisect_left(room, (length, 0))
+        if at < len(room):
+            left, row = room.pop(at)
+        else:
+            left, row, rows = width, rows, rows + 1
+        places[sequence] = row, width - left
+        insort(room, (left - length, row))
+    return Layout(rows, width - room[0][0], tuple(places), tuple(lengths))
