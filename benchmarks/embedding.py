@@ -1,6 +1,6 @@
 """Texts to vectors: several texts a row, against sentence-transformers as it comes and with its matrices packed.
 
-``python -m benchmarks.embedding [--json FILE]``; the packaged MiniLM on a CPU, 64 texts a call, as the workers ask.
+``python -m benchmarks.embedding [--json FILE]``; the packaged MiniLM on a CPU, 64 or 256 texts a call, as workers ask.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from oppu.lm.hardware import fast_bfloat16, keep_freed_memory
 from oppu.lm.packed import Packed
 from oppu.lm.text_packing import TextPacking
 
-TEXTS = 64
+TEXTS, MOST_TEXTS = 64, 256
 CALLS = 2
 """Of a round, each with other texts."""
 JOINED = (1, 3, 8)
@@ -35,25 +35,27 @@ def main(repeats: int, out: Path | None) -> None:
     """Measure embedding on this machine."""
     keep_freed_memory()
     dtypes = [torch.float32, *([torch.bfloat16] if fast_bfloat16("cpu") else [])]
-    rows = [_row(dtype, joined, repeats) for dtype in dtypes for joined in JOINED]
+    cases = [*((TEXTS, joined) for joined in JOINED), (MOST_TEXTS, 1)]
+    rows = [_row(dtype, texts, joined, repeats) for dtype in dtypes for texts, joined in cases]
     show("texts to vectors", rows)
     write(out, {**machine(), "rows": rows})
 
 
-def _row(dtype: torch.dtype, joined: int, repeats: int) -> dict[str, Cell]:
-    texts = _texts(joined)
+def _row(dtype: torch.dtype, size: int, joined: int, repeats: int) -> dict[str, Cell]:
+    texts = _texts(size * CALLS, joined)
     plain, matrices = _model(dtype), _model(dtype)
     Packed(matrices)
     packing = TextPacking(matrices)
     cases = {
-        "library": partial(_each, partial(_encode, plain), texts),
-        "matrices": partial(_each, partial(_encode, matrices), texts),
-        "packed": partial(_each, packing.encode, texts),
+        "library": partial(_each, partial(_encode, plain), texts, size),
+        "matrices": partial(_each, partial(_encode, matrices), texts, size),
+        "packed": partial(_each, packing.encode, texts, size),
     }
     found = interleaved(cases, repeats=repeats)
     tokens = [len(ids) for ids in plain.tokenizer(texts, truncation=True)["input_ids"]]
     return {
         "dtype": str(dtype).removeprefix("torch."),
+        "texts": size,
         "tokens": rounded(sum(tokens) / len(tokens)),
         "texts_per_second": rounded(len(texts) / found["packed"].median),
         "ratio_to_library": rounded(found["library"].median / found["packed"].median),
@@ -63,8 +65,8 @@ def _row(dtype: torch.dtype, joined: int, repeats: int) -> dict[str, Cell]:
     }
 
 
-def _texts(joined: int) -> list[str]:
-    inputs = [event.input for event in events(TEXTS * CALLS * joined)]
+def _texts(count: int, joined: int) -> list[str]:
+    inputs = [event.input for event in events(count * joined)]
     return [" ".join(inputs[first : first + joined]) for first in range(0, len(inputs), joined)]
 
 
@@ -78,9 +80,9 @@ def _encode(model: Any, texts: Sequence[str]) -> object:
     return model.encode(list(texts), batch_size=TEXTS, normalize_embeddings=True, show_progress_bar=False)
 
 
-def _each(embed: Callable[[Sequence[str]], object], texts: Sequence[str]) -> None:
-    for first in range(0, len(texts), TEXTS):
-        embed(texts[first : first + TEXTS])
+def _each(embed: Callable[[Sequence[str]], object], texts: Sequence[str], size: int) -> None:
+    for first in range(0, len(texts), size):
+        embed(texts[first : first + size])
 
 
 if __name__ == "__main__":

@@ -157,7 +157,9 @@ class IngestSettings(_Section):
     )
     dead_letter_window_records: int = Field(1_000, ge=10, description="How many recent records the share is of.")
     dead_letter_min_users: int = Field(10, ge=1, description="Distinct keys among the refused before it counts.")
-    embed_batch: int = Field(64, ge=1, description="Texts embedded in one forward pass, where each takes a row.")
+    embed_batch: int = Field(
+        64, ge=1, description="Texts embedded in one forward pass; where they share rows: as many as have 8,192 tokens."
+    )
 
 
 class RetrieverSettings(_Section):
