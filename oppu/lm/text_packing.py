@@ -1,7 +1,7 @@
 """Texts to vectors with several texts in a row of an encoder, which attention keeps apart.
 
 Texts of a few dozen tokens, one a row, are mostly padding and small products: packed, 64 of them take .42 to .67 of
-sentence-transformers' own time on two cores, and texts of 152 tokens .82 to .89 (``python -m benchmarks.embedding``). Its
+sentence-transformers' own time on two cores, texts of 152 tokens .82 to .89 (``python -m benchmarks.embedding``). Its
 own layers pool and normalize, as they do after a GPU's kernel for sequences of different lengths.
 """
 
