@@ -12,7 +12,7 @@ import torch
 from oppu.lm.bank import SlotBank
 from oppu.lm.encoding import Reading
 from oppu.lm.forward import FORWARD_SHARE, Runner, buckets
-from oppu.lm.sequence_packing import ATTENTION, WIDTHS, Layout, cost, packed
+from oppu.lm.sequence_packing import ATTENTION, WIDTHS, Layout, cost, packed, parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,29 +92,15 @@ def _planned(runner: Runner, readings: Sequence[Reading]) -> list[_Group]:
 
 def _groups(runner: Runner, readings: Sequence[Reading], most: int) -> list[_Group]:
     """Group sequences of up to so many tokens to share rows, and the others by length."""
-    short = [number for number, reading in enumerate(readings) if len(reading.ids) <= most]
-    alone = [number for number, reading in enumerate(readings) if len(reading.ids) > most]
+    lengths, reads = [len(reading.ids) for reading in readings], [len(reading.positions) for reading in readings]
+    short = [number for number, length in enumerate(lengths) if length <= most]
+    alone = [number for number, length in enumerate(lengths) if length > most]
     found = []
-    for part in _parts(runner, readings, short):
-        layout = packed([len(readings[number].ids) for number in part])
+    by_slot = sorted(short, key=lambda number: readings[number].slot)
+    for part in parts(by_slot, (lengths, runner.tokens), (reads, runner.reads)):
+        layout = packed([lengths[number] for number in part])
         found.append(_Group(part, layout, layout.cost))
-    lengths, reads = [len(readings[number].ids) for number in alone], [len(readings[n].positions) for n in alone]
-    for bucket in buckets(lengths, runner.tokens, reads, runner.reads):
+    for bucket in buckets([lengths[n] for n in alone], runner.tokens, [reads[n] for n in alone], runner.reads):
         members = sorted((alone[at] for at in bucket), key=lambda number: readings[number].slot)
-        found.append(_Group(members, None, cost(len(bucket), max(lengths[at] for at in bucket))))
+        found.append(_Group(members, None, cost(len(bucket), max(lengths[number] for number in members))))
     return found
-
-
-def _parts(runner: Runner, readings: Sequence[Reading], numbers: Sequence[int]) -> Iterator[list[int]]:
-    """Cut sequences, a slot's one after the other, where a forward would hold more tokens, padding not counted, or
-    reads than it may."""
-    part, tokens, reads = list[int](), 0, 0
-    for number in sorted(numbers, key=lambda number: readings[number].slot):
-        length, own = len(readings[number].ids), len(readings[number].positions)
-        if part and (tokens + length > runner.tokens or reads + own > runner.reads):
-            yield part
-            part, tokens, reads = [], 0, 0
-        part.append(number)
-        tokens, reads = tokens + length, reads + own
-    if part:
-        yield part

@@ -5,7 +5,7 @@ from its own beginning, and attention sees no other. Invariant: every sequence l
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,6 +97,28 @@ def packed(lengths: Sequence[int]) -> Layout:
     """
     widths = sorted({max(width, *lengths) for width in WIDTHS})
     return min((_best_fit(lengths, width) for width in widths), key=lambda layout: layout.cost)
+
+
+def parts(order: Sequence[int], *limits: tuple[Sequence[int], int]) -> Iterator[list[int]]:
+    """Cut sequences where a forward of several would hold more than it may.
+
+    Args:
+        order: Their numbers; each part follows on the one before.
+        *limits: What each sequence has of something, by number, and how much of it a forward may hold.
+
+    Yields:
+        The numbers of a forward's sequences.
+    """
+    part, held = list[int](), [0] * len(limits)
+    for number in order:
+        more = [have + sizes[number] for have, (sizes, _) in zip(held, limits, strict=True)]
+        if part and any(have > most for have, (_, most) in zip(more, limits, strict=True)):
+            yield part
+            part, more = [], [sizes[number] for sizes, _ in limits]
+        part.append(number)
+        held = more
+    if part:
+        yield part
 
 
 def cost(rows: int, width: int) -> int:

@@ -6,7 +6,7 @@ own layers pool and normalize, as they do after a GPU's kernel for sequences of 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from oppu.lm.sequence_packing import looks_near, packed
+from oppu.lm.sequence_packing import looks_near, packed, parts
 
 TOKENS = 8192
 """Of one forward, padding not counted. In bfloat16 MiniLM embeds 512 texts of 21 tokens in .7 of the time that forwards
@@ -57,9 +57,9 @@ class TextPacking:
         """
         tokens: list[list[int]] = self._tokenizer(list(texts), truncation=True)["input_ids"]
         longest_first = sorted(range(len(texts)), key=lambda text: -len(tokens[text]))
-        parts = list(_parts(longest_first, [len(text) for text in tokens], most))
+        forwards = parts(longest_first, ([len(text) for text in tokens], most))
         with torch.inference_mode():
-            vectors = torch.cat([self._forward([tokens[text] for text in part]) for part in parts])
+            vectors = torch.cat([self._forward([tokens[text] for text in part]) for part in forwards])
             ordered = torch.empty_like(vectors)
             ordered[longest_first] = vectors
         found: NDArray[np.float32] = functional.normalize(ordered, dim=1).numpy()
@@ -114,19 +114,6 @@ def text_packing(model: Any) -> TextPacking | None:
     except Exception:
         return None
     return packing if likeness.min() >= _LIKENESS else None
-
-
-def _parts(order: Sequence[int], lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Cut texts, in this order, where a forward would hold more tokens than it may."""
-    part, tokens = list[int](), 0
-    for text in order:
-        if part and tokens + lengths[text] > most:
-            yield part
-            part, tokens = [], 0
-        part.append(text)
-        tokens += lengths[text]
-    if part:
-        yield part
 
 
 def _first_position(encoder: torch.nn.Module) -> int:
