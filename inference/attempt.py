@@ -12,29 +12,15 @@ from inference.admission import Ask
 from inference.evidence import Personal
 from oppu.fusion import Sources, sources_of
 from oppu.lm.port import Row, Scored
-from oppu.values import BaseId, UserState
+from oppu.values import BaseId
 from oppu.wire import Degraded, Provenance
 
 Part = Literal["retrieval", "profile", "adapter"]
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """An ask with what is known of its user."""
-
-    ask: Ask
-    personal: Personal
-
-    @property
-    def wants_adapter(self) -> UserState | None:
-        """The user's state where an adapter is asked for and there is one."""
-        state = self.personal.state
-        return state if self.ask.request.options.adapter and state is not None and state.head else None
-
-
-@dataclass(frozen=True, slots=True)
 class Attempt:
-    """A prepared ask with the adapter that serves it and the row that the model is asked about."""
+    """An ask with what is known of its user, the adapter that serves it and the row that the model was asked about."""
 
     ask: Ask
     personal: Personal

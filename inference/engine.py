@@ -15,10 +15,10 @@ import numpy as np
 from inference.adapters import AdapterShelf, Placed
 from inference.admission import Ask
 from inference.answers import EMPTY_GENERATION, Answer, AnswerWriter
-from inference.attempt import Attempt, Prepared
+from inference.attempt import Attempt
 from inference.blending import DEFAULT as DEFAULT_TEXT
 from inference.blending import TextFusion
-from inference.evidence import HistoryRetriever, expect, gather
+from inference.evidence import HistoryRetriever, Personal, expect, gather
 from oppu.clock import Clock
 from oppu.errors import ModelLost, OppuError, Reason
 from oppu.fusion import DEFAULT, Array, Fusion, log_softmax, pick
@@ -110,54 +110,78 @@ class Engine:
     def _answer_pieces(
         self, asks: Sequence[Ask], states: Mapping[UserId, UserState], watch: "_Stopwatch", now: datetime
     ) -> list[Answer]:
-        """Gather evidence piece by piece: what the step's time does not reach has not been searched for in vain."""
+        """Work piece by piece: for what the step's time does not reach nothing has been searched in vain."""
         answers: list[Answer] = []
         tokens = [0 if ask.choices else self._longest(ask) for ask in asks]
-        for asked in _pieces(asks, tokens, self._settings.inference.batch):
-            piece = watch.fork()
-            with piece.stage("retrieve"):
-                personal = gather(asked, states, self._parts.retriever, self._settings)
-            prepared = [Prepared(*known) for known in zip(asked, personal, strict=True)]
-            for chunk in _chunks(prepared, self._settings.inference.resident_adapters):
-                answers.extend(self._answer_chunk(chunk, piece.fork(), now))
+        for piece in _pieces(asks, tokens, self._settings.inference.batch):
+            for chunk in _chunks(piece, states, self._settings.inference.resident_adapters):
+                answers.extend(self._answer_chunk(chunk, states, watch.fork(), now))
                 if watch.elapsed() >= STEP_BUDGET_SECONDS:
                     return answers
         return answers
 
-    def _answer_chunk(self, chunk: Sequence[Prepared], watch: "_Stopwatch", now: datetime) -> list[Answer]:
+    def _answer_chunk(
+        self, chunk: Sequence[Ask], states: Mapping[UserId, UserState], watch: "_Stopwatch", now: datetime
+    ) -> list[Answer]:
         """Judge deadlines once more: the chunks before this one took their time."""
         at = self._clock.now()
-        timely = [p for p in chunk if not p.ask.late(at)]
+        timely = [ask for ask in chunk if not ask.late(at)]
         with watch.stage("adapters"):
-            states = {s.user_id: s for p in timely if (s := p.wants_adapter) is not None}
-            shelf = self._parts.shelf.place(states.values()) if states else {}
-        attempts = [self._attempt(p, _placed(p, shelf)) for p in timely]
-        with watch.stage("model"):
-            results = self._run(attempts)
+            wanted = {s.user_id: s for ask in timely if (s := _wanted(ask, states)) is not None}
+            shelf = self._parts.shelf.place(wanted.values()) if wanted else {}
+        attempts, results = self._attempted(timely, states, shelf, watch)
         done = iter(
             self._finish(attempt, result, watch.timings(attempt.ask, now))
             for attempt, result in zip(attempts, results, strict=True)
         )
-        return [
-            late_answer(self._writer, p.ask, watch.timings(p.ask, now)) if p.ask.late(at) else next(done) for p in chunk
-        ]
+        return [late_answer(self._writer, a, watch.timings(a, now)) if a.late(at) else next(done) for a in chunk]
 
-    def _attempt(self, prepared: Prepared, placed: Placed) -> Attempt:
-        return Attempt(prepared.ask, prepared.personal, placed, self._row(prepared, placed))
+    def _attempted(
+        self,
+        asks: Sequence[Ask],
+        states: Mapping[UserId, UserState],
+        shelf: Mapping[UserId, Placed],
+        watch: "_Stopwatch",
+    ) -> tuple[list[Attempt], list[Scored | None]]:
+        """Ask the model, and gather evidence: before it where a row holds any, else after it.
 
-    def _row(self, prepared: Prepared, placed: Placed) -> Row:
-        ask, personal = prepared.ask, prepared.personal
+        Queries are embedded while the model runs, so what it does not need beforehand is there by then.
+        """
+        reads = [self._reads_evidence(ask) for ask in asks]
+        personal: dict[int, Personal] = {}
+
+        def know(places: Sequence[int]) -> None:
+            if places:
+                with watch.stage("retrieve"):
+                    found = gather([asks[i] for i in places], states, self._parts.retriever, self._settings)
+                personal.update(zip(places, found, strict=True))
+
+        know([i for i, read in enumerate(reads) if read])
+        placed = [_placed(ask, states, shelf) for ask in asks]
+        rows = [self._row(ask, placed[i], personal.get(i)) for i, ask in enumerate(asks)]
+        with watch.stage("model"):
+            results = self._run(rows, [ask.user_id for ask in asks])
+        know([i for i, read in enumerate(reads) if not read])
+        attempts = [Attempt(ask, personal[i], placed[i], rows[i]) for i, ask in enumerate(asks)]
+        return attempts, results
+
+    def _reads_evidence(self, ask: Ask) -> bool:
+        """Say whether an ask's row holds evidence: in its prompt, or in the caches of a text."""
+        return not ask.choices or self._settings.model.prompts_hold_evidence(ask.choices)
+
+    def _row(self, ask: Ask, placed: Placed, personal: Personal | None) -> Row:
+        """Make the model's row; ``personal`` is what its evidence is taken from, ``None`` where it holds none."""
         # evidence is weighed in scores and caches; a base that was not adapted on such prompts is misled by them
-        prompted = self._settings.model.prompts_hold_evidence(ask.choices)
+        shown = personal if self._settings.model.prompts_hold_evidence(ask.choices) else None
         return Row(
             task=ask.task.name,
             input=ask.request.input,
-            evidence=tuple((hit.event.input, hit.event.output) for hit in personal.hits) if prompted else (),
-            profile=personal.profiled.line if prompted and personal.profiled is not None else "",
+            evidence=() if shown is None else tuple((hit.event.input, hit.event.output) for hit in shown.hits),
+            profile="" if shown is None or shown.profiled is None else shown.profiled.line,
             choices=ask.choices,
             adapter=placed.ref,
             max_new_tokens=self._longest(ask),
-            blend=None if ask.choices else self._blend(prepared, placed),
+            blend=None if ask.choices or personal is None else self._blend(ask, placed, personal),
             late=lambda: ask.late(self._clock.now()),
         )
 
@@ -166,21 +190,19 @@ class Engine:
         asked = ask.request.options.max_new_tokens
         return min(ask.task.max_new_tokens if asked is None else asked, self._settings.limits.max_new_tokens)
 
-    def _blend(self, prepared: Prepared, placed: Placed) -> Blend:
-        texts = prepared.personal.caches(prepared.ask.request.input)
-        personal, adapter = prepared.personal, placed.ref is not None
+    def _blend(self, ask: Ask, placed: Placed, personal: Personal) -> Blend:
+        texts, adapter = personal.caches(ask.request.input), placed.ref is not None
         return self._text_fusion.blend(texts, personal.sequence, adapter=adapter, earned=personal.earned)
 
-    def _run(self, attempts: Sequence[Attempt]) -> list[Scored | None]:
+    def _run(self, rows: Sequence[Row], users: Sequence[UserId]) -> list[Scored | None]:
         """Run the model; rows on which it fails are ``None``, unless it seems to fail on everything.
 
         A lone user's failure is always taken as a row's: so a batch that ends the process again and again is answered
         in the end, once its records are taken one at a time.
         """
-        results = self._results([attempt.row for attempt in attempts])
-        users = {attempt.ask.user_id for attempt in attempts}
-        if len(users) > 1 and all(result is None for result in results) and not self._works(attempts[0].row.task):
-            raise ModelLost(f"the model failed on all rows of {len(users)} users, and on a plain one")
+        results, count = self._results(rows), len(set(users))
+        if count > 1 and all(result is None for result in results) and not self._works(rows[0].task):
+            raise ModelLost(f"the model failed on all rows of {count} users, and on a plain one")
         return results
 
     def _works(self, task: str) -> bool:
@@ -252,8 +274,14 @@ def _users(asks: Sequence[Ask]) -> list[UserId]:
     return list(dict.fromkeys(ask.user_id for ask in asks))
 
 
-def _placed(prepared: Prepared, shelf: Mapping[UserId, Placed]) -> Placed:
-    state = prepared.wants_adapter
+def _wanted(ask: Ask, states: Mapping[UserId, UserState]) -> UserState | None:
+    """Return the user's state where an adapter is asked for and there is one."""
+    state = states.get(ask.user_id)
+    return state if ask.request.options.adapter and state is not None and state.head else None
+
+
+def _placed(ask: Ask, states: Mapping[UserId, UserState], shelf: Mapping[UserId, Placed]) -> Placed:
+    state = _wanted(ask, states)
     return shelf[state.user_id] if state is not None else Placed(None)
 
 
@@ -271,12 +299,12 @@ def _pieces(asks: Sequence[Ask], tokens: Sequence[int], rows: int) -> Iterator[l
         yield piece
 
 
-def _chunks(prepared: Sequence[Prepared], adapters: int) -> Iterator[list[Prepared]]:
+def _chunks(asks: Sequence[Ask], states: Mapping[UserId, UserState], adapters: int) -> Iterator[list[Ask]]:
     """Cut in order, into chunks with at most ``adapters`` different adapters."""
-    chunk: list[Prepared] = []
+    chunk: list[Ask] = []
     users: set[UserId] = set()
-    for one in prepared:
-        user = {one.ask.user_id} if one.wants_adapter is not None else set()
+    for one in asks:
+        user = {one.user_id} if _wanted(one, states) is not None else set()
         if chunk and len(users | user) > adapters:
             yield chunk
             chunk, users = [], set()
@@ -313,7 +341,7 @@ class _Stopwatch:
         yield
         seconds = self.clock.monotonic() - began
         self.metrics.inference_stage.labels(name).observe(seconds)
-        self.milliseconds[name] = round(seconds * 1000, 3)
+        self.milliseconds[name] = round(self.milliseconds.get(name, 0.0) + seconds * 1000, 3)
 
     def timings(self, ask: Ask, began: datetime) -> dict[str, float]:
         """Return milliseconds by stage; ``queue`` is from the record's time to the step, never below zero."""

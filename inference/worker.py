@@ -90,6 +90,7 @@ class InferenceWorker:
         self._transaction = Transaction.NONE
         self._reopen_due = False
         self._next: dict[Partition, int] = {}
+        self._parsed: dict[Record, Ask | Refusal] = {}
 
     @property
     def name(self) -> str:
@@ -146,6 +147,7 @@ class InferenceWorker:
         held = tuple(r for r in fresh if (r.partition, r.offset) not in done)
         self._gate.keep_only(self.consumer.assignment())
         self._gate.hold(held, self._clock.monotonic())
+        self._parsed = {record: self._parsed[record] for record in held if record in self._parsed}
         if answers:
             yield from self._publish(answers, group)
         return StepOutcome(len(answers), held, HOLD_RETRY_SECONDS if waiting else 0.0)
@@ -163,7 +165,7 @@ class InferenceWorker:
 
         It can be repeated until it succeeds: what it still owes does not hang on the error it is called with.
         """
-        self._engine.forget()
+        self._forget()
         if isinstance(error, ProducerFenced):
             self._reopen_due = True
         if not self._reopen_due:
@@ -179,7 +181,7 @@ class InferenceWorker:
 
     def close(self) -> None:
         """Leave the group and release both clients; an open transaction is aborted."""
-        self._engine.forget()
+        self._forget()
         producer, consumer = self._producer, self._consumer
         self._producer = self._consumer = None
         self._next.clear()
@@ -189,6 +191,11 @@ class InferenceWorker:
         finally:
             if consumer is not None:
                 consumer.close()
+
+    def _forget(self) -> None:
+        """Drop what was read and begun for records that may not come again."""
+        self._parsed.clear()
+        self._engine.forget()
 
     # --- sorting out
 
@@ -211,7 +218,8 @@ class InferenceWorker:
             if record.partition in blocked:
                 plan.held.append(record)
                 continue
-            item = admit(record, self._tasks, self._settings)
+            item = self._parsed.get(record) or admit(record, self._tasks, self._settings)
+            self._parsed[record] = item
             if isinstance(item, Ask) and item.request.after is not None and not item.late(now):
                 if reached is None:  # read once, and before the users' states
                     reached = self._store.offsets(self._cluster_id, [self._topics.events])

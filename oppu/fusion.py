@@ -101,7 +101,7 @@ class Fusion:
         """Return the shares ``[2]`` of ``alone`` and ``beside`` after so many events, by what the adapter earned."""
         level, slope = self.share
         odds = min(level + slope * length(events), 0.0) + earned  # from its most a share falls at once
-        share = min(float(1 / (1 + np.exp(-np.clip(odds, FLOOR, -FLOOR)))), MOST_SHARE)
+        share = min(1 / (1 + math.exp(-min(max(odds, FLOOR), -FLOOR))), MOST_SHARE)
         return np.array([1 - share, share])
 
     def gain(self, sources: Sources, events: int, right: int) -> float:
@@ -244,7 +244,7 @@ def earn(earned: float, gain: float) -> float:
 
 def length(events: int) -> float:
     """Return the measure of a history that slopes go by."""
-    return float(np.log1p(events)) / LOG_SCALE
+    return math.log1p(events) / LOG_SCALE
 
 
 def mix(weights: Array, experts: Sequence[Array]) -> Array:
@@ -273,7 +273,7 @@ def recency_prior(
     Returns:
         ``[c] float64``, or ``None`` where the user never gave any of them.
     """
-    seen = np.array([max(counts.get(choice, 0.0), 0.0) for choice in choices], dtype=np.float64)
+    seen = np.maximum(np.array([counts.get(choice, 0.0) for choice in choices], dtype=np.float64), 0.0)
     total = float(seen.sum())
     if total <= 0 or not np.isfinite(total):
         return None

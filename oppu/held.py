@@ -19,10 +19,17 @@ class Held:
     def __bool__(self) -> bool:
         return bool(self._records)
 
+    def __len__(self) -> int:
+        return sum(map(len, self._records.values()))
+
     @property
     def partitions(self) -> frozenset[Partition]:
         """The partitions with held records."""
         return frozenset(self._records)
+
+    def waiting(self, now: float) -> frozenset[Partition]:
+        """Return the partitions whose records are to be offered again only after ``now``."""
+        return frozenset(partition for partition, at in self._due.items() if at > now)
 
     @property
     def due(self) -> float | None:

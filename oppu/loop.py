@@ -240,7 +240,9 @@ class Loop:
             return StepOutcome(0, tuple(records), pressure.retry_after_seconds)
 
     def _pause_held(self) -> None:
-        wanted = self._held.partitions
+        """Read on behind records that are merely left over: a worker can prepare for what it sees coming."""
+        crowded = len(self._held) >= self._kafka.max_poll_records
+        wanted = self._held.partitions if crowded else self._held.waiting(self._clock.monotonic())
         if wanted == self._paused:
             return
         self._worker.consumer.pause(sorted(wanted - self._paused))

@@ -16,8 +16,9 @@ class StepOutcome:
 
     Attributes:
         handled: Records finished, durable with their offsets.
-        held: Records not taken yet, in order; the loop keeps them, pauses their partitions and offers them again.
-        retry_after_seconds: When to offer ``held`` again.
+        held: Records not taken yet, in order; the loop keeps them and offers them again, before those behind them.
+        retry_after_seconds: When to offer ``held`` again; until then nothing more is read of their partitions. With 0
+            that goes on, up to twice ``kafka.max_poll_records``.
         more: Whether there is more to do at once, even if no record comes.
     """
 

@@ -3,6 +3,7 @@
 Letters: q queries, k hits of a query.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -78,7 +79,7 @@ class Profile:
 def nearness(neighbours: Sequence[Hit], *, temperature: float = 0.1) -> list[float]:
     """Return each neighbour's weight, exp(similarity / temperature), the nearest one's being 1 (kNN-LM's form)."""
     top = max((hit.similarity for hit in neighbours), default=0.0)
-    return [float(np.exp((hit.similarity - top) / temperature)) for hit in neighbours]
+    return [math.exp((hit.similarity - top) / temperature) for hit in neighbours]
 
 
 def knn_distribution(
@@ -89,9 +90,9 @@ def knn_distribution(
     kNN-LM's form (Khandelwal et al., arXiv 1911.00172): weight exp(similarity / temperature). ``None`` where no
     neighbour gave any of the choices.
     """
-    if not any(hit.event.output in choices for hit in neighbours):
+    weights = dict.fromkeys(choices, 0.0)
+    if not any(hit.event.output in weights for hit in neighbours):
         return None
-    weights = {choice: 0.0 for choice in choices}
     for hit, weight in zip(neighbours, nearness(neighbours, temperature=temperature), strict=True):
         if hit.event.output in weights:
             weights[hit.event.output] += weight

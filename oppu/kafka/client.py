@@ -8,15 +8,16 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import kafka.errors as k
-from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
-from kafka.admin import ConfigResource, ConfigResourceType, OffsetSpec
+from kafka import IsolationLevel, KafkaAdminClient, KafkaConsumer, KafkaProducer
+from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.net.compat import KafkaNetClient
 
 from oppu.errors import OppuError, TransientError
-from oppu.kafka.client_consumer import KafkaGroupConsumer, ours, theirs
+from oppu.kafka.client_consumer import KafkaGroupConsumer, ends
 from oppu.kafka.client_errors import translate, translated
 from oppu.kafka.client_producer import KafkaPlainProducer, KafkaTransactions, NullableBytes, Open
 from oppu.kafka.port import Start, TopicSpec
@@ -92,7 +93,7 @@ class KafkaBroker:
         client = _opened(KafkaConsumer, settings)
         try:
             with translated():
-                return KafkaGroupConsumer(client, group, topics, start)
+                return KafkaGroupConsumer(client, group, topics, start, partial(self._open_admin, client_id))
         except BaseException:
             client.close(autocommit=False, timeout_ms=0)
             raise
@@ -111,7 +112,10 @@ class KafkaBroker:
 
     def admin(self) -> "KafkaAdmin":
         """Open an administrative client."""
-        return KafkaAdmin(_opened(KafkaAdminClient, connection(self._settings, "oppu-admin")))
+        return KafkaAdmin(self._open_admin("oppu-admin"))
+
+    def _open_admin(self, client_id: str) -> KafkaAdminClient:
+        return _opened(KafkaAdminClient, connection(self._settings, client_id))
 
     def _open_producer(self, client_id: str, **more: Any) -> Open:
         request = int(self._settings.request_timeout_seconds * 1000)
@@ -186,10 +190,7 @@ class KafkaAdmin:
 
     def high_watermarks(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
         """Return where partitions end, records of transactions that are still open included."""
-        asked = {theirs(partition): OffsetSpec.LATEST for partition in partitions}
-        with translated():
-            found = self._client.list_partition_offsets(asked) if asked else {}
-        return {ours(tp): int(end.offset) for tp, end in found.items()}
+        return ends(self._client, partitions, IsolationLevel.READ_UNCOMMITTED)
 
     def close(self) -> None:
         """Release the connection."""

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from kafka import ConsumerRebalanceListener, KafkaConsumer, TopicPartition
+from kafka import ConsumerRebalanceListener, IsolationLevel, KafkaAdminClient, KafkaConsumer, TopicPartition
+from kafka.admin import OffsetSpec
 from kafka.structs import ConsumerGroupMetadata
 
 from oppu.kafka.client_errors import translated
@@ -99,8 +100,17 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-pytho
 class KafkaGroupConsumer:
     """A member of a consumer group that reads committed records only (the port's ``Consumer``)."""
 
-    def __init__(self, consumer: KafkaConsumer, group: str, topics: Sequence[str], start: Start) -> None:
+    def __init__(
+        self,
+        consumer: KafkaConsumer,
+        group: str,
+        topics: Sequence[str],
+        start: Start,
+        open_admin: Callable[[], KafkaAdminClient],
+    ) -> None:
         self._consumer = consumer
+        self._open_admin = open_admin
+        self._admin: KafkaAdminClient | None = None
         self._group = group
         self._start = start
         self._topics = tuple(topics)
@@ -164,8 +174,14 @@ class KafkaGroupConsumer:
         return self._offsets(self._consumer.beginning_offsets, partitions)
 
     def end_offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
-        """Return the last stable offset: the consumer's isolation level makes the broker answer with it."""
-        return self._offsets(self._consumer.end_offsets, partitions)
+        """Return the last stable offset, asked for over a connection of its own.
+
+        A broker answers a connection's requests one after the other, and a fetch waits there for half a second
+        where nothing new comes.
+        """
+        if self._admin is None:
+            self._admin = self._open_admin()
+        return ends(self._admin, partitions, IsolationLevel.READ_COMMITTED)
 
     def group_metadata(self) -> GroupMetadata:
         """Return the membership under which the present assignment was given; generation -1 before the first."""
@@ -177,7 +193,11 @@ class KafkaGroupConsumer:
     def close(self) -> None:
         """Leave the group and release the connection."""
         with translated():
-            self._consumer.close(autocommit=False, timeout_ms=CLOSE_MILLISECONDS)
+            try:
+                if self._admin is not None:
+                    self._admin.close()
+            finally:
+                self._consumer.close(autocommit=False, timeout_ms=CLOSE_MILLISECONDS)
 
     def _unpark(self) -> None:
         """Let the library deliver what it had fetched of a partition before that was paused.
@@ -234,6 +254,14 @@ def _record(raw: Any) -> Record:
         raw.value,
         headers,
     )
+
+
+def ends(client: KafkaAdminClient, partitions: Iterable[Partition], isolation: IsolationLevel) -> dict[Partition, int]:
+    """Return where partitions end for readers of an isolation level."""
+    asked = {theirs(partition): OffsetSpec.LATEST for partition in partitions}
+    with translated():
+        found = client.list_partition_offsets(asked, isolation_level=isolation) if asked else {}
+    return {ours(tp): int(end.offset) for tp, end in found.items()}
 
 
 def ours(tp: TopicPartition) -> Partition:

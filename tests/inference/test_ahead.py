@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inference import engine
+from inference import engine, worker
+from inference.admission import admit
 from oppu.effects import perform
 from oppu.embedder import HashEmbedder
 from oppu.errors import TransientError
 from oppu.settings import Settings, StoreSettings
-from oppu.values import UserId
+from oppu.values import Record, UserId
 from retriever.port import Query
 from tests.inference.conftest import LABELS, World
 
@@ -117,3 +118,26 @@ def test_a_text_that_cannot_be_embedded_stops_no_other_batch(make: Make, monkeyp
         for _ in range(COUNT):
             world.turn()
     assert COUNT - 2 * world.settings.inference.batch <= len(answers(world)) < COUNT
+
+
+@pytest.mark.parametrize("recovered", [False, True])
+def test_a_request_that_waits_is_parsed_once(make: Make, monkeypatch: pytest.MonkeyPatch, recovered: bool) -> None:
+    """Unless it is read again."""
+    parsed = list[bytes | None]()
+
+    def noted(record: Record, *rest: Any) -> Any:
+        parsed.append(record.value)
+        return admit(record, *rest)
+
+    monkeypatch.setattr(worker, "admit", noted)
+    monkeypatch.setattr(engine, "STEP_BUDGET_SECONDS", 0.0)
+    world = make(HashEmbedder(), False)
+    world.turn()
+    assert len(parsed) == COUNT
+    if recovered:
+        perform(world.worker.recover(TransientError("rebalanced")))
+        world.held = []
+    while len(answers(world)) < COUNT:
+        world.turn()
+    left = COUNT - world.settings.inference.batch
+    assert len(parsed) == COUNT + (left if recovered else 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from oppu.lm.port import Row, Scored
 from oppu.settings import InferenceSettings, LimitsSettings, Settings
 
 if TYPE_CHECKING:
+    from retriever.port import Query, Retrieved
     from tests.inference.conftest import World
 
 MakeWorld = Callable[..., "World"]
@@ -142,3 +143,38 @@ def test_the_time_is_looked_at_after_each_chunk_of_a_piece(settings: Settings, m
         handled.append(outcome.handled)
     assert (handled, model.sizes) == ([1, 1, 1], [1, 1, 1])
     assert [(p.request_id, p.status) for p in world.predictions()] == [("r0", "ok"), ("r1", "ok"), ("r2", "ok")]
+
+
+@pytest.mark.parametrize(
+    ("evidence", "order"),
+    [
+        ("none", ["retrieve 1", "model", "retrieve 2"]),
+        ("text", ["retrieve 1", "model", "retrieve 2"]),
+        ("all", ["retrieve 3", "model"]),
+    ],
+)
+def test_evidence_is_gathered_after_the_model_where_its_row_holds_none(
+    wide: Settings, make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch, evidence: str, order: list[str]
+) -> None:
+    """Meanwhile the queries are embedded; a text is written from caches, so its own come first."""
+    model_settings = wide.model.model_copy(update={"prompt_evidence": evidence})
+    model, happened = Chunked(), list[str]()
+    world = make_world(wide.model_copy(update={"model": model_settings}), model=model)
+    retrieve = world.retriever.retrieve
+
+    def noted(queries: Sequence[Query]) -> list[Retrieved]:
+        happened.append(f"retrieve {len(queries)}")
+        world.clock.advance(0.5)
+        return retrieve(queries)
+
+    monkeypatch.setattr(world.retriever, "retrieve", noted)
+    model.on_answer = lambda: happened.append("model")
+    world.remember("anna", [("red apple", "art")])
+    world.remember("anna", [("green tree", "a title")], task="write")
+    texts(world, 1, 4)
+    labels(world, 2, first=1)
+    world.turn()
+    assert happened == order
+    answers = world.predictions()
+    assert all(answer.provenance is not None and answer.provenance.retrieved for answer in answers)
+    assert {answer.timings["retrieve"] for answer in answers} == {500.0 * (len(order) - 1)}

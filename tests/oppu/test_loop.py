@@ -77,6 +77,20 @@ def test_a_held_partition_is_not_fetched_from(world: World) -> None:
     assert world.worker.consumer.poll(0, 10) == []
 
 
+def test_what_comes_behind_records_left_over_is_read_until_a_poll_is_full() -> None:
+    """So a worker that takes a part sees what comes next; how much it is offered at once stays bounded."""
+    most = 4
+    world = World(max_poll_records=most)
+    world.turn(3)
+    world.worker.script = lambda records: StepOutcome(1, tuple(records[1:]))  # one at a time, at once
+    world.send(*"abcdefghijkl")
+    world.turn(12 + 3)
+    assert world.worker.stored == list("abcdefghijkl")
+    offered = [step for step in world.worker.seen if step]
+    assert offered[:3] == [tuple("abcd"), tuple("bcdefgh"), tuple("cdefgh")]
+    assert max(map(len, offered)) == 2 * most - 1
+
+
 def test_backpressure_holds_the_whole_poll(world: World) -> None:
     world.worker.script = raise_once(Backpressure(2.0))
     world.send(*"12")

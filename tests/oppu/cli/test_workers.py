@@ -1,10 +1,12 @@
 """What a worker says of itself while it is built."""
 
+import gc
 import signal
+from collections.abc import Iterator
 
 import pytest
 
-from oppu.cli.workers import _Stopping, _wait_for
+from oppu.cli.workers import _settle_heap, _Stopping, _wait_for
 from oppu.clock import ManualClock
 from oppu.errors import TransientError
 from oppu.health import Health
@@ -37,3 +39,19 @@ def test_a_worker_that_loads_for_long_is_live_and_not_ready(stopping: _Stopping,
     assert health.is_live() and health.is_ready()
     clock.advance(11)
     assert not health.is_live(), "from now on it counts"
+
+
+@pytest.fixture
+def thawed() -> Iterator[None]:
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("thawed")
+def test_what_start_up_made_is_collected_no_more() -> None:
+    early: list[object] = []
+    _settle_heap()
+    late: list[object] = []
+    looked_at = {id(found) for found in gc.get_objects()}
+    assert id(late) in looked_at
+    assert id(early) not in looked_at
