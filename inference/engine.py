@@ -125,11 +125,7 @@ class Engine:
     ) -> list[Answer]:
         """Judge deadlines once more: the chunks before this one took their time."""
         at = self._clock.now()
-        timely = [ask for ask in chunk if not ask.late(at)]
-        with watch.stage("adapters"):
-            wanted = {s.user_id: s for ask in timely if (s := _wanted(ask, states)) is not None}
-            shelf = self._parts.shelf.place(wanted.values()) if wanted else {}
-        attempts, results = self._attempted(timely, states, shelf, watch)
+        attempts, results = self._attempted([ask for ask in chunk if not ask.late(at)], states, watch)
         done = iter(
             self._finish(attempt, result, watch.timings(attempt.ask, now))
             for attempt, result in zip(attempts, results, strict=True)
@@ -137,33 +133,40 @@ class Engine:
         return [late_answer(self._writer, a, watch.timings(a, now)) if a.late(at) else next(done) for a in chunk]
 
     def _attempted(
-        self,
-        asks: Sequence[Ask],
-        states: Mapping[UserId, UserState],
-        shelf: Mapping[UserId, Placed],
-        watch: "_Stopwatch",
+        self, asks: Sequence[Ask], states: Mapping[UserId, UserState], watch: "_Stopwatch"
     ) -> tuple[list[Attempt], list[Scored | None]]:
         """Ask the model, and gather evidence: before it where a row holds any, else after it.
 
-        Queries are embedded while the model runs, so what it does not need beforehand is there by then.
+        Queries are embedded while the model runs, so what it does not need beforehand is there by then. Where the
+        store goes away meanwhile, it has run in vain.
         """
-        reads = [self._reads_evidence(ask) for ask in asks]
-        personal: dict[int, Personal] = {}
-
-        def know(places: Sequence[int]) -> None:
-            if places:
-                with watch.stage("retrieve"):
-                    found = gather([asks[i] for i in places], states, self._parts.retriever, self._settings)
-                personal.update(zip(places, found, strict=True))
-
-        know([i for i, read in enumerate(reads) if read])
-        placed = [_placed(ask, states, shelf) for ask in asks]
+        reading = [i for i, ask in enumerate(asks) if self._reads_evidence(ask)]
+        personal = self._gathered(asks, reading, states, watch)
+        with watch.stage("adapters"):
+            placed = self._placed(asks, states)
         rows = [self._row(ask, placed[i], personal.get(i)) for i, ask in enumerate(asks)]
         with watch.stage("model"):
             results = self._run(rows, [ask.user_id for ask in asks])
-        know([i for i, read in enumerate(reads) if not read])
+        personal |= self._gathered(asks, [i for i in range(len(asks)) if i not in personal], states, watch)
         attempts = [Attempt(ask, personal[i], placed[i], rows[i]) for i, ask in enumerate(asks)]
         return attempts, results
+
+    def _gathered(
+        self, asks: Sequence[Ask], places: Sequence[int], states: Mapping[UserId, UserState], watch: "_Stopwatch"
+    ) -> dict[int, Personal]:
+        """Return what is known of the users behind the asks at these places, by place."""
+        if not places:
+            return {}
+        with watch.stage("retrieve"):
+            found = gather([asks[i] for i in places], states, self._parts.retriever, self._settings)
+        return dict(zip(places, found, strict=True))
+
+    def _placed(self, asks: Sequence[Ask], states: Mapping[UserId, UserState]) -> list[Placed]:
+        """Bring the asks' adapters into the bank."""
+        wanted = [_wanted(ask, states) for ask in asks]
+        users = {state.user_id: state for state in wanted if state is not None}
+        shelf = self._parts.shelf.place(users.values()) if users else {}
+        return [Placed(None) if state is None else shelf[state.user_id] for state in wanted]
 
     def _reads_evidence(self, ask: Ask) -> bool:
         """Say whether an ask's row holds evidence: in its prompt, or in the caches of a text."""
@@ -278,11 +281,6 @@ def _wanted(ask: Ask, states: Mapping[UserId, UserState]) -> UserState | None:
     """Return the user's state where an adapter is asked for and there is one."""
     state = states.get(ask.user_id)
     return state if ask.request.options.adapter and state is not None and state.head else None
-
-
-def _placed(ask: Ask, states: Mapping[UserId, UserState], shelf: Mapping[UserId, Placed]) -> Placed:
-    state = _wanted(ask, states)
-    return shelf[state.user_id] if state is not None else Placed(None)
 
 
 def _pieces(asks: Sequence[Ask], tokens: Sequence[int], rows: int) -> Iterator[list[Ask]]:

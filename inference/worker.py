@@ -138,6 +138,7 @@ class InferenceWorker:
         """
         fresh = self._fresh(records)
         if not fresh:
+            self._parsed.clear()
             return StepOutcome(0)
         group = self.consumer.group_metadata()
         plan = self._plan(fresh, now)

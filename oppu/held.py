@@ -1,7 +1,8 @@
-"""The records a worker was offered and did not take yet, by partition and in order.
+"""The records a worker was offered and did not take yet, in the order in which they came.
 
-Invariant: a partition with held records has none of its later records stepped before them. Pausing partitions and
-the clock belong to the loop.
+Invariants: a partition with held records has none of its later records stepped before them, and no partition's new
+records are offered before another's held ones, so that none starves. Pausing partitions and the clock belong to the
+loop.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,26 +11,28 @@ from oppu.values import Partition, Record
 
 
 class Held:
-    """Buffers of held records, each with the time when it is offered again."""
+    """Held records, and when those of each partition are offered again."""
 
     def __init__(self) -> None:
-        self._records: dict[Partition, list[Record]] = {}
+        self._records: list[Record] = []
         self._due: dict[Partition, float] = {}
 
     def __bool__(self) -> bool:
         return bool(self._records)
 
-    def __len__(self) -> int:
-        return sum(map(len, self._records.values()))
-
     @property
     def partitions(self) -> frozenset[Partition]:
         """The partitions with held records."""
-        return frozenset(self._records)
+        return frozenset(self._due)
 
     def waiting(self, now: float) -> frozenset[Partition]:
         """Return the partitions whose records are to be offered again only after ``now``."""
         return frozenset(partition for partition, at in self._due.items() if at > now)
+
+    def left_over(self, now: float) -> int:
+        """Return how many records are to be offered at once."""
+        waiting = self.waiting(now)
+        return sum(record.partition not in waiting for record in self._records)
 
     @property
     def due(self) -> float | None:
@@ -43,13 +46,13 @@ class Held:
 
     def keep_only(self, assigned: frozenset[Partition]) -> None:
         """Forget records of partitions that are no longer assigned."""
-        for partition in self.partitions - assigned:
-            del self._records[partition], self._due[partition]
+        self._due = {partition: at for partition, at in self._due.items() if partition in assigned}
+        self._records = [record for record in self._records if record.partition in assigned]
 
     def hold(self, records: Iterable[Record], *, due: float) -> None:
         """Put records behind those already held; each of their partitions is offered again at ``due``."""
         for record in records:
-            self._records.setdefault(record.partition, []).append(record)
+            self._records.append(record)
             self._due[record.partition] = due
 
     def offer(self, polled: Sequence[Record], now: float) -> list[Record]:
@@ -62,18 +65,18 @@ class Held:
         Returns:
             Held records whose time has come, then new records, in order within each partition.
         """
-        due = [partition for partition, at in self._due.items() if at <= now]
-        offered = [record for partition in due for record in self._records.pop(partition)]
-        for partition in due:
-            del self._due[partition]
+        waiting = self.waiting(now)
+        offered = [record for record in self._records if record.partition not in waiting]
+        self._records = [record for record in self._records if record.partition in waiting]
+        self._due = {partition: at for partition, at in self._due.items() if partition in waiting}
         return offered + self.queue(polled)
 
     def queue(self, records: Sequence[Record]) -> list[Record]:
         """Put records of held partitions behind the held ones, and return the others."""
         free = []
         for record in records:
-            if record.partition in self._records:
-                self._records[record.partition].append(record)
+            if record.partition in self._due:
+                self._records.append(record)
             else:
                 free.append(record)
         return free

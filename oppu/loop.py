@@ -198,7 +198,7 @@ class Loop:
         offered = self._held.offer(polled, self._clock.monotonic())
         for group in self._guard.split(offered):
             self._step(group)
-        self._pause_held()
+        self._pause(assigned)
         self._settle(progressed=bool(offered))
         self._watch(assigned, heard=bool(polled))
 
@@ -239,10 +239,14 @@ class Loop:
         except Backpressure as pressure:
             return StepOutcome(0, tuple(records), pressure.retry_after_seconds)
 
-    def _pause_held(self) -> None:
-        """Read on behind records that are merely left over: a worker can prepare for what it sees coming."""
-        crowded = len(self._held) >= self._kafka.max_poll_records
-        wanted = self._held.partitions if crowded else self._held.waiting(self._clock.monotonic())
+    def _pause(self, assigned: frozenset[Partition]) -> None:
+        """Read on behind records that are merely left over, so that the worker sees what comes, until they fill a poll.
+
+        Of a partition whose records wait for a time nothing more is read.
+        """
+        now = self._clock.monotonic()
+        full = self._held.left_over(now) >= self._kafka.max_poll_records
+        wanted = assigned if full else self._held.waiting(now)
         if wanted == self._paused:
             return
         self._worker.consumer.pause(sorted(wanted - self._paused))
@@ -319,7 +323,12 @@ class Loop:
         if now < self._lag_at:
             return
         self._lag_at = now + LAG_EVERY_SECONDS
-        if self._watchdog.stuck(self._worker.consumer.end_offsets(sorted(assigned)), now):
+        try:
+            ends = self._worker.consumer.peek_end_offsets(sorted(assigned))
+        except TransientError as error:  # a poll finds out whether the broker is away
+            logger.debug("%s: lag unknown: %s", self._worker.name, error)
+            return
+        if self._watchdog.stuck(ends, now):
             logger.error("%s: records wait and polls bring nothing: rebuilding the clients", self._worker.name)
             self._metrics.worker_rebuilds.labels(self._worker.name).inc()
             self._release()

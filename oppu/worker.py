@@ -18,7 +18,7 @@ class StepOutcome:
         handled: Records finished, durable with their offsets.
         held: Records not taken yet, in order; the loop keeps them and offers them again, before those behind them.
         retry_after_seconds: When to offer ``held`` again; until then nothing more is read of their partitions. With 0
-            that goes on, up to twice ``kafka.max_poll_records``.
+            more is read, as long as fewer than ``kafka.max_poll_records`` are left over.
         more: Whether there is more to do at once, even if no record comes.
     """
 

@@ -1,7 +1,7 @@
 """Vectors of query texts, computed ahead on a thread of their own.
 
 Embedding a query costs about half as much as a small base's answer, so a worker that answers in pieces says what it
-will ask next, and has the vectors of the next pieces computed while the model runs on this one. Invariants: while there
+will ask, and has the vectors computed while the model runs on this piece and those before. Invariants: while there
 is a thread, only it calls the embedder, whose tokenizer does not bear two; nothing is kept, or still begun, but what is
 expected.
 """

@@ -174,14 +174,21 @@ class KafkaGroupConsumer:
         return self._offsets(self._consumer.beginning_offsets, partitions)
 
     def end_offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
-        """Return the last stable offset, asked for over a connection of its own.
+        """Return the last stable offset: the consumer's isolation level makes the broker answer with it."""
+        return self._offsets(self._consumer.end_offsets, partitions)
+
+    def peek_end_offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
+        """Ask once, over a connection of its own.
 
         A broker answers a connection's requests one after the other, and a fetch waits there for half a second
         where nothing new comes.
         """
+        asked = list(partitions)
+        if not asked:
+            return {}
         if self._admin is None:
             self._admin = self._open_admin()
-        return ends(self._admin, partitions, IsolationLevel.READ_COMMITTED)
+        return ends(self._admin, asked, IsolationLevel.READ_COMMITTED)
 
     def group_metadata(self) -> GroupMetadata:
         """Return the membership under which the present assignment was given; generation -1 before the first."""
@@ -257,7 +264,11 @@ def _record(raw: Any) -> Record:
 
 
 def ends(client: KafkaAdminClient, partitions: Iterable[Partition], isolation: IsolationLevel) -> dict[Partition, int]:
-    """Return where partitions end for readers of an isolation level."""
+    """Return where partitions end for readers of an isolation level.
+
+    Raises:
+        TransientError: A partition has no leader, or it is not known, at this moment.
+    """
     asked = {theirs(partition): OffsetSpec.LATEST for partition in partitions}
     with translated():
         found = client.list_partition_offsets(asked, isolation_level=isolation) if asked else {}

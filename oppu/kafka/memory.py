@@ -142,6 +142,10 @@ class MemoryConsumer:
         self._enter("end_offsets")
         return {p: self._cluster.log(p).last_stable() for p in partitions}
 
+    def peek_end_offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
+        """Return the last stable offset."""
+        return self.end_offsets(partitions)
+
     def group_metadata(self) -> GroupMetadata:
         """Return the membership under which the present assignment was given; generation -1 before the first."""
         return self._metadata

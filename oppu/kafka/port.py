@@ -96,6 +96,14 @@ class Consumer(Protocol):
         """Return the next offset that will be readable (the last stable offset)."""
         ...
 
+    def peek_end_offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
+        """Return the same without patience: for a gauge, between two polls.
+
+        Raises:
+            TransientError: The broker did not answer at the first attempt.
+        """
+        ...
+
     def group_metadata(self) -> GroupMetadata:
         """Return the membership under which the present assignment was given; generation -1 before the first."""
         ...

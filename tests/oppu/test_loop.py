@@ -91,6 +91,17 @@ def test_what_comes_behind_records_left_over_is_read_until_a_poll_is_full() -> N
     assert max(map(len, offered)) == 2 * most - 1
 
 
+def test_no_partition_starves_behind_another_that_always_has_more(world: World) -> None:
+    one, other = two_keys(world)
+    world.worker.script = lambda records: StepOutcome(2, tuple(records[2:]))
+    world.send(*"abcdef", key=one)
+    world.send("x", key=other)
+    for number in range(6):
+        world.turn()
+        world.send(f"{number}a", f"{number}b", key=one)
+    assert "x" in world.worker.stored
+
+
 def test_backpressure_holds_the_whole_poll(world: World) -> None:
     world.worker.script = raise_once(Backpressure(2.0))
     world.send(*"12")

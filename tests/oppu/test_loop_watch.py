@@ -12,6 +12,7 @@ from oppu.errors import (
     TransientError,
 )
 from oppu.kafka.port import Consumer
+from oppu.loop import LoopState
 from oppu.values import OutRecord, Partition, Record
 from oppu.worker import StepOutcome
 from tests.oppu.loop_world import TOPIC, Scripted, World, hold_once, raise_once, text
@@ -56,6 +57,21 @@ def test_lag_is_removed_on_revoke(world: World) -> None:
     shown = [i for i in "01" if world.value("oppu_worker_lag_records", topic=TOPIC, partition=i) is not None]
     assert [Partition(TOPIC, int(i)) for i in shown] == sorted(world.worker.consumer.assignment())
     assert len(shown) == 1
+
+
+def test_a_lag_that_cannot_be_measured_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    world.turn(3)
+
+    def gone(partitions: object) -> dict[Partition, int]:
+        raise TransientError("no leader")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(world.worker.consumer, "peek_end_offsets", gone)
+        world.send(*"12")
+        world.turn(3, seconds=6)
+    assert (world.loop.state, world.worker.stored) == (LoopState.RUNNING, ["1", "2"])
+    assert world.worker.recovered == []
 
 
 class _Deaf:
