@@ -264,7 +264,15 @@ def _record(raw: Any) -> Record:
 
 
 def ends(client: KafkaAdminClient, partitions: Iterable[Partition], isolation: IsolationLevel) -> dict[Partition, int]:
-    """Return where partitions end for readers of an isolation level.
+    """Say where partitions end.
+
+    Args:
+        client: Asked once.
+        partitions: Whose ends.
+        isolation: Of the readers they are for.
+
+    Returns:
+        Next offsets by partition.
 
     Raises:
         TransientError: A partition has no leader, or it is not known, at this moment.

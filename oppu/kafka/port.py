@@ -99,6 +99,12 @@ class Consumer(Protocol):
     def peek_end_offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
         """Return the same without patience: for a gauge, between two polls.
 
+        Args:
+            partitions: Any.
+
+        Returns:
+            Next offsets by partition.
+
         Raises:
             TransientError: The broker did not answer at the first attempt.
         """
