@@ -301,12 +301,12 @@ def _chunks(asks: Sequence[Ask], states: Mapping[UserId, UserState], adapters: i
     """Cut in order, into chunks with at most ``adapters`` different adapters."""
     chunk: list[Ask] = []
     users: set[UserId] = set()
-    for one in asks:
-        user = {one.user_id} if _wanted(one, states) is not None else set()
+    for ask in asks:
+        user = {ask.user_id} if _wanted(ask, states) is not None else set()
         if chunk and len(users | user) > adapters:
             yield chunk
             chunk, users = [], set()
-        chunk.append(one)
+        chunk.append(ask)
         users |= user
     if chunk:
         yield chunk

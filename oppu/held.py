@@ -1,8 +1,8 @@
 """The records a worker was offered and did not take yet, in the order in which they came.
 
 Invariants: a partition with held records has none of its later records stepped before them, and no partition's new
-records are offered before another's held ones, so that none starves. Pausing partitions and the clock belong to the
-loop.
+records are offered before another's held ones that are due, so that none starves. Pausing partitions and the clock
+belong to the loop.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
