@@ -20,11 +20,6 @@ class Held:
     def __bool__(self) -> bool:
         return bool(self._records)
 
-    @property
-    def partitions(self) -> frozenset[Partition]:
-        """The partitions with held records."""
-        return frozenset(self._due)
-
     def waiting(self, now: float) -> frozenset[Partition]:
         """Return the partitions whose records are to be offered again only after ``now``."""
         return frozenset(partition for partition, at in self._due.items() if at > now)
