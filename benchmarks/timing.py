@@ -17,6 +17,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from oppu.lm.hardware import matrix_units
+
 REPEATS = 7
 Cell = str | int | float | None
 
@@ -90,6 +92,7 @@ def machine() -> dict[str, object]:
         "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "matrix_units": matrix_units(),
         "gpu": gpu,
     }
 

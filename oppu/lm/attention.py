@@ -1,11 +1,15 @@
 """What of the library's attention is done another way: plain products, and no look for packed sequences.
 
-Plain products are for training short sequences in bfloat16 on a CPU. There the fused kernel's backward takes six times
-as long (57 against 9 ms for 32 rows of 40 tokens), and torch's own unfused one multiplies in float32 and looks for
-rows that are masked out: 3.4 against 1.9 ms for 16 rows of 27 tokens.
+Plain products are faster than torch's fused kernel in bfloat16 on a CPU, for sequences of up to a few hundred tokens:
+
+- training: the fused kernel's backward takes six times as long (57 against 9 ms for 32 rows of 40 tokens), and torch's
+  own unfused one multiplies in float32 and looks for rows that are masked out: 3.4 against 1.9 ms for 16 rows of 27
+  tokens;
+- reading and decoding, on processors without matrix units, which the fused kernel uses: .4 to .7 of its time for rows
+  of 8 to 256 tokens, .5 to .8 for a token after others (``python -m benchmarks.products``; with such units 1.1 to 1.7).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,19 +17,76 @@ import torch
 from transformers import masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from oppu.lm.hardware import matrix_units
+
 _REPLACED = "sdpa"
+_LIBRARY = ALL_ATTENTION_FUNCTIONS[_REPLACED]
+_MARK = "_oppu_plain_attention"
+_PLAIN_TOKENS = 256
+"""Up to so many, all products of a row's positions lie in memory without harm."""
+_TRAINED_TOKENS = 192
+_FEW_ROWS = 8
+"""With fewer, a token's attention takes the fused kernel, which is one call instead of five."""
+_SCORES_BYTES = 4 << 20
+"""Of products held at once while nothing is learnt, so that they stay in the cache; of 256 KiB to 64 MiB the best."""
 _WARNING = "warn_if_padding_and_no_attention_mask"
 _FIND_PACKED = masking_utils.find_packed_sequence_indices
 
 
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """Let models whose attention is torch's use plain products instead."""
-    ALL_ATTENTION_FUNCTIONS[_REPLACED] = attend
-    try:
-        yield
-    finally:
-        del ALL_ATTENTION_FUNCTIONS[_REPLACED]
+class PlainAttention:
+    """Lets a model whose attention is torch's use plain products where those are faster. Other models stay as they are,
+    and so do copies that were made before."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        """Attach to a model; what is attached to already stays so.
+
+        Args:
+            model: Any.
+        """
+        self._modules = [module for module in model.modules() if _MARK not in vars(module)]
+        for module in self._modules:
+            vars(module)[_MARK] = True
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        for module in self._modules:
+            vars(module).pop(_MARK, None)
+
+
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **how: Any,
+) -> tuple[torch.Tensor, None]:
+    """Stand in for the library's function: what is not marked, or is not faster, goes on to it."""
+    known = how.get("position_bias") is None and how.get("cache") is None
+    if _MARK in vars(module) and known and _pays(query, key, attention_mask):
+        return attend(module, query, key, value, attention_mask, **how)
+    found: tuple[torch.Tensor, None] = _LIBRARY(module, query, key, value, attention_mask, **how)
+    return found
+
+
+ALL_ATTENTION_FUNCTIONS[_REPLACED] = _attention  # once: threads that come and go must not take it from each other
+
+
+def _pays(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Say whether plain products are faster, and right: a mask of the library's may hide a row of several positions as
+    a whole, padding on the left, which has no softmax."""
+    rows, _, length, _ = query.shape
+    half = query.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    if not half or query.device.type != "cpu":
+        return False
+    if torch.is_grad_enabled():
+        return length <= _TRAINED_TOKENS
+    if matrix_units():
+        return False
+    if length == 1:
+        return rows >= _FEW_ROWS
+    ours = length == key.shape[2] if mask is None else mask.dtype != torch.bool
+    return ours and length <= _PLAIN_TOKENS
 
 
 @contextmanager
@@ -67,23 +128,53 @@ def attend(
     Args:
         module: The layer; its ``is_causal`` counts where nothing else says.
         query: ``[n, h, t, d]``.
-        key: ``[n, g, t, d]``.
-        value: ``[n, g, t, d]``.
-        attention_mask: ``[n or 1, h or 1, t, t]``: what is true is read, or numbers to add; ``None``: none.
+        key: ``[n, g, s, d]``; ``s`` is ``t`` where there is no mask, unless ``t`` is 1.
+        value: ``[n, g, s, d]``.
+        attention_mask: ``[n or 1, h or 1, t, s]``: what is true is read, or numbers to add; ``None``: none.
         scaling: Of the products; ``None``: 1 / sqrt(d).
-        is_causal: Whether, without a mask, later positions are hidden.
+        is_causal: Whether, without a mask, later positions are hidden from several.
 
     Returns:
         ``[n, t, h, d]`` in the query's type; no weights.
     """
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
+    rows, heads, length, width = query.shape
+    groups = heads // key.shape[1]
+    if groups > 1 and length == 1 and (attention_mask is None or attention_mask.shape[1] == 1):
+        query = query.reshape(rows, -1, groups, width)  # heads that share keys as positions: nothing is copied
+    elif groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    products = (query @ key.transpose(2, 3)).to(torch.promote_types(query.dtype, torch.float32))
-    scores = products * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if attention_mask is not None:
-        hidden = attention_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attention_mask, -torch.inf) if hidden else scores + attention_mask
-    elif getattr(module, "is_causal", True) if is_causal is None else is_causal:
-        scores = scores + torch.full(scores.shape[2:], -torch.inf, device=scores.device).triu(1)
-    return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2), None
+    if (
+        attention_mask is None
+        and length > 1
+        and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    ):
+        attention_mask = torch.full((1, 1, length, length), -torch.inf, device=query.device).triu(1)
+    elif attention_mask is not None and attention_mask.dtype == torch.bool:  # adding is faster than filling
+        none = torch.zeros(attention_mask.shape, device=query.device)
+        attention_mask = none.masked_fill_(~attention_mask, -torch.inf)
+    scale = width**-0.5 if scaling is None else scaling
+    if torch.is_grad_enabled():
+        found = _weighed(query, key, value, attention_mask, scale)
+    else:
+        most = max(1, _SCORES_BYTES // (4 * query.shape[1] * query.shape[2] * key.shape[2]))
+        parts = zip(*(_parts(x, rows, most) for x in (query, key, value, attention_mask)), strict=True)
+        found = torch.cat([_weighed(q, k, v, mask, scale) for q, k, v, mask in parts])
+    return found.reshape(rows, heads, length, width).transpose(1, 2), None
+
+
+def _weighed(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """Return the values' means by the softmax of products, which is computed in at least float32."""
+    products = query @ key.transpose(2, 3)
+    scores = products.to(torch.promote_types(products.dtype, torch.float32)).mul_(scale)
+    if mask is not None:
+        scores = scores.add_(mask)
+    return scores.softmax(-1).to(value.dtype) @ value
+
+
+def _parts(x: torch.Tensor | None, rows: int, most: int) -> Sequence[torch.Tensor | None]:
+    """Cut along the rows; what all rows share is repeated."""
+    if x is None or len(x) != rows:
+        return [x] * -(-rows // most)
+    return torch.split(x, most)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from oppu.lm.attention import one_sequence_a_row, plain_attention, unwarned
+from oppu.lm.attention import PlainAttention, one_sequence_a_row, unwarned
 from oppu.lm.base import LoadedBase
 from oppu.lm.encoding import Reading, Target
 from oppu.lm.last_block import LastBlock
@@ -31,8 +31,6 @@ _CPU_LOGITS, _GPU_LOGITS = 2**26, 2**29
 """Most logits of one forward, where all of a text is aimed at: a training step holds a few copies, in float32."""
 _MASKED = ("sdpa", "eager")
 """Kinds of attention, by the library's names, that take any mask; others may end the process."""
-_PLAIN_ATTENTION_TOKENS = 192
-"""Up to so many, all products of a row's positions lie in memory without harm."""
 FORWARD_SHARE = 8
 """A forward's fixed cost, as a part of its most tokens; see ``buckets``."""
 
@@ -52,9 +50,9 @@ class Runner:
             library: Whether all blocks are computed as transformers does, to compare with; the head alone is narrowed,
                 and no matrix is packed.
         """
-        self.base, self._library = base, library
+        self.base = base
         unwarned(base.model)
-        self._packed = None if library else Packed(base.model)
+        self._faster = () if library else (Packed(base.model), PlainAttention(base.model))
         self.tokens = _GPU_TOKENS if base.device.type == "cuda" else _CPU_TOKENS
         logits = _GPU_LOGITS if base.device.type == "cuda" else _CPU_LOGITS
         self.vocabulary = int(base.model.config.get_text_config().vocab_size)
@@ -73,8 +71,8 @@ class Runner:
         self._hook.remove()
         self._last.close()
         self._trunk.close()
-        if self._packed is not None:
-            self._packed.close()
+        for part in self._faster:
+            part.close()
 
     def logits(
         self, readings: Sequence[Reading], memory: Memory | None = None, layouts: Sequence[Layout] = ()
@@ -96,7 +94,7 @@ class Runner:
         rows, below = self._below([reading.ids for reading in readings], memory)
         ids = self.padded(rows)
         positions = [reading.positions for reading in readings]
-        with self._reading(positions), self._attention(ids.shape[1]), below, one_sequence_a_row():
+        with self._reading(positions), below, one_sequence_a_row():
             out = self.base.model(input_ids=ids, use_cache=False, **self.positions(ids))
         return self.widened(out.logits[0])
 
@@ -175,13 +173,6 @@ class Runner:
     def widened(logits: torch.Tensor) -> torch.Tensor:
         """Return logits in at least float32."""
         return logits if logits.dtype == torch.float64 else logits.float()
-
-    def _attention(self, length: int) -> AbstractContextManager[None]:
-        """Choose the plain products for training short bfloat16 sequences on a CPU."""
-        half = torch.is_autocast_enabled("cpu") or self.base.dtype == torch.bfloat16
-        short = length <= _PLAIN_ATTENTION_TOKENS
-        plain = half and short and self.base.device.type == "cpu" and torch.is_grad_enabled() and not self._library
-        return plain_attention() if plain else nullcontext()
 
     def _may_pack(self) -> bool:
         """Say whether rows of several sequences are worth trying: they are measured on CPUs, and blocks that no adapter

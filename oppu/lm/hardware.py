@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from functools import cache
 from typing import Any
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD = -3, -1, -2
@@ -27,6 +28,18 @@ def fast_bfloat16(device: Any) -> bool:
     if not torch._C._has_mkldnn:  # noqa: SLF001 - the next question is not there without it
         return False
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001 - torch has no public question for it
+
+
+@cache
+def matrix_units() -> bool:
+    """Say whether the processor has units that multiply small matrices of bfloat16 (AMX).
+
+    Returns:
+        Whether torch's kernels find them.
+    """
+    import torch
+
+    return bool(torch.cpu._is_amx_tile_supported())  # noqa: SLF001 - likewise
 
 
 def keep_freed_memory() -> bool:

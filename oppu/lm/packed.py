@@ -1,12 +1,15 @@
-"""A base's bfloat16 matrices in the layout that a CPU's kernels read.
+"""A base's matrices in the layout that a CPU's kernels read.
 
-A linear layer otherwise lays its weight out anew at every call, which with the few rows of a decode step costs about as
-much as the product itself: of MiniLM's layers 64 rows take .55 to 1 of the time, 2,048 rows .35 to .8; the kernels are
-the same. It costs a second copy of the matrices, so large bases are left alone. Where gradients flow nothing is packed:
-training sixteen short rows a step became no faster. Nor in float32: beyond a few dozen rows nothing was gained.
+In bfloat16 a linear layer otherwise lays its weight out anew at every call, which with the few rows of a decode step
+costs about as much as the product itself: of MiniLM's layers 64 rows take .55 to 1 of the time, 2,048 rows .35 to .8;
+the kernels are the same. In float32 torch asks another library, which on AMD's processors takes twice as long and more
+(``python -m benchmarks.products``), on Intel's as long from a few dozen rows on. It costs a second copy of the
+matrices, so large bases are left alone. Where gradients flow nothing is packed: training sixteen short rows a step
+became no faster.
 """
 
 import copy
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -16,7 +19,9 @@ from torch.nn import functional
 from oppu.lm.hardware import fast_bfloat16
 
 _MOST_BYTES = 2 << 30
-"""Of a model's matrices: a base of a billion parameters still has its second copy."""
+"""Of a model's matrices: a base of a billion parameters in bfloat16 still has its second copy."""
+_VECTORS = ("AVX2", "AVX512")
+"""Instructions, by torch's names."""
 
 
 class Packed:
@@ -26,12 +31,12 @@ class Packed:
         """Attach to a model; what is packed already stays so.
 
         Args:
-            model: Any; of its layers those of bfloat16 on a CPU that multiplies it are concerned, unless they hold over
-                2 GiB.
+            model: Any; of its layers those of float32 on a CPU are concerned, and of bfloat16 where it multiplies that,
+                unless they hold over 2 GiB.
         """
         layers = [module for module in model.modules() if type(module) is nn.Linear and _suits(module.weight)]
-        worth = fast_bfloat16("cpu") and sum(layer.weight.nbytes for layer in layers) <= _MOST_BYTES
-        self._layers = [layer for layer in layers if worth and "forward" not in vars(layer)]
+        small = sum(layer.weight.nbytes for layer in layers) <= _MOST_BYTES
+        self._layers = [layer for layer in layers if small and "forward" not in vars(layer)]
         for layer in self._layers:
             vars(layer)["forward"] = _Product(layer)
 
@@ -53,7 +58,7 @@ class _Product:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         layer = self._layer
         learning = torch.is_grad_enabled() and (x.requires_grad or layer.weight.requires_grad)
-        fits = x.dtype == torch.bfloat16 and x.numel() > 0 and _suits(layer.weight)
+        fits = x.dtype == layer.weight.dtype and x.numel() > 0 and _suits(layer.weight)
         if learning or not fits or torch.is_autocast_enabled("cpu"):
             return functional.linear(x, layer.weight, layer.bias)
         multiply = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001 - what torch compiles linear layers to
@@ -73,4 +78,13 @@ class _Product:
 
 
 def _suits(weight: torch.Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.dim() == 2
+    return weight.device.type == "cpu" and weight.dim() == 2 and _fast(weight.dtype)
+
+
+@cache
+def _fast(dtype: torch.dtype) -> bool:
+    """Say whether the kernels for this type were measured on processors like this one."""
+    if dtype == torch.bfloat16:
+        return fast_bfloat16("cpu")
+    vectors = torch._C._has_mkldnn and torch.backends.cpu.get_cpu_capability() in _VECTORS  # noqa: SLF001 - as above
+    return dtype == torch.float32 and bool(vectors)

@@ -1,5 +1,6 @@
 """Attention as plain products against transformers' own call of torch's."""
 
+import copy
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from oppu.lm import attention
-from oppu.lm.attention import attend, plain_attention
+from oppu.lm.attention import PlainAttention, attend
 from oppu.lm.bank import SlotBank
 from oppu.lm.encoding import Reading
 from oppu.lm.forward import Runner
@@ -48,12 +49,77 @@ def test_equals_torch(how: dict[str, Any], groups: int, causal: bool) -> None:
         assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
-def test_it_is_in_place_only_within_the_block() -> None:
-    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    with pytest.raises(RuntimeError, match="stop"), plain_attention():
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attend
-        raise RuntimeError("stop")
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+@pytest.mark.parametrize("held", [1, 1000, 1 << 20])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("length", [1, TOKENS])
+def test_reads_and_decodes_as_torch_does_however_much_is_held_at_once(
+    length: int, shared: bool, groups: int, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_SCORES_BYTES", held)
+    generator = torch.Generator().manual_seed(0)
+    module = SimpleNamespace(is_causal=True, num_key_value_groups=groups, training=False)
+    query = torch.randn(ROWS, 4, length, 6, dtype=torch.float64, generator=generator)
+    key, value = (torch.randn(ROWS, 4 // groups, TOKENS, 6, dtype=torch.float64, generator=generator) for _ in range(2))
+    rows = SEEN[:1] if shared else SEEN.clone()
+    if not shared:
+        rows[1, :, -1, 0] = False
+    seen = rows[:, :, -length:]
+    for mask in (None, seen, torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -torch.inf)):
+        with torch.no_grad():
+            mine, theirs = (work(module, query, key, value, mask)[0] for work in (attend, sdpa_attention_forward))
+        assert mine.shape == theirs.shape
+        assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_models_that_it_is_not_attached_to_stay_as_they_are() -> None:
+    model = torch.nn.Sequential(torch.nn.Identity())
+    before = copy.deepcopy(model)
+    first = PlainAttention(model)
+    PlainAttention(model).close()
+    query = torch.randn(ROWS, 4, TOKENS, 6, dtype=torch.bfloat16)
+    with mock.patch.object(attention, "attend", wraps=attend) as taken, torch.enable_grad():
+        for module, calls in ((model[0], 1), (before[0], 1)):
+            ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, query, query, None)
+            assert taken.call_count == calls
+        first.close()
+        ALL_ATTENTION_FUNCTIONS["sdpa"](model[0], query, query, query, None)
+        assert taken.call_count == 1
+
+
+@pytest.mark.parametrize("units", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "mask", "others", "plain"),
+    [
+        ((8, 4, TOKENS, 6), torch.bfloat16, None, {}, True),
+        ((8, 4, TOKENS, 6), torch.bfloat16, torch.zeros(1, 1, TOKENS, TOKENS), {}, True),
+        ((8, 4, TOKENS, 6), torch.bfloat16, torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool), {}, False),
+        ((8, 4, TOKENS, 6), torch.float32, None, {}, False),
+        ((8, 4, 300, 6), torch.bfloat16, None, {}, False),
+        ((8, 4, TOKENS, 6), torch.bfloat16, None, {"position_bias": torch.zeros(1, 4, TOKENS, TOKENS)}, False),
+        ((8, 4, 1, 6), torch.bfloat16, torch.ones(1, 1, 1, 1, dtype=torch.bool), {}, True),
+        ((2, 4, 1, 6), torch.bfloat16, None, {}, False),
+    ],
+    ids=["ours", "added", "may hide a row", "float32", "long", "biased", "decoding", "decoding few"],
+)
+def test_reading_takes_it_where_it_is_faster_and_right(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    mask: torch.Tensor | None,
+    others: dict[str, torch.Tensor],
+    plain: bool,
+    units: bool,
+) -> None:
+    model, query = torch.nn.Identity(), torch.randn(*shape).to(dtype)
+    PlainAttention(model)
+    given = mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
+    extra = {name: value.to(dtype) for name, value in others.items()}
+    patched = mock.patch.object(attention, "matrix_units", return_value=units)
+    with mock.patch.object(attention, "attend", wraps=attend) as taken, patched, torch.no_grad():
+        found = ALL_ATTENTION_FUNCTIONS["sdpa"](model, query, query, query, given, **extra)[0]
+    assert taken.called == (plain and not units)
+    expected = sdpa_attention_forward(model, query, query, query, given, **extra)[0]
+    assert torch.allclose(found.float(), expected.float(), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
@@ -62,7 +128,8 @@ def test_training_short_bfloat16_sequences_takes_it(family: str, make_base: Call
     bank, runner = SlotBank(find_targets(base.model, None), slots=1, rank=4, alpha=8.0, trainable=True), Runner(base)
     bank.fresh(1, seed=0)
     long, found = tuple(range(2, 202)), []
-    with mock.patch.object(attention, "attend", wraps=attend) as taken, bank.use([1]):
+    units = mock.patch.object(attention, "matrix_units", return_value=True)
+    with mock.patch.object(attention, "attend", wraps=attend) as taken, bank.use([1]), units:
         for length, grad, calls in ((20, True, 2), (20, False, 0), (200, True, 0)):
             taken.reset_mock()
             with torch.set_grad_enabled(grad):

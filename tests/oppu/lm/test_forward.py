@@ -82,8 +82,9 @@ def test_a_closed_runner_leaves_the_base_as_it_was(make_base: Make) -> None:
         before = base.model(input_ids=ids).logits
         runner = Runner(base)
         runner.logits([Reading((5, 6, 7), (1,))])
-        assert torch.equal(base.model(input_ids=ids).logits, before)
+        assert torch.allclose(base.model(input_ids=ids).logits, before, rtol=1e-5, atol=1e-6)  # idle, though packed
         runner.close()
+        assert torch.equal(base.model(input_ids=ids).logits, before)
     hooks = [module for module in base.model.modules() if module._forward_hooks or module._forward_pre_hooks]
     assert not hooks
 

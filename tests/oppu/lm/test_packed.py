@@ -15,39 +15,50 @@ from oppu.lm.forward import Runner
 from oppu.lm.hardware import fast_bfloat16
 from oppu.lm.packed import Packed
 
-pytestmark = pytest.mark.skipif(not fast_bfloat16("cpu"), reason="this CPU does not multiply bfloat16 itself")
 Make = Callable[..., Any]
+ROUNDING = {torch.bfloat16: (2**-7, 1e-3), torch.float32: (1e-5, 1e-6)}
 
 
-def layer_of(*, bias: bool = True) -> nn.Linear:
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    found: torch.dtype = request.param
+    if found == torch.bfloat16 and not fast_bfloat16("cpu"):
+        pytest.skip("this CPU does not multiply bfloat16 itself")
+    if found == torch.float32 and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("float32 is not packed on this CPU")
+    return found
+
+
+def layer_of(dtype: torch.dtype, *, bias: bool = True) -> nn.Linear:
     torch.manual_seed(0)
-    return nn.Linear(48, 40, bias=bias).to(torch.bfloat16).requires_grad_(False)
+    return nn.Linear(48, 40, bias=bias).to(dtype).requires_grad_(False)
 
 
-def inputs(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+def inputs(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 def near(found: torch.Tensor, layer: nn.Linear, x: torch.Tensor) -> bool:
     """Say whether it is the layer's product, computed in float64, but for the result's rounding."""
     bias = None if layer.bias is None else layer.bias.double()
     exact = functional.linear(x.double(), layer.weight.double(), bias)
-    return found.dtype == x.dtype and torch.allclose(found.double(), exact, rtol=2**-7, atol=1e-3)
+    relative, absolute = ROUNDING[x.dtype]
+    return found.dtype == x.dtype and torch.allclose(found.double(), exact, rtol=relative, atol=absolute)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(48,), (1, 48), (64, 48), (3, 5, 48), (2, 3, 5, 48), (0, 48)])
-def test_products_are_the_layers(shape: tuple[int, ...], bias: bool) -> None:
-    layer, x = layer_of(bias=bias), inputs(*shape)
+def test_products_are_the_layers(shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
+    layer, x = layer_of(dtype, bias=bias), inputs(dtype, *shape)
     Packed(layer)
     with torch.no_grad():
         assert near(layer(x), layer, x)
-        strided = inputs(96, 7).t()[:, ::2] if len(shape) == 2 else x
+        strided = inputs(dtype, 96, 7).t()[:, ::2] if len(shape) == 2 else x
         assert near(layer(strided), layer, strided)
 
 
-def test_weights_that_change_are_packed_again() -> None:
-    layer, x = layer_of(), inputs(4, 48)
+def test_weights_that_change_are_packed_again(dtype: torch.dtype) -> None:
+    layer, x = layer_of(dtype), inputs(dtype, 4, 48)
     Packed(layer)
     with torch.no_grad():
         first = layer(x)
@@ -58,8 +69,8 @@ def test_weights_that_change_are_packed_again() -> None:
         assert near(layer(x), layer, x)
 
 
-def test_gradients_flow_and_other_types_are_left_to_torch() -> None:
-    layer, x = layer_of(), inputs(4, 48).requires_grad_()
+def test_gradients_flow_and_other_types_are_left_to_torch(dtype: torch.dtype) -> None:
+    layer, x = layer_of(dtype), inputs(dtype, 4, 48).requires_grad_()
     Packed(layer)
     layer(x).sum().backward()
     assert x.grad is not None
@@ -68,14 +79,24 @@ def test_gradients_flow_and_other_types_are_left_to_torch() -> None:
     layer(x.detach()).sum().backward()
     assert layer.weight.grad is not None
     with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
-        layer(x.detach().float())
-    layer.float()
+        layer(x.detach().double())
+    layer.double()
     with torch.no_grad():
-        assert torch.equal(layer(x.float()), functional.linear(x.float(), layer.weight, layer.bias))
+        assert torch.equal(layer(x.double()), functional.linear(x.double(), layer.weight, layer.bias))
 
 
-def test_a_copy_has_its_own_product() -> None:
-    layer, x = layer_of(), inputs(4, 48)
+def test_a_layer_that_changes_its_type_is_packed_in_the_new_one(dtype: torch.dtype) -> None:
+    layer = layer_of(torch.float32)
+    Packed(layer)
+    with torch.no_grad():
+        layer(inputs(torch.float32, 4, 48))
+        layer.to(dtype)
+        x = inputs(dtype, 4, 48)
+        assert near(layer(x), layer, x)
+
+
+def test_a_copy_has_its_own_product(dtype: torch.dtype) -> None:
+    layer, x = layer_of(dtype), inputs(dtype, 4, 48)
     Packed(layer)
     with torch.no_grad():
         layer(x)
@@ -85,8 +106,8 @@ def test_a_copy_has_its_own_product() -> None:
         assert near(layer(x), layer, x)
 
 
-def test_what_is_packed_already_is_left_to_who_packed_it() -> None:
-    layer = layer_of()
+def test_what_is_packed_already_is_left_to_who_packed_it(dtype: torch.dtype) -> None:
+    layer = layer_of(dtype)
     first = Packed(layer)
     Packed(layer).close()
     assert "forward" in vars(layer)
@@ -94,20 +115,22 @@ def test_what_is_packed_already_is_left_to_who_packed_it() -> None:
     assert "forward" not in vars(layer)
 
 
-def test_large_models_and_other_layers_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    wide = layer_of().float()
+def test_large_models_and_other_layers_are_left_alone(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = layer_of(torch.float64)
     Packed(wide)
     assert "forward" not in vars(wide)
-    monkeypatch.setattr(packed, "_MOST_BYTES", 48 * 40 * 2 - 1)
-    layer = layer_of()
+    layer = layer_of(dtype)
+    monkeypatch.setattr(packed, "_MOST_BYTES", layer.weight.nbytes - 1)
     Packed(layer)
     assert "forward" not in vars(layer)
 
 
 @pytest.mark.parametrize("library", [False, True])
 @pytest.mark.parametrize("family", ["llama", "bert", "opt"])
-def test_a_runner_packs_what_it_serves_and_unpacks_it(family: str, library: bool, make_base: Make) -> None:
-    base = make_base(family, torch.bfloat16)
+def test_a_runner_packs_what_it_serves_and_unpacks_it(
+    family: str, library: bool, dtype: torch.dtype, make_base: Make
+) -> None:
+    base = make_base(family, dtype)
     readings = [Reading((5, 6, 7), (1, 2), 0), Reading((8, 9, 10, 11), (3,), 0)]
     linear = [module for module in base.model.modules() if type(module) is nn.Linear]
     runner = Runner(base, library=library)

@@ -1,0 +1,115 @@
+"""What a CPU multiplies most: a base's matrices, packed against as torch has them, and attention, as plain products
+against torch's fused kernel.
+
+``python -m benchmarks.products [--json FILE]``; MiniLM's shapes, no model is loaded. What suits a processor is decided
+by such figures: see ``oppu/lm/packed.py`` and ``oppu/lm/attention.py``.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import click
+import torch
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from benchmarks.timing import REPEATS, Cell, interleaved, machine, rounded, show, write
+from oppu.lm.attention import attend
+from oppu.lm.hardware import fast_bfloat16, keep_freed_memory
+from oppu.lm.packed import Packed
+
+WIDE, INNER, VOCABULARY, HEADS = 384, 1536, 30_522, 12
+LAYERS = ((WIDE, WIDE), (WIDE, INNER), (INNER, WIDE), (WIDE, VOCABULARY))
+ROWS, HEAD_ROWS = (1, 4, 16, 64, 1024), 64
+"""Of a product, and the most of the head's: it sees what is read only."""
+READ = ((64, 8), (64, 27), (64, 64), (32, 128), (16, 256), (8, 512))
+"""Rows and tokens of what is read at once."""
+DECODED = ((1, 48), (4, 48), (64, 48), (64, 400))
+"""Rows of a token each, and the tokens before them."""
+ROOM = 16
+CALLS = 5
+"""Of a round: the smallest take some microseconds."""
+_Case = Callable[[], object]
+
+
+@click.command()
+@click.option("--repeats", type=click.IntRange(min=1), default=3 * REPEATS, show_default=True)
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Also write the result there.")
+def main(repeats: int, out: Path | None) -> None:
+    """Measure products on this machine."""
+    keep_freed_memory()
+    dtypes = [torch.float32, *([torch.bfloat16] if fast_bfloat16("cpu") else [])]
+    with torch.no_grad():
+        matrices = [row for dtype in dtypes for row in _matrices(dtype, repeats)]
+        attention = [row for dtype in dtypes for row in _attention(dtype, repeats)]
+    show("matrices: packed over as torch has them", matrices)
+    show("attention: plain products over torch's kernel", attention)
+    write(out, {**machine(), "matrices": matrices, "attention": attention})
+
+
+def _matrices(dtype: torch.dtype, repeats: int) -> Iterator[dict[str, Cell]]:
+    for rows in ROWS:
+        for wide, out in LAYERS:
+            if out == VOCABULARY and rows > HEAD_ROWS:
+                continue
+            plain, packed = (nn.Linear(wide, out).to(dtype).requires_grad_(False) for _ in range(2))
+            Packed(packed)
+            x = torch.randn(rows, wide).to(dtype)
+            shape: dict[str, Cell] = {"dtype": _name(dtype), "rows": rows, "in": wide, "out": out}
+            yield {**shape, **_compared(partial(packed, x), partial(plain, x), repeats)}
+
+
+def _attention(dtype: torch.dtype, repeats: int) -> Iterator[dict[str, Cell]]:
+    module = nn.Identity()
+    module.is_causal = True  # type: ignore[assignment]  # what both ways ask a layer
+    for rows, tokens in READ:
+        query, key, value = (_heads(rows, tokens, dtype) for _ in range(3))
+        yield {**_shape(dtype, rows, tokens, 0), **_ways(module, query, key, value, repeats)}
+    for rows, before in DECODED:
+        query, key, value = _heads(rows, 1, dtype), *(_cached(rows, before + 1, dtype) for _ in range(2))
+        yield {**_shape(dtype, rows, 1, before), **_ways(module, query, key, value, repeats)}
+
+
+def _heads(rows: int, tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return ``[n, h, t, d]`` as a layer's product leaves it."""
+    return torch.randn(rows, tokens, HEADS, WIDE // HEADS).to(dtype).transpose(1, 2)
+
+
+def _cached(rows: int, tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return ``[n, h, t, d]`` as a cache with room for more holds it."""
+    return torch.randn(rows, HEADS, tokens + ROOM, WIDE // HEADS).to(dtype)[:, :, :tokens]
+
+
+def _shape(dtype: torch.dtype, rows: int, tokens: int, before: int) -> dict[str, Cell]:
+    return {"dtype": _name(dtype), "rows": rows, "tokens": tokens, "before": before}
+
+
+def _ways(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, repeats: int
+) -> dict[str, Cell]:
+    own, other = (partial(work, module, query, key, value, None) for work in (attend, sdpa_attention_forward))
+    return _compared(own, other, repeats)
+
+
+def _compared(own: _Case, other: _Case, repeats: int) -> dict[str, Cell]:
+    found = interleaved({"own": partial(_calls, own), "other": partial(_calls, other)}, repeats=repeats)
+    return {
+        "milliseconds": rounded(1000 * found["own"].each(CALLS).median),
+        "ratio": rounded(found["other"].median / found["own"].median),
+        "spread": rounded(found["own"].spread),
+        "other_spread": rounded(found["other"].spread),
+    }
+
+
+def _calls(case: _Case) -> None:
+    for _ in range(CALLS):
+        case()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+if __name__ == "__main__":
+    main()
