@@ -16,10 +16,11 @@ from sentence_transformers import SentenceTransformer
 from benchmarks.live import events
 from benchmarks.timing import REPEATS, Cell, interleaved, machine, rounded, show, write
 from oppu.embedder import quiet_and_local
+from oppu.errors import FatalError
 from oppu.lm.casting import cast
 from oppu.lm.hardware import fast_bfloat16, keep_freed_memory
 from oppu.lm.packed import Packed
-from oppu.lm.text_packing import TextPacking
+from oppu.lm.text_packing import text_packing
 
 TEXTS, MOST_TEXTS = 64, 256
 CALLS = 2
@@ -43,9 +44,12 @@ def main(repeats: int, out: Path | None) -> None:
 
 def _row(dtype: torch.dtype, size: int, joined: int, repeats: int) -> dict[str, Cell]:
     texts = _texts(size * CALLS, joined)
-    plain, matrices = _model(dtype), _model(dtype)
+    plain, matrices, own = (_model(dtype) for _ in range(3))
     Packed(matrices)
-    packing = TextPacking(matrices)
+    Packed(own)
+    packing = text_packing(own)
+    if packing is None:
+        raise FatalError("texts that share a row have other vectors than each alone")
     cases = {
         "library": partial(_each, partial(_encode, plain), texts, size),
         "matrices": partial(_each, partial(_encode, matrices), texts, size),

@@ -118,7 +118,6 @@ class SentenceEmbedder:
         import sentence_transformers
         import torch
 
-        from oppu.lm.attention import PlainAttention
         from oppu.lm.casting import cast
         from oppu.lm.packed import Packed
         from oppu.lm.text_packing import text_packing
@@ -138,7 +137,6 @@ class SentenceEmbedder:
         half = dtype == "bfloat16" or (dtype == "auto" and fast_bfloat16(device))
         self._model: Any = cast(model.eval().requires_grad_(False), torch.bfloat16 if half else torch.float32)
         Packed(self._model)
-        PlainAttention(self._model)
         self._batch = batch
         self._packing = text_packing(self._model)
         self._kinds: dict[int, str] = {}

@@ -1,23 +1,28 @@
 """What of the library's attention is done another way: plain products, and no look for packed sequences.
 
-Plain products are faster than torch's fused kernel in bfloat16 on a CPU, for sequences of up to a few hundred tokens:
+Plain products are faster than torch's fused kernel for sequences of up to a few hundred tokens in bfloat16, on a CPU
+that multiplies it:
 
 - training: the fused kernel's backward takes six times as long (57 against 9 ms for 32 rows of 40 tokens), and torch's
   own unfused one multiplies in float32 and looks for rows that are masked out: 3.4 against 1.9 ms for 16 rows of 27
   tokens;
 - reading and decoding, on processors without matrix units, which the fused kernel uses: .4 to .7 of its time for rows
   of 8 to 256 tokens, .5 to .8 for a token after others (``python -m benchmarks.products``; with such units 1.1 to 1.7).
+
+They round scores to bfloat16, as the library's own eager attention does and the fused kernel does not. Whoever serves
+with them looks whether that changes a model first.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from transformers import masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from oppu.lm.hardware import matrix_units
+from oppu.lm.hardware import fast_bfloat16, matrix_units
 
 _REPLACED = "sdpa"
 _LIBRARY = ALL_ATTENTION_FUNCTIONS[_REPLACED]
@@ -29,13 +34,15 @@ _FEW_ROWS = 8
 """With fewer, a token's attention takes the fused kernel, which is one call instead of five."""
 _SCORES_BYTES = 4 << 20
 """Of products held at once while nothing is learnt, so that they stay in the cache; of 256 KiB to 64 MiB the best."""
+_OTHERWISE = ("position_bias", "cache", "softcap")
+"""Arguments of the library's under which it computes, or refuses, something else."""
 _WARNING = "warn_if_padding_and_no_attention_mask"
 _FIND_PACKED = masking_utils.find_packed_sequence_indices
 
 
 class PlainAttention:
-    """Lets a model whose attention is torch's use plain products where those are faster. Other models stay as they are,
-    and so do copies that were made before."""
+    """Lets a model whose attention is torch's use plain products where those are faster, and copies that are made of it
+    meanwhile. All others stay as they are."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         """Attach to a model; what is attached to already stays so.
@@ -44,13 +51,25 @@ class PlainAttention:
             model: Any.
         """
         self._modules = [module for module in model.modules() if _MARK not in vars(module)]
-        for module in self._modules:
-            vars(module)[_MARK] = True
+        self._attach()
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Leave the attention to the library for a while."""
+        self.close()
+        try:
+            yield
+        finally:
+            self._attach()
 
     def close(self) -> None:
         """Leave the model as it was."""
         for module in self._modules:
             vars(module).pop(_MARK, None)
+
+    def _attach(self) -> None:
+        for module in self._modules:
+            vars(module)[_MARK] = True
 
 
 def _attention(
@@ -62,8 +81,7 @@ def _attention(
     **how: Any,
 ) -> tuple[torch.Tensor, None]:
     """Stand in for the library's function: what is not marked, or is not faster, goes on to it."""
-    known = how.get("position_bias") is None and how.get("cache") is None
-    if _MARK in vars(module) and known and _pays(query, key, attention_mask):
+    if _MARK in vars(module) and _pays(query) and _fits(query, key, attention_mask, how):
         return attend(module, query, key, value, attention_mask, **how)
     found: tuple[torch.Tensor, None] = _LIBRARY(module, query, key, value, attention_mask, **how)
     return found
@@ -72,21 +90,33 @@ def _attention(
 ALL_ATTENTION_FUNCTIONS[_REPLACED] = _attention  # once: threads that come and go must not take it from each other
 
 
-def _pays(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Say whether plain products are faster, and right: a mask of the library's may hide a row of several positions as
+def _fits(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, how: Mapping[str, object]) -> bool:
+    """Say whether plain products are what is asked for. A mask of the library's may hide a row of several positions as
     a whole, padding on the left, which has no softmax."""
+    length = query.shape[2]
+    if len(query) != len(key) or any(how.get(name) is not None for name in _OTHERWISE):
+        return False
+    if mask is None:
+        return length in (1, key.shape[2])
+    return mask.dim() == 4 and (length == 1 or mask.dtype != torch.bool)
+
+
+def _pays(query: torch.Tensor) -> bool:
+    """Say whether plain products are faster."""
     rows, _, length, _ = query.shape
     half = query.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     if not half or query.device.type != "cpu":
         return False
     if torch.is_grad_enabled():
         return length <= _TRAINED_TOKENS
-    if matrix_units():
-        return False
-    if length == 1:
-        return rows >= _FEW_ROWS
-    ours = length == key.shape[2] if mask is None else mask.dtype != torch.bool
-    return ours and length <= _PLAIN_TOKENS
+    return _slow_kernel() and (rows >= _FEW_ROWS if length == 1 else length <= _PLAIN_TOKENS)
+
+
+@cache
+def _slow_kernel() -> bool:
+    """Say whether this is a processor like those that the fused kernel was found to be slower on."""
+    x86 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return x86 and fast_bfloat16("cpu") and not matrix_units()
 
 
 @contextmanager
@@ -123,19 +153,19 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Compute attention without dropout, by transformers' interface; no row may be masked out as a whole.
 
-    Letters: h heads, g heads of keys and values (a divisor of h), d their width.
+    Letters: h heads, g heads of keys and values (a divisor of h), d and e their widths.
 
     Args:
         module: The layer; its ``is_causal`` counts where nothing else says.
         query: ``[n, h, t, d]``.
         key: ``[n, g, s, d]``; ``s`` is ``t`` where there is no mask, unless ``t`` is 1.
-        value: ``[n, g, s, d]``.
+        value: ``[n, g, s, e]``.
         attention_mask: ``[n or 1, h or 1, t, s]``: what is true is read, or numbers to add; ``None``: none.
         scaling: Of the products; ``None``: 1 / sqrt(d).
         is_causal: Whether, without a mask, later positions are hidden from several.
 
     Returns:
-        ``[n, t, h, d]`` in the query's type; no weights.
+        ``[n, t, h, e]`` in the values' type, contiguous; no weights.
     """
     rows, heads, length, width = query.shape
     groups = heads // key.shape[1]
@@ -159,7 +189,7 @@ def attend(
         most = max(1, _SCORES_BYTES // (4 * query.shape[1] * query.shape[2] * key.shape[2]))
         parts = zip(*(_parts(x, rows, most) for x in (query, key, value, attention_mask)), strict=True)
         found = torch.cat([_weighed(q, k, v, mask, scale) for q, k, v, mask in parts])
-    return found.reshape(rows, heads, length, width).transpose(1, 2), None
+    return found.reshape(rows, heads, length, value.shape[-1]).transpose(1, 2).contiguous(), None
 
 
 def _weighed(

@@ -47,12 +47,14 @@ class Runner:
             base: Its backbone gets a hook that picks the read positions.
             targets: The layers that adapters attach to, by module name: what lies below them is shared by rows of
                 equal tokens. ``None``: any layer may be.
-            library: Whether all blocks are computed as transformers does, to compare with; the head alone is narrowed,
-                and no matrix is packed.
+            library: Whether all blocks and their attention are computed as transformers does, to compare with; the head
+                alone is narrowed, and no matrix is packed.
         """
         self.base = base
         unwarned(base.model)
-        self._faster = () if library else (Packed(base.model), PlainAttention(base.model))
+        self._packed = None if library else Packed(base.model)
+        self.attention = None if library else PlainAttention(base.model)
+        """What replaces the library's attention, if anything."""
         self.tokens = _GPU_TOKENS if base.device.type == "cuda" else _CPU_TOKENS
         logits = _GPU_LOGITS if base.device.type == "cuda" else _CPU_LOGITS
         self.vocabulary = int(base.model.config.get_text_config().vocab_size)
@@ -71,8 +73,10 @@ class Runner:
         self._hook.remove()
         self._last.close()
         self._trunk.close()
-        for part in self._faster:
-            part.close()
+        if self._packed is not None:
+            self._packed.close()
+        if self.attention is not None:
+            self.attention.close()
 
     def logits(
         self, readings: Sequence[Reading], memory: Memory | None = None, layouts: Sequence[Layout] = ()

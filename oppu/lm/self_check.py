@@ -8,6 +8,7 @@ Layers that adapters cannot be added to are found here too, not at the first use
 import copy
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ _STRIDE = 7919
 """A prime, to scatter their tokens over the vocabulary."""
 _ALIKE, _ALIKE_ROUNDED = 1 - 1e-4, 0.9
 """Least cosine between logits, centred: equal but for rounding, in bfloat16 also but for an expert chosen otherwise."""
+_ALIKE_PLAIN = 0.999
+"""In bfloat16, with plain products for attention and without: large scores lose by rounding."""
 _ALIKE_PACKED = 0.995
 """In bfloat16, of sequences that share a row: what cannot be told from a leak gets a row of its own, and no more."""
 _FAULTS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
@@ -59,6 +62,7 @@ def check_base(runner: Runner, bank: SlotBank, targets: Mapping[str, nn.Module])
     with torch.no_grad():
         try:
             alone, unread = _alone(runner, rows, targets)
+            _choose_attention(runner, bank, rows, alone)
             faults = _faults(runner, bank, rows, alone)
         except _FAULTS as error:
             _not_the_bases(error)
@@ -82,6 +86,22 @@ def check_base(runner: Runner, bank: SlotBank, targets: Mapping[str, nn.Module])
     if not shared:
         logger.warning("base %s: each choice's line reads its prompt again: %s", runner.base.name, why)
     return shared
+
+
+def _choose_attention(runner: Runner, bank: SlotBank, rows: list[Ids], alone: list[torch.Tensor]) -> None:
+    """Leave the library's attention in its place where another one reads otherwise."""
+    if runner.attention is None:
+        return
+    try:
+        with bank.use([0] * len(rows)):
+            read = runner.logits([Reading(row, (len(row) - 1,)) for row in rows])
+        same = all(_alike(runner, one, other, _ALIKE_PLAIN) for one, other in zip(read, alone, strict=True))
+    except _FAULTS as error:
+        _not_the_bases(error)
+        same = False  # whose fault it is shows without
+    if not same:
+        logger.info("base %s: its attention stays the library's", runner.base.name)
+        runner.attention.close()
 
 
 def _packs(runner: Runner, bank: SlotBank, rows: list[Ids], alone: list[torch.Tensor]) -> bool:
@@ -119,7 +139,8 @@ def _alone(runner: Runner, rows: list[Ids], targets: Mapping[str, nn.Module]) ->
     run: list[nn.Module] = []
     hooks = [layer.register_forward_hook(lambda own, *_: run.append(own)) for layer in targets.values()]
     try:
-        found = [runner.base.model(input_ids=runner.padded([row]), use_cache=False).logits[0, -1] for row in rows]
+        with nullcontext() if runner.attention is None else runner.attention.set_aside():
+            found = [runner.base.model(input_ids=runner.padded([row]), use_cache=False).logits[0, -1] for row in rows]
     finally:
         for hook in hooks:
             hook.remove()

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from oppu.lm.attention import PlainAttention
 from oppu.lm.sequence_packing import looks_near, packed, parts
 
 TOKENS = 8192
@@ -92,7 +93,7 @@ def text_packing(model: Any) -> TextPacking | None:
     """Pack a model's texts where that is known to change nothing.
 
     It is tried on a few texts: what reads positions, masks or prompts in another way than most encoders do gives other
-    vectors, or an error, and then stays as it is.
+    vectors, or an error, and then stays as it is. So it is with plain products for its attention.
 
     Args:
         model: A ``SentenceTransformer`` in its final type.
@@ -103,17 +104,27 @@ def text_packing(model: Any) -> TextPacking | None:
     """
     if model.device.type != "cpu" or model.default_prompt_name is not None:
         return None
-    probes = list(_PROBES)
     try:
         packing = TextPacking(model)
         if looks_near(packing.config, math.inf):
             return None
-        alone = model.encode(probes, batch_size=1, convert_to_tensor=True, show_progress_bar=False)
-        shared = torch.from_numpy(packing.encode(probes))
-        likeness = functional.cosine_similarity(shared, alone.float())
+        alone = model.encode(list(_PROBES), batch_size=1, convert_to_tensor=True, show_progress_bar=False).float()
     except Exception:
         return None
-    return packing if likeness.min() >= _LIKENESS else None
+    plain = PlainAttention(model)
+    if _alike(packing, alone):
+        return packing
+    plain.close()
+    return packing if _alike(packing, alone) else None
+
+
+def _alike(packing: TextPacking, alone: torch.Tensor) -> bool:
+    """Say whether the probes have the vectors that each has by itself."""
+    try:
+        shared = torch.from_numpy(packing.encode(_PROBES))
+    except Exception:
+        return False
+    return bool(functional.cosine_similarity(shared, alone).min() >= _LIKENESS)
 
 
 def _first_position(encoder: torch.nn.Module) -> int:

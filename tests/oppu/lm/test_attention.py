@@ -49,7 +49,7 @@ def test_equals_torch(how: dict[str, Any], groups: int, causal: bool) -> None:
         assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("held", [1, 1000, 1 << 20])
+@pytest.mark.parametrize("held", [1, 1600, 1 << 20])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("length", [1, TOKENS])
@@ -69,6 +69,7 @@ def test_reads_and_decodes_as_torch_does_however_much_is_held_at_once(
         with torch.no_grad():
             mine, theirs = (work(module, query, key, value, mask)[0] for work in (attend, sdpa_attention_forward))
         assert mine.shape == theirs.shape
+        assert mine.is_contiguous()
         assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
@@ -87,20 +88,25 @@ def test_models_that_it_is_not_attached_to_stay_as_they_are() -> None:
         assert taken.call_count == 1
 
 
-@pytest.mark.parametrize("units", [False, True])
+LEFT_PADDED = torch.ones(8, 1, TOKENS, TOKENS, dtype=torch.bool).tril()
+LEFT_PADDED[1, :, :, :2] = False
+
+
+@pytest.mark.parametrize("slow", [True, False])
 @pytest.mark.parametrize(
     ("shape", "dtype", "mask", "others", "plain"),
     [
         ((8, 4, TOKENS, 6), torch.bfloat16, None, {}, True),
         ((8, 4, TOKENS, 6), torch.bfloat16, torch.zeros(1, 1, TOKENS, TOKENS), {}, True),
-        ((8, 4, TOKENS, 6), torch.bfloat16, torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool), {}, False),
+        ((8, 4, TOKENS, 6), torch.bfloat16, LEFT_PADDED, {}, False),
+        ((8, 4, TOKENS, 6), torch.bfloat16, torch.zeros(TOKENS, TOKENS), {}, False),
         ((8, 4, TOKENS, 6), torch.float32, None, {}, False),
         ((8, 4, 300, 6), torch.bfloat16, None, {}, False),
         ((8, 4, TOKENS, 6), torch.bfloat16, None, {"position_bias": torch.zeros(1, 4, TOKENS, TOKENS)}, False),
         ((8, 4, 1, 6), torch.bfloat16, torch.ones(1, 1, 1, 1, dtype=torch.bool), {}, True),
         ((2, 4, 1, 6), torch.bfloat16, None, {}, False),
     ],
-    ids=["ours", "added", "may hide a row", "float32", "long", "biased", "decoding", "decoding few"],
+    ids=["ours", "added", "hides a row", "flat", "float32", "long", "biased", "decoding", "decoding few"],
 )
 def test_reading_takes_it_where_it_is_faster_and_right(
     shape: tuple[int, ...],
@@ -108,18 +114,43 @@ def test_reading_takes_it_where_it_is_faster_and_right(
     mask: torch.Tensor | None,
     others: dict[str, torch.Tensor],
     plain: bool,
-    units: bool,
+    slow: bool,
 ) -> None:
     model, query = torch.nn.Identity(), torch.randn(*shape).to(dtype)
     PlainAttention(model)
     given = mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
     extra = {name: value.to(dtype) for name, value in others.items()}
-    patched = mock.patch.object(attention, "matrix_units", return_value=units)
+    patched = mock.patch.object(attention, "_slow_kernel", return_value=slow)
     with mock.patch.object(attention, "attend", wraps=attend) as taken, patched, torch.no_grad():
         found = ALL_ATTENTION_FUNCTIONS["sdpa"](model, query, query, query, given, **extra)[0]
-    assert taken.called == (plain and not units)
+    assert taken.called == (plain and slow)
     expected = sdpa_attention_forward(model, query, query, query, given, **extra)[0]
     assert torch.allclose(found.float(), expected.float(), rtol=2e-2, atol=2e-2)
+
+
+def test_what_it_does_not_know_is_left_to_the_library_while_training_too() -> None:
+    model, query = torch.nn.Identity(), torch.randn(8, 4, TOKENS, 6, dtype=torch.bfloat16, requires_grad=True)
+    PlainAttention(model)
+    run = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    assert run(model, query, query, query, LEFT_PADDED)[0].isfinite().all()
+    assert run(model, query[:, :, :3], query, query, None)[0].shape == (8, 3, 4, 6)
+    assert run(model, query[:1], query, query, None)[0].shape == (8, TOKENS, 4, 6)
+    with pytest.raises(ValueError, match="softcap"):
+        run(model, query, query, query, None, softcap=30.0)
+
+
+def test_a_runner_leaves_the_library_its_attention_where_it_is_told_to(make_base: Callable[..., Any]) -> None:
+    base = make_base("llama", torch.bfloat16)
+    readings = [Reading((5, 6, 7), (2,), 0), Reading((5, 6, 8), (2,), 0)]
+    patched = mock.patch.object(attention, "_slow_kernel", return_value=True)
+    with mock.patch.object(attention, "attend", wraps=attend) as taken, patched, torch.no_grad():
+        for library, calls in ((True, 0), (False, 2)):
+            runner = Runner(base, library=library)
+            runner.logits(readings)
+            assert taken.call_count == calls
+            runner.close()
+        base.model(input_ids=torch.tensor([[5, 6, 7]]))
+        assert taken.call_count == 2
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
@@ -128,8 +159,8 @@ def test_training_short_bfloat16_sequences_takes_it(family: str, make_base: Call
     bank, runner = SlotBank(find_targets(base.model, None), slots=1, rank=4, alpha=8.0, trainable=True), Runner(base)
     bank.fresh(1, seed=0)
     long, found = tuple(range(2, 202)), []
-    units = mock.patch.object(attention, "matrix_units", return_value=True)
-    with mock.patch.object(attention, "attend", wraps=attend) as taken, bank.use([1]), units:
+    fast_kernel = mock.patch.object(attention, "_slow_kernel", return_value=False)
+    with mock.patch.object(attention, "attend", wraps=attend) as taken, bank.use([1]), fast_kernel:
         for length, grad, calls in ((20, True, 2), (20, False, 0), (200, True, 0)):
             taken.reset_mock()
             with torch.set_grad_enabled(grad):

@@ -10,6 +10,7 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 from oppu.errors import ConfigError, ModelLost
+from oppu.lm import attention
 from oppu.lm.bank import SlotBank
 from oppu.lm.base import LoadedBase
 from oppu.lm.forward import Runner
@@ -158,3 +159,27 @@ def test_of_a_base_that_sees_too_the_text_layers_alone_are_adapted(
     assert own.text is not None and plain.text is not None
     peft = as_peft(base, tensors, model.adapter_config())
     assert len(tensors) == sum("lora_" in name for name, _ in peft.named_parameters())
+
+
+@pytest.mark.parametrize(("planted", "kept"), [(None, True), ("rounds", False), ("fails", False)])
+def test_attention_that_changes_a_base_is_left_to_the_library(
+    planted: str | None,
+    kept: bool,
+    make_base: Callable[..., LoadedBase],
+    tasks: Tasks,
+    settings: ModelSettings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = attention.attend
+
+    def wrong(module: Any, query: torch.Tensor, *args: Any, **how: Any) -> Any:
+        if planted == "fails":
+            raise RuntimeError("no such shape")
+        return right(module, query if planted is None else query.round(), *args, **how)
+
+    monkeypatch.setattr(attention, "_slow_kernel", lambda: True)
+    monkeypatch.setattr(attention, "attend", wrong)
+    base = make_base("llama", torch.bfloat16)
+    model = TorchModel(base, tasks, settings=settings, slots=1)
+    assert all((attention._MARK in vars(module)) == kept for module in base.model.modules())
+    assert model.answer([Row("news_categorize", "rain", choices=("yes", "no"))])[0].base_scores is not None

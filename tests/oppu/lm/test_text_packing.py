@@ -17,6 +17,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import PreTrainedTokenizerBase
 
 from oppu.embedder import SentenceEmbedder
+from oppu.lm import attention
 from oppu.lm.sequence_packing import looks_near
 from oppu.lm.text_packing import TextPacking, text_packing
 
@@ -121,6 +122,25 @@ def test_bfloat16_is_packed_too(minilm: Any) -> None:
     half = _loaded(str(get_model_path())).to(torch.bfloat16)
     packing = text_packing(half)
     assert packing is not None
+    texts = ["rain over spain", "a", "the senate voted on tuesday again"] * 7
+    np.testing.assert_allclose(packing.encode(texts), TextPacking(minilm).encode(texts), atol=0.01)
+
+
+@pytest.mark.parametrize(("planted", "kept"), [(False, True), (True, False)])
+def test_attention_that_changes_vectors_is_left_to_the_library(
+    minilm: Any, planted: bool, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = attention.attend
+
+    def rounding(module: Any, query: torch.Tensor, *args: Any, **how: Any) -> Any:
+        return right(module, query.round() if planted else query, *args, **how)
+
+    monkeypatch.setattr(attention, "_slow_kernel", lambda: True)
+    monkeypatch.setattr(attention, "attend", rounding)
+    half = _loaded(str(get_model_path())).to(torch.bfloat16)
+    packing = text_packing(half)
+    assert packing is not None
+    assert all((attention._MARK in vars(module)) == kept for module in half.modules())
     texts = ["rain over spain", "a", "the senate voted on tuesday again"] * 7
     np.testing.assert_allclose(packing.encode(texts), TextPacking(minilm).encode(texts), atol=0.01)
 
