@@ -25,7 +25,7 @@ ROWS, HEAD_ROWS = (1, 4, 16, 64, 1024), 64
 """Of a product, and the most of the head's: it sees what is read only."""
 READ = ((64, 8), (64, 27), (64, 64), (32, 128), (16, 256), (8, 512))
 """Rows and tokens of what is read at once."""
-DECODED = ((1, 48), (4, 48), (64, 48), (64, 400))
+DECODED = ((1, 48), (8, 48), (64, 48), (8, 200), (64, 200))
 """Rows of a token each, and the tokens before them."""
 ROOM = 16
 CALLS = 5

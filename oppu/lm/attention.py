@@ -6,13 +6,15 @@ that multiplies it:
 - training: the fused kernel's backward takes six times as long (57 against 9 ms for 32 rows of 40 tokens), and torch's
   own unfused one multiplies in float32 and looks for rows that are masked out: 3.4 against 1.9 ms for 16 rows of 27
   tokens;
-- reading and decoding, on processors without matrix units, which the fused kernel uses: .4 to .7 of its time for rows
-  of 8 to 256 tokens, .5 to .8 for a token after others (``python -m benchmarks.products``; with such units 1.1 to 1.7).
+- reading and decoding, on processors with vectors of bfloat16 and without matrix units, which the fused kernel uses: .4
+  to .7 of its time for rows of 8 to 256 tokens, .5 to .8 for a token of narrow heads after others (``python -m
+  benchmarks.products``; with such units 1.1 to 1.7).
 
 They round scores to bfloat16, as the library's own eager attention does and the fused kernel does not. Whoever serves
 with them looks whether that changes a model first.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -22,16 +24,19 @@ import torch
 from transformers import masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from oppu.lm.hardware import fast_bfloat16, matrix_units
+from oppu.lm.hardware import fast_bfloat16, matrix_units, vector_bfloat16
 
 _REPLACED = "sdpa"
 _LIBRARY = ALL_ATTENTION_FUNCTIONS[_REPLACED]
 _MARK = "_oppu_plain_attention"
+_NUMBERS = itertools.count()
 _PLAIN_TOKENS = 256
 """Up to so many, all products of a row's positions lie in memory without harm."""
 _TRAINED_TOKENS = 192
-_FEW_ROWS = 8
+DECODED_ROWS = 8
 """With fewer, a token's attention takes the fused kernel, which is one call instead of five."""
+_DECODED_WIDTH = 64
+"""Of a head: with wider ones, or where heads share keys, the fused kernel decodes faster."""
 _SCORES_BYTES = 4 << 20
 """Of products held at once while nothing is learnt, so that they stay in the cache; of 256 KiB to 64 MiB the best."""
 _OTHERWISE = ("position_bias", "cache", "softcap")
@@ -45,31 +50,36 @@ class PlainAttention:
     meanwhile. All others stay as they are."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        """Attach to a model; what is attached to already stays so.
+        """Attach to a model, in the place of whoever was attached to it.
 
         Args:
             model: Any.
         """
-        self._modules = [module for module in model.modules() if _MARK not in vars(module)]
-        self._attach()
+        self._number = next(_NUMBERS)
+        self._modules = list(model.modules())
+        self._attach(self._modules)
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Leave the attention to the library for a while."""
+        held = self._held()
         self.close()
         try:
             yield
         finally:
-            self._attach()
+            self._attach(held)
 
     def close(self) -> None:
-        """Leave the model as it was."""
-        for module in self._modules:
-            vars(module).pop(_MARK, None)
+        """Leave the attention to the library; nothing happens where another one is attached by now."""
+        for module in self._held():
+            del vars(module)[_MARK]
 
-    def _attach(self) -> None:
-        for module in self._modules:
-            vars(module)[_MARK] = True
+    def _held(self) -> list[torch.nn.Module]:
+        return [module for module in self._modules if vars(module).get(_MARK) == self._number]
+
+    def _attach(self, modules: Sequence[torch.nn.Module]) -> None:
+        for module in modules:
+            vars(module)[_MARK] = self._number
 
 
 def _attention(
@@ -81,7 +91,7 @@ def _attention(
     **how: Any,
 ) -> tuple[torch.Tensor, None]:
     """Stand in for the library's function: what is not marked, or is not faster, goes on to it."""
-    if _MARK in vars(module) and _pays(query) and _fits(query, key, attention_mask, how):
+    if _MARK in vars(module) and _pays(query, key) and _fits(query, key, attention_mask, how):
         return attend(module, query, key, value, attention_mask, **how)
     found: tuple[torch.Tensor, None] = _LIBRARY(module, query, key, value, attention_mask, **how)
     return found
@@ -94,29 +104,30 @@ def _fits(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, how
     """Say whether plain products are what is asked for. A mask of the library's may hide a row of several positions as
     a whole, padding on the left, which has no softmax."""
     length = query.shape[2]
-    if len(query) != len(key) or any(how.get(name) is not None for name in _OTHERWISE):
+    if len(query) != len(key) or how.get("dropout") or any(how.get(name) is not None for name in _OTHERWISE):
         return False
     if mask is None:
         return length in (1, key.shape[2])
     return mask.dim() == 4 and (length == 1 or mask.dtype != torch.bool)
 
 
-def _pays(query: torch.Tensor) -> bool:
+def _pays(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Say whether plain products are faster."""
-    rows, _, length, _ = query.shape
+    rows, heads, length, width = query.shape
     half = query.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     if not half or query.device.type != "cpu":
         return False
     if torch.is_grad_enabled():
         return length <= _TRAINED_TOKENS
-    return _slow_kernel() and (rows >= _FEW_ROWS if length == 1 else length <= _PLAIN_TOKENS)
+    if not _slow_kernel() or key.shape[2] > _PLAIN_TOKENS:
+        return False
+    return length > 1 or (rows >= DECODED_ROWS and heads == key.shape[1] and width <= _DECODED_WIDTH)
 
 
 @cache
 def _slow_kernel() -> bool:
     """Say whether this is a processor like those that the fused kernel was found to be slower on."""
-    x86 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return x86 and fast_bfloat16("cpu") and not matrix_units()
+    return fast_bfloat16("cpu") and vector_bfloat16() and not matrix_units()
 
 
 @contextmanager
@@ -169,9 +180,7 @@ def attend(
     """
     rows, heads, length, width = query.shape
     groups = heads // key.shape[1]
-    if groups > 1 and length == 1 and (attention_mask is None or attention_mask.shape[1] == 1):
-        query = query.reshape(rows, -1, groups, width)  # heads that share keys as positions: nothing is copied
-    elif groups > 1:
+    if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if (
         attention_mask is None

@@ -31,6 +31,18 @@ def fast_bfloat16(device: Any) -> bool:
 
 
 @cache
+def vector_bfloat16() -> bool:
+    """Say whether the processor has instructions for vectors of bfloat16 (AVX512_BF16).
+
+    Returns:
+        Whether torch finds them.
+    """
+    import torch
+
+    return bool(torch.cpu._is_avx512_bf16_supported())  # noqa: SLF001 - likewise
+
+
+@cache
 def matrix_units() -> bool:
     """Say whether the processor has units that multiply small matrices of bfloat16 (AMX).
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from oppu.errors import ConfigError
+from oppu.lm.attention import DECODED_ROWS
 from oppu.lm.bank import SlotBank
 from oppu.lm.encoding import Reading
 from oppu.lm.faults import device_fault, out_of_memory
@@ -90,12 +91,14 @@ def check_base(runner: Runner, bank: SlotBank, targets: Mapping[str, nn.Module])
 
 def _choose_attention(runner: Runner, bank: SlotBank, rows: list[Ids], alone: list[torch.Tensor]) -> None:
     """Leave the library's attention in its place where another one reads otherwise."""
-    if runner.attention is None:
+    if runner.attention is None or runner.base.device.type != "cpu" or runner.base.dtype != torch.bfloat16:
         return
     try:
         with bank.use([0] * len(rows)):
             read = runner.logits([Reading(row, (len(row) - 1,)) for row in rows])
-        same = all(_alike(runner, one, other, _ALIKE_PLAIN) for one, other in zip(read, alone, strict=True))
+        decoded = _followed(runner, bank, rows[0], DECODED_ROWS)
+        pairs = [*zip(read, alone, strict=True), *((one, alone[0]) for one in decoded)]
+        same = all(_alike(runner, one, other, _ALIKE_PLAIN) for one, other in pairs)
     except _FAULTS as error:
         _not_the_bases(error)
         same = False  # whose fault it is shows without

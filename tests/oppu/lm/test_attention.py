@@ -77,15 +77,25 @@ def test_models_that_it_is_not_attached_to_stay_as_they_are() -> None:
     model = torch.nn.Sequential(torch.nn.Identity())
     before = copy.deepcopy(model)
     first = PlainAttention(model)
-    PlainAttention(model).close()
+    twin = copy.deepcopy(model)
+    PlainAttention(twin).close()
     query = torch.randn(ROWS, 4, TOKENS, 6, dtype=torch.bfloat16)
     with mock.patch.object(attention, "attend", wraps=attend) as taken, torch.enable_grad():
-        for module, calls in ((model[0], 1), (before[0], 1)):
+        for module, calls in ((model[0], 1), (before[0], 1), (twin[0], 1)):
             ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, query, query, None)
             assert taken.call_count == calls
         first.close()
+        with first.set_aside():
+            pass
         ALL_ATTENTION_FUNCTIONS["sdpa"](model[0], query, query, query, None)
         assert taken.call_count == 1
+        second = PlainAttention(model)
+        first.close()
+        ALL_ATTENTION_FUNCTIONS["sdpa"](model[0], query, query, query, None)
+        assert taken.call_count == 2
+        with second.set_aside():
+            ALL_ATTENTION_FUNCTIONS["sdpa"](model[0], query, query, query, None)
+        assert taken.call_count == 2
 
 
 LEFT_PADDED = torch.ones(8, 1, TOKENS, TOKENS, dtype=torch.bool).tril()
@@ -105,8 +115,9 @@ LEFT_PADDED[1, :, :, :2] = False
         ((8, 4, TOKENS, 6), torch.bfloat16, None, {"position_bias": torch.zeros(1, 4, TOKENS, TOKENS)}, False),
         ((8, 4, 1, 6), torch.bfloat16, torch.ones(1, 1, 1, 1, dtype=torch.bool), {}, True),
         ((2, 4, 1, 6), torch.bfloat16, None, {}, False),
+        ((8, 4, 1, 80), torch.bfloat16, None, {}, False),
     ],
-    ids=["ours", "added", "hides a row", "flat", "float32", "long", "biased", "decoding", "decoding few"],
+    ids=["ours", "added", "hides a row", "flat", "float32", "long", "biased", "decoding", "decoding few", "wide heads"],
 )
 def test_reading_takes_it_where_it_is_faster_and_right(
     shape: tuple[int, ...],
@@ -135,6 +146,7 @@ def test_what_it_does_not_know_is_left_to_the_library_while_training_too() -> No
     assert run(model, query, query, query, LEFT_PADDED)[0].isfinite().all()
     assert run(model, query[:, :, :3], query, query, None)[0].shape == (8, 3, 4, 6)
     assert run(model, query[:1], query, query, None)[0].shape == (8, TOKENS, 4, 6)
+    assert (run(model, query, query, query, None, dropout=1.0)[0] == 0).all()
     with pytest.raises(ValueError, match="softcap"):
         run(model, query, query, query, None, softcap=30.0)
 
