@@ -93,6 +93,7 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "matrix_units": matrix_units(),
+        "openmp_waits": os.environ.get("OMP_WAIT_POLICY", "as torch has it"),
         "gpu": gpu,
     }
 

@@ -112,13 +112,19 @@ def _as_json(value: object) -> str:
 @click.pass_context
 def cli(ctx: click.Context, config: Path | None) -> None:
     """One PEFT per user, live: events in over Kafka, adapters trained as users change, predictions out."""
+    if ctx.invoked_subcommand != "bench":
+        wait_passively()
     ctx.obj = Session(config)
+
+
+def wait_passively() -> None:
+    """Let threads of OpenMP sleep while they wait: spinning, they would take the cores from the other workers of this
+    machine. It counts for what is started, and here until torch is imported; what is set already stays."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def main() -> None:
     """Run the command line and leave with its exit code."""
-    # threads of OpenMP that spin while they wait take the cores from the other workers of this machine
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         ended = cli(standalone_mode=False)  # click returns the code of a command that exits; others return None
     except click.exceptions.Abort:

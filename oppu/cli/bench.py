@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from oppu.cli import Session, compose
+from oppu.cli import Session, compose, wait_passively
 from oppu.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,7 +45,10 @@ def _told(rows: "Iterable[dict[str, Cell]]") -> "Iterator[dict[str, Cell]]":
 
 @click.group()
 def bench() -> None:
-    """Measure; every figure is a ratio within one run."""
+    """Measure; every figure is a ratio within one run.
+
+    A process that runs alone waits as torch has it, unless OMP_WAIT_POLICY says otherwise: so would PEFT's user.
+    """
 
 
 @bench.command("bank-serve")
@@ -188,6 +191,7 @@ def residency(
 @json_file
 def end_to_end(*, requests: int, users: int, workers: int, quick: bool, out: Path | None) -> None:
     """Inference workers between two Kafka topics, against their model alone on the same rows."""
+    wait_passively()  # the model alone waits as the workers do
     from benchmarks import end_to_end as work
     from benchmarks.timing import machine, show, write
     from oppu.settings import Settings

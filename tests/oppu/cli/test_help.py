@@ -1,5 +1,6 @@
 """Every command explains itself, and none loads a model to do so."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -75,3 +76,15 @@ def test_completion(run: Run, shell: str) -> None:
 def test_version(run: Run) -> None:
     done = run("--version")
     assert (done.code, done.out.split()[-1].count(".")) == (0, 2)
+
+
+@pytest.mark.parametrize(("words", "waits"), [(("up",), "PASSIVE"), (("bench", "bank-serve"), None)])
+def test_workers_wait_passively_and_benchmarks_of_one_process_as_torch_has_it(
+    words: tuple[str, ...], waits: str | None, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert run(*words, "--help").code == 0
+    assert os.environ.get("OMP_WAIT_POLICY") == waits
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    run(*words, "--help")
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
