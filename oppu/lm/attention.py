@@ -8,7 +8,7 @@ that multiplies it:
   tokens;
 - reading and decoding, on processors with vectors of bfloat16 and without matrix units, which the fused kernel uses: .4
   to .7 of its time for rows of 8 to 256 tokens, .5 to .8 for a token of narrow heads after others (``python -m
-  benchmarks.products``; with such units 1.1 to 1.7).
+  benchmarks.products``); with such units 1.1 to 1.7, a trial.
 
 They round scores to bfloat16, as the library's own eager attention does and the fused kernel does not. Whoever serves
 with them looks whether that changes a model first.
@@ -33,6 +33,7 @@ _NUMBERS = itertools.count()
 _PLAIN_TOKENS = 256
 """Up to so many, all products of a row's positions lie in memory without harm."""
 _TRAINED_TOKENS = 192
+"""The same while training, which holds a few copies of them."""
 DECODED_ROWS = 8
 """With fewer, a token's attention takes the fused kernel, which is one call instead of five."""
 _DECODED_WIDTH = 64

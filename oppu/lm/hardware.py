@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-from functools import cache
 from typing import Any
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD = -3, -1, -2
@@ -30,7 +29,6 @@ def fast_bfloat16(device: Any) -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001 - torch has no public question for it
 
 
-@cache
 def vector_bfloat16() -> bool:
     """Say whether the processor has instructions for vectors of bfloat16 (AVX512_BF16).
 
@@ -42,7 +40,6 @@ def vector_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())  # noqa: SLF001 - likewise
 
 
-@cache
 def matrix_units() -> bool:
     """Say whether the processor has units that multiply small matrices of bfloat16 (AMX).
 

@@ -95,7 +95,7 @@ def _choose_attention(runner: Runner, bank: SlotBank, rows: list[Ids], alone: li
         return
     try:
         with bank.use([0] * len(rows)):
-            read = runner.logits([Reading(row, (len(row) - 1,)) for row in rows])
+            read = _read(runner, rows)
         decoded = _followed(runner, bank, rows[0], DECODED_ROWS)
         pairs = [*zip(read, alone, strict=True), *((one, alone[0]) for one in decoded)]
         same = all(_alike(runner, one, other, _ALIKE_PLAIN) for one, other in pairs)
@@ -176,12 +176,16 @@ def _serve(runner: Runner, bank: SlotBank, rows: list[Ids]) -> None:
 def _together(runner: Runner, bank: SlotBank, rows: list[Ids], slot: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the next token's logits of the rows beside each other, as sequences are read and as texts are written."""
     with bank.use([slot] * len(rows)):
-        return runner.logits([Reading(row, (len(row) - 1,)) for row in rows]), _left(runner, rows)
+        return _read(runner, rows), _left(runner, rows)
 
 
 def _rows(runner: Runner) -> list[Ids]:
     vocabulary = runner.vocabulary
     return [tuple((at * _STRIDE + 5) % vocabulary for at in range(size)) for size in (_LONG, _SHORT)]
+
+
+def _read(runner: Runner, rows: list[Ids]) -> torch.Tensor:
+    return runner.logits([Reading(row, (len(row) - 1,)) for row in rows])
 
 
 def _left(runner: Runner, rows: list[Ids]) -> torch.Tensor:
