@@ -1,5 +1,5 @@
-"""What a CPU multiplies most: a base's matrices, packed against as torch has them, and attention, as plain products
-against torch's fused kernel.
+"""What a CPU multiplies most: a base's matrices, packed against as torch has them, to read and to train, and attention,
+as plain products against torch's fused kernel.
 
 ``python -m benchmarks.products [--json FILE]``; MiniLM's shapes, no model is loaded. What suits a processor is decided
 by such figures: see ``oppu/lm/packed.py`` and ``oppu/lm/attention.py``.
@@ -21,8 +21,8 @@ from oppu.lm.packed import Packed
 
 WIDE, INNER, VOCABULARY, HEADS = 384, 1536, 30_522, 12
 LAYERS = ((WIDE, WIDE), (WIDE, INNER), (INNER, WIDE), (WIDE, VOCABULARY))
-ROWS, HEAD_ROWS = (1, 4, 16, 64, 1024), 64
-"""Of a product, and the most of the head's: it sees what is read only."""
+ROWS, TRAINED_ROWS, HEAD_ROWS = (1, 4, 16, 64, 1024), (16, 400, 4000), 64
+"""Of a product, of one in training, and the most of the head's: it sees what is read only."""
 READ = ((64, 8), (64, 27), (64, 64), (32, 128), (16, 256), (8, 512))
 """Rows and tokens of what is read at once."""
 DECODED = ((1, 48), (8, 48), (64, 48), (8, 200), (64, 200))
@@ -43,21 +43,29 @@ def main(repeats: int, out: Path | None) -> None:
     with torch.no_grad():
         matrices = [row for dtype in dtypes for row in _matrices(dtype, repeats)]
         attention = [row for dtype in dtypes for row in _attention(dtype, repeats)]
+    learnt = [row for dtype in dtypes for row in _matrices(dtype, repeats, learnt=True)]
     show("matrices: packed over as torch has them", matrices)
+    show("the same and the gradients of what they multiply", learnt)
     show("attention: plain products over torch's kernel", attention)
-    write(out, {**machine(), "matrices": matrices, "attention": attention})
+    write(out, {**machine(), "matrices": matrices, "learnt": learnt, "attention": attention})
 
 
-def _matrices(dtype: torch.dtype, repeats: int) -> Iterator[dict[str, Cell]]:
-    for rows in ROWS:
+def _matrices(dtype: torch.dtype, repeats: int, *, learnt: bool = False) -> Iterator[dict[str, Cell]]:
+    for rows in TRAINED_ROWS if learnt else ROWS:
         for wide, out in LAYERS:
             if out == VOCABULARY and rows > HEAD_ROWS:
                 continue
             plain, packed = (nn.Linear(wide, out).to(dtype).requires_grad_(False) for _ in range(2))
             Packed(packed)
-            x = torch.randn(rows, wide).to(dtype)
+            x = torch.randn(rows, wide).to(dtype).requires_grad_(learnt)
+            grad = torch.randn(rows, out).to(dtype)
+            own, other = (partial(_learnt, one, x, grad) if learnt else partial(one, x) for one in (packed, plain))
             shape: dict[str, Cell] = {"dtype": type_name(dtype), "rows": rows, "in": wide, "out": out}
-            yield {**shape, **_compared(partial(packed, x), partial(plain, x), repeats)}
+            yield {**shape, **_compared(own, other, repeats)}
+
+
+def _learnt(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> object:
+    return torch.autograd.grad(layer(x), x, grad)
 
 
 def _attention(dtype: torch.dtype, repeats: int) -> Iterator[dict[str, Cell]]:

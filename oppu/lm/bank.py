@@ -104,8 +104,8 @@ class SlotBank:
             slots: One a sequence; all 0 means the base as it is. Rows of one slot cost least side by side, those of
                 slot 0 at the front.
             dropout: What the adapters do not see of their inputs, while training.
-            layouts: Where the sequences lie, by what layers read of them; none: a row each. On a CPU, and not while
-                training.
+            layouts: Where the sequences lie, by what layers read of them; none: a row each. On a CPU, and while
+                training only rows whose sequences have one slot.
         """
         self._mix = self._mixed(slots, dropout, layouts) if any(slots) else None
         try:
@@ -114,7 +114,7 @@ class SlotBank:
             self._mix = self._inner = None
 
     def _mixed(self, slots: Sequence[int], dropout: Dropout | None, layouts: Sequence[Layout]) -> Mix:
-        return mixed_in_rows(slots, layouts) if layouts else mixed(slots, self.weights[0].device, dropout)
+        return mixed_in_rows(slots, layouts, dropout) if layouts else mixed(slots, self.weights[0].device, dropout)
 
     def check(self, tensors: Tensors) -> int:
         """Return an adapter's rank.
@@ -223,7 +223,7 @@ class SlotBank:
         """Add the adapters' part to a layer's output ``y`` ``[n, t, out]`` of ``x``, ``[n, t, in]`` or flattened."""
         place, rows = self._places[at], self._by_row(mix, at, x)
         if mix.dropout is not None and torch.is_grad_enabled():  # every layer drops its own
-            own = dropped(rows[mix.plain :], mix.dropout, at)
+            own = dropped(rows, mix.dropout, at)[mix.plain :]
             factors = self._factors_of(mix, mix.slots, own, [place], place)
             [b], [inner] = factors.b, _inside(own, factors, mix.lengths, self.rank)
         else:

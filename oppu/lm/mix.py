@@ -72,7 +72,7 @@ class Mix:
     have slot 0, and ``lengths`` are the runs' rows where they differ in length (empty: all have
     ``(rows - plain) / k``). Else ``spans`` say where the adapted tokens lie, by the columns of what a layer reads.
     ``kept`` are the factors, by the first layer that asks for them, that a next forward of the same batch finds
-    gathered; ``None`` where they were gathered once and not kept. ``dropout`` has a seed a row that is adapted.
+    gathered; ``None`` where they were gathered once and not kept.
     """
 
     rows: int
@@ -90,7 +90,7 @@ def mixed(slots: Sequence[int], device: torch.device, dropout: Dropout | None = 
     Args:
         slots: Of each row; not all 0.
         device: Where the weights are.
-        dropout: With a seed a row.
+        dropout: Of the batch.
 
     Returns:
         The mix.
@@ -100,24 +100,27 @@ def mixed(slots: Sequence[int], device: torch.device, dropout: Dropout | None = 
     lengths = {length for _, length in runs}
     if len(lengths) > 1 and len(slots) - plain < _LOOP_ROWS * len(runs):
         runs, lengths = [(slot, 1) for slot in slots[plain:]], {1}
-    if dropout is not None:
-        dropout = replace(dropout, seeds=dropout.seeds[plain:])
     chosen = sent([slot for slot, _ in runs], device)
     return Mix(len(slots), chosen, plain, tuple(n for _, n in runs) if len(lengths) > 1 else (), dropout=dropout)
 
 
-def mixed_in_rows(slots: Sequence[int], layouts: Sequence[Layout]) -> Mix:
+def mixed_in_rows(slots: Sequence[int], layouts: Sequence[Layout], dropout: Dropout | None = None) -> Mix:
     """Sort out a batch on a CPU whose rows hold several sequences.
 
     Args:
         slots: Of each sequence; not all 0.
         layouts: Where they lie: one for each number of columns that layers read.
+        dropout: Of the batch; only where every row's sequences have one slot.
 
     Returns:
         The mix.
     """
-    if len(set(slots)) == 1:  # then padding may have the adapter too
-        return Mix(layouts[0].rows, torch.tensor(slots[:1]))
+    by_row = layouts[0].by_row(slots)
+    if by_row is not None:  # then padding may have the adapter too
+        own = None if dropout is None else replace(dropout, layouts=tuple(layouts))
+        return mixed(by_row, torch.device("cpu"), own)
+    if dropout is not None:
+        raise ValueError("dropout: expected rows whose sequences have one slot")
     adapted = sorted((number for number, slot in enumerate(slots) if slot), key=slots.__getitem__)
     runs = [list(own) for _, own in groupby(adapted, key=slots.__getitem__)]
     few = sum(layouts[0].lengths[number] for number in adapted) < _LOOP_TOKENS * len(runs)

@@ -4,16 +4,20 @@ In bfloat16 a linear layer otherwise lays its weight out anew at every call, whi
 costs about as much as the product itself: of MiniLM's layers 64 rows take .55 to 1 of the time, 2,048 rows .35 to .8;
 the kernels are the same. In float32 torch asks another library, which on AMD's processors takes twice as long and more
 (``python -m benchmarks.products``), on Intel's as long from a few dozen rows on. It costs a second copy of the
-matrices, so large bases are left alone. Where gradients flow nothing is packed: training sixteen short rows a step
-became no faster.
+matrices, so large bases are left alone.
+
+Adapters are trained through the same products: a frozen layer has the gradient of its input only, one more product,
+with the weight's transpose. In bfloat16 that is packed too, from the first training on: a third copy.
 """
 
 import copy
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from oppu.lm.hardware import fast_bfloat16
@@ -46,35 +50,79 @@ class Packed:
             vars(layer).pop("forward", None)
 
 
+class _Kept:
+    """A matrix made of a layer's weight, made again whenever that is another."""
+
+    def __init__(self, make: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._make = make
+        self._made: torch.Tensor | None = None
+        self._state: tuple[int, int] | None = None
+
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
+        state = weight.data_ptr(), weight._version  # noqa: SLF001 - the only witness of a change in place
+        if self._made is None or self._state != state:
+            self._made, self._state = self._make(weight), state
+        return self._made
+
+
 class _Product:
-    """A layer's forward. It packs at the first call and again whenever the weight is another; a copy of the layer gets
-    one of its own."""
+    """A layer's forward. It packs at the first call; a copy of the layer gets one of its own."""
 
     def __init__(self, layer: nn.Linear) -> None:
         self._layer = layer
-        self._packed: torch.Tensor | None = None
-        self._state: tuple[int, int] | None = None
+        self._packed, self._turned = _Kept(_laid_out), _Kept(_turned)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         layer = self._layer
-        learning = torch.is_grad_enabled() and (x.requires_grad or layer.weight.requires_grad)
+        own = layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
         fits = x.dtype == layer.weight.dtype and x.numel() > 0 and _suits(layer.weight)
-        if learning or not fits or torch.is_autocast_enabled("cpu"):
+        if not fits or (own and torch.is_grad_enabled()) or torch.is_autocast_enabled("cpu"):
             return functional.linear(x, layer.weight, layer.bias)
-        multiply = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001 - what torch compiles linear layers to
-        product: torch.Tensor = multiply(x, self._current(), layer.bias, "none", [], "")
-        return product
+        if x.requires_grad and torch.is_grad_enabled():
+            rows: torch.Tensor = _Learnt.apply(x.reshape(-1, x.shape[-1]), self)  # type: ignore[no-untyped-call]
+            return rows.view(*x.shape[:-1], -1)  # outside: what is done in place to a view from inside has no gradient
+        return self.of(x)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return type(self)(copy.deepcopy(self._layer, memo))
 
-    def _current(self) -> torch.Tensor:
-        weight = self._layer.weight.detach()
-        state = weight.data_ptr(), weight._version  # noqa: SLF001 - the only witness of a change in place
-        if self._packed is None or self._state != state:
-            self._state = state
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())  # noqa: SLF001
-        return self._packed
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output."""
+        return _multiplied(x, self._packed.of(self._layer.weight.detach()), self._layer.bias)
+
+    def back(self, grad: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of the layer's input from that of its output."""
+        return _multiplied(grad, self._turned.of(self._layer.weight.detach()), None)
+
+
+class _Learnt(torch.autograd.Function):
+    """A product whose weight is not learnt, and its input is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, product: _Product) -> torch.Tensor:
+        ctx.product = product
+        return product.of(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.product.back(grad), None
+
+
+def _multiplied(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    multiply = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001 - what torch compiles linear layers to
+    product: torch.Tensor = multiply(x, weight, bias, "none", [], "")
+    return product
+
+
+def _laid_out(weight: torch.Tensor) -> torch.Tensor:
+    laid_out: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())  # noqa: SLF001 - likewise
+    return laid_out
+
+
+def _turned(weight: torch.Tensor) -> torch.Tensor:
+    """Return a weight for products with its transpose; in float32 the kernels read it fast as it lies."""
+    return weight.t() if weight.dtype == torch.float32 else _laid_out(weight.t())
 
 
 def _suits(weight: torch.Tensor) -> bool:

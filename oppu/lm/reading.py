@@ -10,13 +10,15 @@ from dataclasses import dataclass
 import torch
 
 from oppu.lm.bank import SlotBank
+from oppu.lm.dropout import Dropout
 from oppu.lm.encoding import Reading
 from oppu.lm.forward import FORWARD_SHARE, Runner, buckets
 from oppu.lm.sequence_packing import ATTENTION, WIDTHS, Layout, cost, packed, parts
+from oppu.lm.trunk import Memory
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class Group:
     """Sequences of one forward, by number, and where they lie: a row each where there is no layout."""
 
     members: list[int]
@@ -36,7 +38,7 @@ def read(runner: Runner, bank: SlotBank, readings: Sequence[Reading]) -> Iterato
         Numbers of readings, and the logits at their positions one's after the other's ``[t, vocabulary]``; every number
         once.
     """
-    for group in _planned(runner, readings):
+    for group in planned(runner, readings):
         own = [readings[member] for member in group.members]
         said = read_laid_out(runner, bank, own, group.layout)
         spoilt = [] if group.layout is None else _spoilt(group.layout, own, said)
@@ -55,7 +57,15 @@ def read(runner: Runner, bank: SlotBank, readings: Sequence[Reading]) -> Iterato
             )
 
 
-def read_laid_out(runner: Runner, bank: SlotBank, readings: Sequence[Reading], layout: Layout | None) -> torch.Tensor:
+def read_laid_out(
+    runner: Runner,
+    bank: SlotBank,
+    readings: Sequence[Reading],
+    layout: Layout | None,
+    *,
+    dropout: Dropout | None = None,
+    memory: Memory | None = None,
+) -> torch.Tensor:
     """Read sequences in one forward.
 
     Args:
@@ -63,14 +73,16 @@ def read_laid_out(runner: Runner, bank: SlotBank, readings: Sequence[Reading], l
         bank: The adapters.
         readings: Each with at least one position.
         layout: Where they lie; ``None``: a row each.
+        dropout: As for ``SlotBank.use``.
+        memory: As for ``Runner.logits``.
 
     Returns:
         ``[t, vocabulary]``, as ``Runner.logits``.
     """
     counts = [len(reading.positions) for reading in readings]
     layouts = () if layout is None else (layout, layout.narrowed(counts))
-    with bank.use([reading.slot for reading in readings], layouts=layouts):
-        return runner.logits(readings, layouts=layouts)
+    with bank.use([reading.slot for reading in readings], dropout, layouts):
+        return runner.logits(readings, memory, layouts=layouts)
 
 
 def _spoilt(layout: Layout, readings: Sequence[Reading], said: torch.Tensor) -> list[int]:
@@ -80,17 +92,26 @@ def _spoilt(layout: Layout, readings: Sequence[Reading], said: torch.Tensor) -> 
     return [number for number, (row, _) in enumerate(layout.places) if row in rows]
 
 
-def _planned(runner: Runner, readings: Sequence[Reading]) -> list[_Group]:
-    """Return the forwards of least cost, with what each of them costs beside its tokens."""
-    may_share = runner.packs and not torch.is_grad_enabled()  # what is added in place has no gradient
+def planned(runner: Runner, readings: Sequence[Reading], *, apart: bool = False) -> list[Group]:
+    """Return the forwards of least cost, with what each of them costs beside its tokens.
+
+    Args:
+        runner: The base.
+        readings: Each with at least one position.
+        apart: Whether a row holds sequences of one slot only: what is not finite in it, or learnt, is one user's.
+
+    Returns:
+        Each reading in one of them, ascending by slot.
+    """
+    may_share = runner.packs and (apart or not torch.is_grad_enabled())  # what is added in place has no gradient
     short = {most: sum(len(reading.ids) <= most for reading in readings) for most in WIDTHS} if may_share else {}
     differing = {count: most for most, count in reversed(short.items()) if count > 1}
     fixed = runner.tokens // FORWARD_SHARE * ATTENTION
-    plans = (_groups(runner, readings, most) for most in (0, *differing.values()))
+    plans = (_groups(runner, readings, most, apart=apart) for most in (0, *differing.values()))
     return min(plans, key=lambda groups: sum(group.cost + fixed for group in groups))
 
 
-def _groups(runner: Runner, readings: Sequence[Reading], most: int) -> list[_Group]:
+def _groups(runner: Runner, readings: Sequence[Reading], most: int, *, apart: bool = False) -> list[Group]:
     """Group sequences of up to so many tokens to share rows, and the others by length."""
     lengths, reads = [len(reading.ids) for reading in readings], [len(reading.positions) for reading in readings]
     short = [number for number, length in enumerate(lengths) if length <= most]
@@ -98,9 +119,10 @@ def _groups(runner: Runner, readings: Sequence[Reading], most: int) -> list[_Gro
     found = []
     by_slot = sorted(short, key=lambda number: readings[number].slot)
     for part in parts(by_slot, (lengths, runner.tokens), (reads, runner.reads)):
-        layout = packed([lengths[number] for number in part])
-        found.append(_Group(part, layout, layout.cost))
+        slots = [readings[number].slot for number in part]
+        layout = packed([lengths[number] for number in part], slots if apart else ())
+        found.append(Group(part, layout, layout.cost))
     for bucket in buckets([lengths[n] for n in alone], runner.tokens, [reads[n] for n in alone], runner.reads):
         members = sorted((alone[at] for at in bucket), key=lambda number: readings[number].slot)
-        found.append(_Group(members, None, cost(len(bucket), max(lengths[number] for number in members))))
+        found.append(Group(members, None, cost(len(bucket), max(lengths[number] for number in members))))
     return found

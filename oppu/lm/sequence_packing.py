@@ -7,6 +7,7 @@ from its own beginning, and attention sees no other. Invariant: every sequence l
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 
 import numpy as np
 import torch
@@ -34,6 +35,14 @@ class Layout:
     def cost(self) -> int:
         """What a block computes of it, in products of a token with another or as much work."""
         return cost(self.rows, self.width)
+
+    def by_row(self, numbers: Sequence[int]) -> list[int] | None:
+        """Return a row's number where its sequences have the same, of all rows; ``None`` where one has several."""
+        found: dict[int, int] = {}
+        for (row, _), number in zip(self.places, numbers, strict=True):
+            if found.setdefault(row, number) != number:
+                return None
+        return [found[row] for row in range(self.rows)]
 
     @property
     def in_order(self) -> list[int]:
@@ -86,17 +95,20 @@ class Layout:
         return Layout(self.rows, width + (width == self.width), tuple(places), tuple(counts))
 
 
-def packed(lengths: Sequence[int]) -> Layout:
+def packed(lengths: Sequence[int], owners: Sequence[int] = ()) -> Layout:
     """Lay sequences out in the rows of least cost.
 
     Args:
         lengths: Of each, at least one.
+        owners: Of each whose it is, ascending: then no row holds sequences of two, and rows are in their order.
 
     Returns:
         Where they lie.
     """
     widths = sorted({max(width, *lengths) for width in WIDTHS})
-    return min((_best_fit(lengths, width) for width in widths), key=lambda layout: layout.cost)
+    groups = [list(own) for _, own in groupby(range(len(lengths)), key=owners.__getitem__)] if owners else []
+    layouts = (_apart(lengths, groups, width) if groups else _best_fit(lengths, width) for width in widths)
+    return min(layouts, key=lambda layout: layout.cost)
 
 
 def parts(order: Sequence[int], *limits: tuple[Sequence[int], int]) -> Iterator[list[int]]:
@@ -143,6 +155,14 @@ def looks_near(config: object, reach: float) -> bool:
     if not sizes:
         return "sliding_attention" in kinds
     return any(not isinstance(size, int) or size < reach for size in sizes)
+
+
+def _apart(lengths: Sequence[int], groups: Sequence[Sequence[int]], width: int) -> Layout:
+    """Lay out groups of sequences, each in rows of its own."""
+    own = [_best_fit([lengths[number] for number in group], width) for group in groups]
+    begins = [0, *accumulate(layout.rows for layout in own)]
+    places = [(begin + row, first) for begin, layout in zip(begins, own, strict=False) for row, first in layout.places]
+    return Layout(begins[-1], max(layout.width for layout in own), tuple(places), tuple(lengths))
 
 
 def _best_fit(lengths: Sequence[int], width: int) -> Layout:

@@ -18,8 +18,9 @@ import torch
 from oppu.lm.bank import SlotBank
 from oppu.lm.dropout import Dropout, row_seed
 from oppu.lm.encoding import Target
-from oppu.lm.forward import Runner, target_buckets, target_losses
+from oppu.lm.forward import Runner, losses_of, target_log_probs, target_readings
 from oppu.lm.port import TrainConfig
+from oppu.lm.reading import planned, read_laid_out
 from oppu.lm.transfer import sent
 from oppu.lm.trunk import Memory
 
@@ -284,13 +285,21 @@ class _Step:
             if not target.positions:
                 seat.certain += target.offset
         live = [row for row in rows if row[2].positions]
+        readings = target_readings([target for *_, target in live], [seat.slot for seat, *_ in live])
         self.calls.beat()
-        for group in target_buckets(self.runner, [target for *_, target in live]):
+        for group in planned(self.runner, readings, apart=True):
             self.calls.beat()
-            members = sorted((live[at] for at in group), key=lambda row: row[0].slot)  # a slot's rows side by side
-            slots = [seat.slot for seat, *_ in members]
-            with self.bank.use(slots, self._dropout(members)):
-                losses = target_losses(self.runner, [target for *_, target in members], slots, self.memory)
+            members = [live[at] for at in group.members]
+            slots, targets = [seat.slot for seat, *_ in members], [target for *_, target in members]
+            logits = read_laid_out(
+                self.runner,
+                self.bank,
+                [readings[at] for at in group.members],
+                group.layout,
+                dropout=self._dropout(members),
+                memory=self.memory,
+            )
+            losses = losses_of(target_log_probs(logits, targets), targets)
             weights = sent([1 / len(seat.batch) for seat, *_ in members], losses.device, losses.dtype)
             torch.autograd.backward((losses * weights).sum())
             self.losses.index_add_(0, sent(slots, losses.device), losses.detach().double())

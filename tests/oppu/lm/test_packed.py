@@ -69,6 +69,51 @@ def test_weights_that_change_are_packed_again(dtype: torch.dtype) -> None:
         assert near(layer(x), layer, x)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (64, 48), (3, 5, 48)])
+def test_gradients_of_inputs_are_the_layers(shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
+    layer, x = layer_of(dtype, bias=bias), inputs(dtype, *shape).requires_grad_()
+    Packed(layer)
+    found = layer(x)
+    assert near(found.detach(), layer, x.detach())
+    for grad in (inputs(dtype, *shape[:-1], 40), inputs(dtype, *shape[:-1], 1).expand(*shape[:-1], 40)):
+        [mine] = torch.autograd.grad(found, x, grad, retain_graph=True)
+        exact = grad.double() @ layer.weight.double()
+        assert mine.dtype == dtype and torch.allclose(mine.double(), exact, rtol=2**-7, atol=1e-3)
+
+
+def test_what_a_layer_gives_may_be_changed_in_place(dtype: torch.dtype) -> None:
+    layer, x = layer_of(dtype), inputs(dtype, 3, 5, 48).requires_grad_()
+    Packed(layer)
+    found = layer(x)
+    found.view(-1, 40).mul_(2)
+    [mine] = torch.autograd.grad(found.sum(), x)
+    assert torch.allclose(mine, 2 * layer.weight.sum(0).expand(3, 5, 48), rtol=2**-6, atol=2e-2)
+
+
+def test_gradients_are_of_the_weight_as_it_is_now(dtype: torch.dtype) -> None:
+    layer, x = layer_of(dtype), inputs(dtype, 4, 48).requires_grad_()
+    Packed(layer)
+    [first] = torch.autograd.grad(layer(x).sum(), x)
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    [second] = torch.autograd.grad(layer(x).sum(), x)
+    assert torch.allclose(second, 2 * first, rtol=2**-6)
+
+
+@pytest.mark.parametrize("learnt", ["weight", "bias"])
+def test_layers_that_learn_are_left_to_torch(learnt: str, dtype: torch.dtype) -> None:
+    layer, x = layer_of(dtype), inputs(dtype, 4, 48)
+    Packed(layer)
+    parameter = getattr(layer, learnt).requires_grad_()
+    for given in (x, x.clone().requires_grad_()):
+        torch.autograd.backward(layer(given).sum())
+        assert parameter.grad is not None and bool((parameter.grad != 0).any())
+        parameter.grad = None
+    with torch.no_grad():
+        assert near(layer(x), layer, x)
+
+
 def test_gradients_flow_and_other_types_are_left_to_torch(dtype: torch.dtype) -> None:
     layer, x = layer_of(dtype), inputs(dtype, 4, 48).requires_grad_()
     Packed(layer)

@@ -24,6 +24,27 @@ def test_every_sequence_lies_whole_in_one_row_and_no_two_on_one_place(lengths: l
     assert layout.cost <= cost(len(lengths), max(WIDTHS[0], *lengths))
 
 
+@given(LENGTHS, st.integers(1, 5))
+def test_rows_may_be_of_one_owner_each(lengths: list[int], every: int) -> None:
+    owners = [number // every for number in range(len(lengths))]
+    layout = packed(lengths, owners)
+    by_row = layout.by_row(owners)
+    assert by_row == sorted(owners[n] for n in {row: n for n, (row, _) in enumerate(layout.places)}.values())
+    assert [cell for own in map(layout.cells, range(len(lengths))) for cell in own] != [] and layout.rows == len(by_row)
+    cells = [cell for number in range(len(lengths)) for cell in layout.cells(number)]
+    assert len(set(cells)) == len(cells) == sum(lengths) and max(cells) < layout.rows * layout.width
+    alone = [packed([x for x, owner in zip(lengths, owners, strict=True) if owner == one]) for one in set(owners)]
+    assert layout.cost <= cost(len(lengths), max(WIDTHS[0], *lengths))
+    if len(alone) == 1:
+        assert layout == alone[0]
+
+
+def test_a_row_of_several_has_no_number() -> None:
+    layout = Layout(2, 8, ((0, 0), (1, 0), (0, 4)), (4, 5, 3))
+    assert layout.by_row([7, 8, 7]) == [7, 8]
+    assert layout.by_row([7, 8, 9]) is None
+
+
 @given(LENGTHS)
 def test_what_lies_where(lengths: list[int]) -> None:
     layout = packed(lengths)

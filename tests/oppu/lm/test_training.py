@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from oppu.lm import training
+from oppu.lm import reading, training
 from oppu.lm.bank import SlotBank
 from oppu.lm.base import LoadedBase
 from oppu.lm.dropout import Dropout, dropped, row_seed
-from oppu.lm.encoding import Encoder, Target
-from oppu.lm.forward import Runner, target_losses
+from oppu.lm.encoding import Encoder, Reading, Target
+from oppu.lm.forward import Runner, losses_of
 from oppu.lm.port import Example, TrainConfig
 from oppu.lm.targets import adapter_config, find_targets
 from oppu.lm.training import Calls, SlotAdamW, SlotResult, slots_for, train_slots
@@ -59,16 +59,35 @@ def weights(bank: SlotBank, slot: int) -> list[torch.Tensor]:
 
 
 def train(
-    base: LoadedBase, bank: SlotBank, users: Sequence[list[Target]], config: TrainConfig = CONFIG
+    base: LoadedBase,
+    bank: SlotBank,
+    users: Sequence[list[Target]],
+    config: TrainConfig = CONFIG,
+    *,
+    seeds: Sequence[int] = (),
+    shared: bool | None = None,
 ) -> list[SlotResult]:
+    """Train; ``shared``: whether sequences share rows where they could, instead of where it costs less."""
+
+    def plan(runner: Runner, readings: Sequence[Reading], *, apart: bool) -> list[reading.Group]:
+        assert runner.packs
+        return reading._groups(runner, readings, 256 if shared else 0, apart=apart)
+
     runner = Runner(base)
     beats: list[None] = []
     try:
-        results = train_slots(runner, bank, users, config, Calls(lambda: beats.append(None)))
+        planned = training.planned if shared is None else plan
+        with (
+            mock.patch.object(training, "planned", planned),
+            mock.patch.object(runner, "logits", wraps=runner.logits) as run,
+        ):
+            results = train_slots(runner, bank, users, config, Calls(lambda: beats.append(None)), seeds=seeds)
     finally:
         runner.close()
         bank.close()
     assert len(beats) >= max((result.steps for result in results if result.finite), default=0)
+    if shared is not None:
+        assert all(bool(call.kwargs["layouts"]) == shared for call in run.call_args_list)
     return results
 
 
@@ -106,9 +125,10 @@ def train_alone(
     return [p.detach() for p in parameters]
 
 
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_equals_training_each_user_alone_with_peft(
-    family: str, make_base: Make, make_adapter: Make, as_peft: Make, tasks: Tasks
+    family: str, shared: bool, make_base: Make, make_adapter: Make, as_peft: Make, tasks: Tasks
 ) -> None:
     base = make_base(family, torch.float64)
     adapters = [make_adapter(base.model, seed) for seed in range(3)]
@@ -117,7 +137,7 @@ def test_equals_training_each_user_alone_with_peft(
     models = [as_peft(base, tensors, config, trainable=True) for tensors in adapters]
     alone = [train_alone(model, user, CONFIG) for model, user in zip(models, users, strict=True)]
     bank = new_bank(base, adapters)
-    results = train(base, bank, users)
+    results = train(base, bank, users, shared=shared)
     assert [result.steps for result in results] == [9, 18, 3]
     for slot, expected in enumerate(alone, start=1):
         for mine, theirs in zip(weights(bank, slot), expected, strict=True):
@@ -135,9 +155,10 @@ class _Counted(torch.nn.Module):
         return dropped(x, Dropout(self.rate, (self.now[0],)), self.layer)
 
 
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_dropout_and_the_clip_norm_equal_pefts_under_the_same_masks(
-    family: str, make_base: Make, make_adapter: Make, as_peft: Make, tasks: Tasks
+    family: str, shared: bool, make_base: Make, make_adapter: Make, as_peft: Make, tasks: Tasks
 ) -> None:
     base = make_base(family, torch.float64)
     config = replace(CONFIG, passes=1, batch=3, dropout=0.3, clip_norm=0.05)
@@ -157,10 +178,8 @@ def test_dropout_and_the_clip_norm_equal_pefts_under_the_same_masks(
             now[0] = row_seed(seed, step, at)
 
         alone.append(train_alone(model, user, config, row))
-    bank, runner = new_bank(base, adapters), Runner(base)
-    train_slots(runner, bank, users, config, Calls(lambda: None), seeds=seeds)
-    runner.close()
-    bank.close()
+    bank = new_bank(base, adapters)
+    train(base, bank, users, config, seeds=seeds, shared=shared)
     for slot, expected in enumerate(alone, start=1):
         for mine, theirs in zip(weights(bank, slot), expected, strict=True):
             assert (mine - theirs).abs().max() <= 1e-9 * theirs.abs().max()
@@ -209,12 +228,11 @@ def test_what_would_mix_users_is_noticed(
     adapters = [make_adapter(base.model, seed) for seed in range(3)]
     users = [targets_of(base, tasks, examples(seed, count)) for seed, count in ((1, 9), (2, 14), (3, 3))]
     if bug == "token mean":
-        right = target_losses
 
-        def by_tokens(runner: Runner, targets: Sequence[Target], slots: Sequence[int], _: object) -> torch.Tensor:
-            return right(runner, targets, slots) * torch.tensor([float(len(t.positions)) for t in targets])
+        def by_tokens(log_probs: torch.Tensor, targets: Sequence[Target]) -> torch.Tensor:
+            return losses_of(log_probs, targets) * torch.tensor([float(len(t.positions)) for t in targets])
 
-        monkeypatch.setattr(training, "target_losses", by_tokens)
+        monkeypatch.setattr(training, "losses_of", by_tokens)
     elif bug is not None:
         monkeypatch.setattr(training, "SlotAdamW", bug)
     apart = _apart(base, users, adapters, as_peft)
@@ -257,14 +275,16 @@ def test_batch_mates_and_their_order_do_not_matter(make_base: Make, make_adapter
         assert torch.allclose(first, second, rtol=1e-10) and torch.allclose(first, third, rtol=1e-10)
 
 
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize(
     ("family", "endings"),
     [("llama", ("down_proj",)), ("bert", ("dense",)), ("gpt2", ("c_proj",)), ("opt", ("out_proj", "fc2"))],
 )
 def test_what_is_dropped_behind_the_last_attention_does_not_depend_on_batch_mates(
-    family: str, endings: tuple[str, ...], make_base: Make, tasks: Tasks
+    family: str, endings: tuple[str, ...], shared: bool, make_base: Make, tasks: Tasks
 ) -> None:
-    """A choice reads few positions, a bare text all of its own: whichever of them is longer in the batch."""
+    """A choice reads few positions, a bare text all of its own: whichever of them is longer in the batch, and whether
+    they share rows or, by itself, a sequence has one."""
     base, config = make_base(family, torch.float64), replace(CONFIG, passes=2, batch=2, dropout=0.3)
     choice = [Example("news_categorize", "abc" * n, "alpha", CHOICES) for n in (2, 1, 3)]
     texts = [[Example("tweet_paraphrase", "word " * n, "") for n in lengths] for lengths in ((12, 11, 9), (1, 2, 1))]
@@ -276,10 +296,7 @@ def test_what_is_dropped_behind_the_last_attention_does_not_depend_on_batch_mate
         bank = SlotBank(layers, slots=len(order), rank=4, alpha=8.0, trainable=True)
         for slot in range(1, len(order) + 1):
             bank.fresh(slot, 5)
-        runner = Runner(base)
-        train_slots(runner, bank, [users[at] for at in order], config, Calls(lambda: None), seeds=order)
-        runner.close()
-        bank.close()
+        train(base, bank, [users[at] for at in order], config, seeds=order, shared=shared)
         return {user: weights(bank, slot) for slot, user in enumerate(order, start=1)}
 
     together, turned = trained([0, 1, 2]), trained([2, 0, 1])
@@ -289,15 +306,18 @@ def test_what_is_dropped_behind_the_last_attention_does_not_depend_on_batch_mate
                 assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
-def test_a_row_that_is_not_finite_stays_its_users_problem(make_base: Make, make_adapter: Make, tasks: Tasks) -> None:
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_row_that_is_not_finite_stays_its_users_problem(
+    shared: bool, make_base: Make, make_adapter: Make, tasks: Tasks
+) -> None:
     base = make_base("llama", torch.float64)
     adapters = [make_adapter(base.model, seed) for seed in range(3)]
     users = [targets_of(base, tasks, examples(seed, 6)) for seed in (1, 3, 5)]
     clean, spoilt = new_bank(base, adapters), new_bank(base, adapters)
     with torch.no_grad():
         spoilt.b[0][2, 0, 0] = math.nan
-    train(base, clean, users)
-    results = train(base, spoilt, users)
+    train(base, clean, users, shared=shared)
+    results = train(base, spoilt, users, shared=shared)
     assert [result.finite for result in results] == [True, False, True]
     assert math.isnan(results[1].mean_loss)
     for slot in (1, 3):
