@@ -3,9 +3,10 @@
 Every rung takes the same optimizer steps on the same rows, apart from the update, which learns the new events and some
 older ones instead of the whole history. ``peft_training`` has OPPU's way, in float32, and the well-run PEFT loop, which
 is the fastest of its four in the rung's own type; beside it stands the fastest of either type, which a user would take.
-The next rung is the same loop through the bank's ``Runner``, which computes the last block at targets only too, and
-short bfloat16 attention in plain products; the bank adds nothing but that users share the forwards. Ratios are of one
-type, float32, unless their name ends in another. None of them saves what it trained.
+The next rung is the same loop through the bank's ``Runner``, which computes the last block at targets only too, short
+bfloat16 attention in plain products, and float32 matrices packed (PEFT's adapters are in float32 and need autocast in
+bfloat16, which packs none). The bank adds that users share the forwards, a user's examples rows, and packed bfloat16
+matrices. Ratios are of one type, float32, unless their name ends in another. None of them saves what it trained.
 """
 
 import functools

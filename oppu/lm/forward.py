@@ -26,7 +26,8 @@ from oppu.lm.transfer import sent
 from oppu.lm.trunk import Memory, Trunk
 
 _CPU_TOKENS, _GPU_TOKENS = 4_096, 32_768
-"""Most padded tokens of one forward: on a CPU, a training step's activations stay within some hundred megabytes."""
+"""Most tokens of one forward, padding counted where sequences have a row each: on a CPU, a training step's activations
+stay within some hundred megabytes. Shared rows have up to half as many places more: a user's last is seldom full."""
 _CPU_LOGITS, _GPU_LOGITS = 2**26, 2**29
 """Most logits of one forward, where all of a text is aimed at: a training step holds a few copies, in float32."""
 _MASKED = ("sdpa", "eager")
@@ -246,21 +247,18 @@ def losses_of(log_probs: torch.Tensor, targets: Sequence[Target]) -> torch.Tenso
     return offset - scale * sums
 
 
-def target_losses(
-    runner: Runner, targets: Sequence[Target], slots: Sequence[int], memory: Memory | None = None
-) -> torch.Tensor:
+def target_losses(runner: Runner, targets: Sequence[Target], slots: Sequence[int]) -> torch.Tensor:
     """Return the losses of targets of similar length, a row each, ``[n]``, differentiable.
 
     Args:
         runner: The base.
         targets: Each with at least one position.
         slots: Bank slot of each.
-        memory: As for ``Runner.logits``.
 
     Returns:
         One loss a target.
     """
-    logits = runner.logits(target_readings(targets, slots), memory)
+    logits = runner.logits(target_readings(targets, slots))
     return losses_of(target_log_probs(logits, targets), targets)
 
 

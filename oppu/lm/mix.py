@@ -110,17 +110,17 @@ def mixed_in_rows(slots: Sequence[int], layouts: Sequence[Layout], dropout: Drop
     Args:
         slots: Of each sequence; not all 0.
         layouts: Where they lie: one for each number of columns that layers read.
-        dropout: Of the batch; only where every row's sequences have one slot.
+        dropout: Of the batch; only where every row's sequences have one slot, and rows ascend by it.
 
     Returns:
         The mix.
     """
     by_row = layouts[0].by_row(slots)
-    if by_row is not None:  # then padding may have the adapter too
+    if by_row is not None and by_row == sorted(by_row):  # then padding may have the adapter too
         own = None if dropout is None else replace(dropout, layouts=tuple(layouts))
         return mixed(by_row, torch.device("cpu"), own)
     if dropout is not None:
-        raise ValueError("dropout: expected rows whose sequences have one slot")
+        raise ValueError("dropout: expected rows whose sequences have one slot, ascending")
     adapted = sorted((number for number, slot in enumerate(slots) if slot), key=slots.__getitem__)
     runs = [list(own) for _, own in groupby(adapted, key=slots.__getitem__)]
     few = sum(layouts[0].lengths[number] for number in adapted) < _LOOP_TOKENS * len(runs)

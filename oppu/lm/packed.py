@@ -23,13 +23,16 @@ from torch.nn import functional
 from oppu.lm.hardware import fast_bfloat16
 
 _MOST_BYTES = 2 << 30
-"""Of a model's matrices: a base of a billion parameters in bfloat16 still has its second copy."""
+"""Of a model's matrices: a base of a billion parameters in bfloat16 still has its second copy, and training a third."""
 _VECTORS = ("AVX2", "AVX512")
 """Instructions, by torch's names."""
 
 
 class Packed:
-    """A model's linear layers, each with its product replaced; layers that are not such are left alone."""
+    """A model's linear layers, each with its product replaced; layers that are not such are left alone.
+
+    A weight that is changed through ``.data``, as PEFT's merge does, is not seen to be another: close this first.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         """Attach to a model; what is packed already stays so.
@@ -59,10 +62,14 @@ class _Kept:
         self._state: tuple[int, int] | None = None
 
     def of(self, weight: torch.Tensor) -> torch.Tensor:
-        state = weight.data_ptr(), weight._version  # noqa: SLF001 - the only witness of a change in place
+        state = _state(weight)
         if self._made is None or self._state != state:
             self._made, self._state = self._make(weight), state
         return self._made
+
+
+def _state(weight: torch.Tensor) -> tuple[int, int]:
+    return weight.data_ptr(), weight._version  # noqa: SLF001 - the only witness of a change in place
 
 
 class _Product:
@@ -86,6 +93,11 @@ class _Product:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return type(self)(copy.deepcopy(self._layer, memo))
 
+    @property
+    def state(self) -> tuple[int, int]:
+        """What changes with the layer's weight."""
+        return _state(self._layer.weight)
+
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """Return the layer's output."""
         return _multiplied(x, self._packed.of(self._layer.weight.detach()), self._layer.bias)
@@ -96,16 +108,18 @@ class _Product:
 
 
 class _Learnt(torch.autograd.Function):
-    """A product whose weight is not learnt, and its input is."""
+    """A product whose weight is not learnt, and its input is; of first derivatives only."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, product: _Product) -> torch.Tensor:
-        ctx.product = product
+        ctx.product, ctx.state = product, product.state
         return product.of(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        if ctx.product.state != ctx.state:
+            raise RuntimeError("a frozen weight was changed between a forward and its gradient")
         return ctx.product.back(grad), None
 
 

@@ -13,7 +13,7 @@ from oppu.lm.bank import SlotBank
 from oppu.lm.dropout import Dropout
 from oppu.lm.encoding import Reading
 from oppu.lm.forward import FORWARD_SHARE, Runner, buckets
-from oppu.lm.sequence_packing import ATTENTION, WIDTHS, Layout, cost, packed, parts
+from oppu.lm.sequence_packing import ATTENTION, OWN_WIDTHS, WIDTHS, Layout, cost, packed, parts
 from oppu.lm.trunk import Memory
 
 
@@ -104,7 +104,8 @@ def planned(runner: Runner, readings: Sequence[Reading], *, apart: bool = False)
         Each reading in one of them, ascending by slot.
     """
     may_share = runner.packs and (apart or not torch.is_grad_enabled())  # what is added in place has no gradient
-    short = {most: sum(len(reading.ids) <= most for reading in readings) for most in WIDTHS} if may_share else {}
+    widths = (OWN_WIDTHS if apart else WIDTHS) if may_share else ()
+    short = {most: sum(len(reading.ids) <= most for reading in readings) for most in widths}
     differing = {count: most for most, count in reversed(short.items()) if count > 1}
     fixed = runner.tokens // FORWARD_SHARE * ATTENTION
     plans = (_groups(runner, readings, most, apart=apart) for most in (0, *differing.values()))

@@ -101,6 +101,16 @@ def test_gradients_are_of_the_weight_as_it_is_now(dtype: torch.dtype) -> None:
     assert torch.allclose(second, 2 * first, rtol=2**-6)
 
 
+def test_a_weight_that_changes_before_the_gradient_is_an_error(dtype: torch.dtype) -> None:
+    layer, x = layer_of(dtype), inputs(dtype, 4, 48).requires_grad_()
+    Packed(layer)
+    found = layer(x).sum()
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="changed between"):
+        torch.autograd.backward(found)
+
+
 @pytest.mark.parametrize("learnt", ["weight", "bias"])
 def test_layers_that_learn_are_left_to_torch(learnt: str, dtype: torch.dtype) -> None:
     layer, x = layer_of(dtype), inputs(dtype, 4, 48)

@@ -20,6 +20,7 @@ from oppu.lm.dropout import Dropout, dropped, row_seed
 from oppu.lm.encoding import Encoder, Reading, Target
 from oppu.lm.forward import Runner, losses_of
 from oppu.lm.port import Example, TrainConfig
+from oppu.lm.sequence_packing import OWN_WIDTHS
 from oppu.lm.targets import adapter_config, find_targets
 from oppu.lm.training import Calls, SlotAdamW, SlotResult, slots_for, train_slots
 from oppu.tasks import Tasks
@@ -71,12 +72,12 @@ def train(
 
     def plan(runner: Runner, readings: Sequence[Reading], *, apart: bool) -> list[reading.Group]:
         assert runner.packs
-        return reading._groups(runner, readings, 256 if shared else 0, apart=apart)
+        return reading._groups(runner, readings, OWN_WIDTHS[-1] if shared else 0, apart=apart)
 
     runner = Runner(base)
     beats: list[None] = []
     try:
-        planned = training.planned if shared is None else plan
+        planned = reading.planned if shared is None else plan
         with (
             mock.patch.object(training, "planned", planned),
             mock.patch.object(runner, "logits", wraps=runner.logits) as run,
@@ -153,6 +154,33 @@ class _Counted(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return dropped(x, Dropout(self.rate, (self.now[0],)), self.layer)
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_sharing_rows_changes_no_more_than_rounding(
+    family: str, dtype: torch.dtype, near: float, make_base: Make, make_adapter: Make, tasks: Tasks
+) -> None:
+    base, config = make_base(family, dtype), replace(CONFIG, passes=2, learning_rate=1e-3, dropout=0.2)
+    users = [targets_of(base, tasks, examples(seed, count)) for seed, count in ((1, 9), (2, 14), (3, 3))]
+    losses = []
+    for shared in (True, False):
+        bank = new_bank(base, [make_adapter(base.model, seed) for seed in range(3)])
+        results = train(base, bank, users, config, seeds=[1, 2, 3], shared=shared)
+        losses.append([result.mean_loss for result in results])
+    assert np.allclose(losses[0], losses[1], rtol=near)
+    assert not np.allclose(losses[0], losses[0][::-1], rtol=near)
+
+
+def test_long_examples_do_not_widen_the_rows_of_short_ones(make_base: Make) -> None:
+    lengths = [*(10 + 7 * at % 41 for at in range(60)), *[200] * 4]
+    readings = [Reading((5,) * length, (0,), 1 + at % 4) for at, length in enumerate(lengths)]
+    runner = Runner(make_base("llama"))
+    groups = reading.planned(runner, readings, apart=True)
+    layouts = [group.layout for group in groups if group.layout is not None]
+    assert layouts and max(layout.width for layout in layouts) <= OWN_WIDTHS[-1]
+    assert sorted(member for group in groups for member in group.members) == list(range(64))
+    runner.close()
 
 
 @pytest.mark.parametrize("shared", [True, False])
