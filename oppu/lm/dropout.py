@@ -5,7 +5,8 @@ batch, where it stands in it, or how far it is padded. So a user's training stay
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -22,12 +23,19 @@ _AT_ONCE = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class Dropout:
-    """What a batch drops of its adapters' inputs: the share, and a seed a sequence. They have a row each, or lie as the
-    one of ``layouts`` says that has as many columns."""
+    """What a batch drops of its adapters' inputs: the share, and a seed a sequence.
+
+    Where rows hold several, ``places`` has each place's sequence and position in it, both ``[n, t] int64``, by the
+    number of columns that a layer reads; empty: sequences have a row each.
+    """
 
     rate: float
     seeds: tuple[int, ...]
-    layouts: tuple[Layout, ...] = ()
+    places: Mapping[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def laid_out(self, layouts: Sequence[Layout]) -> "Dropout":
+        """Return the same for sequences that share rows, one layout for each number of columns that layers read."""
+        return replace(self, places={layout.width: (layout.owners(), layout.positions()) for layout in layouts})
 
 
 def row_seed(user: int, step: int, example: int) -> int:
@@ -59,23 +67,14 @@ def dropped(x: torch.Tensor, dropout: Dropout, layer: int) -> torch.Tensor:
 
 
 def kept(like: torch.Tensor, dropout: Dropout, layer: int) -> torch.Tensor:
-    """Return what stays of a layer's input, ``[n, t, in] bool``, on its device.
-
-    Args:
-        like: ``[n, t, in]``.
-        dropout: Of the batch in these rows.
-        layer: Number of the layer that reads it.
-
-    Returns:
-        The mask.
-    """
-    wide = like.shape[2]
+    """Return what stays ``[n, t, in] bool`` of a layer's input that looks like this one, on its device."""
+    _, columns, wide = like.shape
     begins = sent([_wrapped(seed + layer * _LAYER * _GAMMA) for seed in dropout.seeds], like.device)
-    layout = next((layout for layout in dropout.layouts if layout.width == like.shape[1]), None)
-    if layout is None:
-        begins, positions = begins[:, None], torch.arange(like.shape[1], device=like.device)
-    else:  # what belongs to nobody is as good as the last one's
-        begins, positions = begins[layout.owners()], layout.positions()
+    if dropout.places:
+        owners, positions = dropout.places[columns]
+        begins = begins[owners]  # what belongs to nobody, −1, is as good as the last one's
+    else:
+        begins, positions = begins[:, None], torch.arange(columns, device=like.device)
     counters = begins + positions * _wrapped(wide * _GAMMA)
     features = torch.arange(wide, device=like.device) * _wrapped(_GAMMA)
     parts = torch.split(counters, max(1, _AT_ONCE // max(1, like[0].numel())))

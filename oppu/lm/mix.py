@@ -5,7 +5,7 @@ ones' tokens are gathered, multiplied and added where they belong. Invariant: no
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import numpy as np
@@ -117,8 +117,7 @@ def mixed_in_rows(slots: Sequence[int], layouts: Sequence[Layout], dropout: Drop
     """
     by_row = layouts[0].by_row(slots)
     if by_row is not None and by_row == sorted(by_row):  # then padding may have the adapter too
-        own = None if dropout is None else replace(dropout, layouts=tuple(layouts))
-        return mixed(by_row, torch.device("cpu"), own)
+        return mixed(by_row, torch.device("cpu"), dropout and dropout.laid_out(layouts))
     if dropout is not None:
         raise ValueError("dropout: expected rows whose sequences have one slot, ascending")
     adapted = sorted((number for number, slot in enumerate(slots) if slot), key=slots.__getitem__)

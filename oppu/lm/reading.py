@@ -101,7 +101,7 @@ def planned(runner: Runner, readings: Sequence[Reading], *, apart: bool = False)
         apart: Whether a row holds sequences of one slot only: what is not finite in it, or learnt, is one user's.
 
     Returns:
-        Each reading in one of them, ascending by slot.
+        Each reading in one of them, and a forward's ascending by slot.
     """
     may_share = runner.packs and (apart or not torch.is_grad_enabled())  # what is added in place has no gradient
     widths = (OWN_WIDTHS if apart else WIDTHS) if may_share else ()
@@ -120,8 +120,8 @@ def _groups(runner: Runner, readings: Sequence[Reading], most: int, *, apart: bo
     found = []
     by_slot = sorted(short, key=lambda number: readings[number].slot)
     for part in parts(by_slot, (lengths, runner.tokens), (reads, runner.reads)):
-        slots = [readings[number].slot for number in part]
-        layout = packed([lengths[number] for number in part], slots if apart else ())
+        owners = [readings[number].slot for number in part] if apart else ()
+        layout = packed([lengths[number] for number in part], owners)
         found.append(Group(part, layout, layout.cost))
     for bucket in buckets([lengths[n] for n in alone], runner.tokens, [reads[n] for n in alone], runner.reads):
         members = sorted((alone[at] for at in bucket), key=lambda number: readings[number].slot)

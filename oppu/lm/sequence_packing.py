@@ -109,9 +109,9 @@ def packed(lengths: Sequence[int], owners: Sequence[int] = ()) -> Layout:
         Where they lie.
     """
     widths = sorted({max(width, *lengths) for width in (OWN_WIDTHS if owners else WIDTHS)})
-    groups = [list(own) for _, own in groupby(range(len(lengths)), key=owners.__getitem__)] if owners else []
-    layouts = (_apart(lengths, groups, width) if groups else _best_fit(lengths, width) for width in widths)
-    return min(layouts, key=lambda layout: layout.cost)
+    numbers = range(len(lengths))
+    groups = [list(own) for _, own in groupby(numbers, key=owners.__getitem__)] if owners else [numbers]
+    return min((_apart(lengths, groups, width) for width in widths), key=lambda layout: layout.cost)
 
 
 def parts(order: Sequence[int], *limits: tuple[Sequence[int], int]) -> Iterator[list[int]]:

@@ -31,7 +31,7 @@ def test_a_rows_mask_is_its_own() -> None:
 
 def test_a_sequence_keeps_its_mask_where_it_shares_a_row() -> None:
     layout = Layout(2, 9, ((0, 0), (1, 2), (0, 4)), (4, 5, 3))
-    shared = dropped(torch.ones(2, 9, 16), Dropout(0.4, (5, 6, 7), (layout.narrowed([1, 1, 1]), layout)), 1)
+    shared = dropped(torch.ones(2, 9, 16), Dropout(0.4, (5, 6, 7)).laid_out((layout.narrowed([1, 1, 1]), layout)), 1)
     for number, (length, seed) in enumerate(zip(layout.lengths, (5, 6, 7), strict=True)):
         alone = dropped(torch.ones(1, length, 16), Dropout(0.4, (seed,)), 1)[0]
         assert torch.equal(shared.flatten(0, 1)[list(layout.cells(number))], alone)

@@ -30,7 +30,7 @@ def test_rows_may_be_of_one_owner_each(lengths: list[int], every: int) -> None:
     layout = packed(lengths, owners)
     by_row = layout.by_row(owners)
     assert by_row == sorted(owners[n] for n in {row: n for n, (row, _) in enumerate(layout.places)}.values())
-    assert [cell for own in map(layout.cells, range(len(lengths))) for cell in own] != [] and layout.rows == len(by_row)
+    assert by_row is not None and len(by_row) == layout.rows
     cells = [cell for number in range(len(lengths)) for cell in layout.cells(number)]
     assert len(set(cells)) == len(cells) == sum(lengths) and max(cells) < layout.rows * layout.width
     assert layout.cost <= cost(len(lengths), max(OWN_WIDTHS[0], *lengths))
