@@ -18,12 +18,13 @@ from evaluation.arms import Array, right
 from evaluation.bases import Study, opened
 from evaluation.corpus import Item, by_user
 from evaluation.duplicates import SAME_COSINE, normal
-from evaluation.history import pasts
+from evaluation.history import Past, pasts
 from evaluation.prompting import Asked, example, examples
 from evaluation.splits import Person
 from evaluation.training import Bench, follow, full_config, score, stage, train_once
 from oppu.embedder import Embedder
 from oppu.lm.port import Example, TrainJob, is_bare
+from oppu.settings import RetrieverSettings
 from oppu.values import UserId, Vector
 
 LEVELS = (10, 25, 50, 100, 200)
@@ -45,11 +46,19 @@ Merits = dict[Key, dict[str, Array]]
 
 @dataclass(frozen=True, slots=True)
 class Extra:
-    """What the analyses need beside a study: embeddings by item id, and the users' items of other tasks."""
+    """What the analyses need beside a study: embeddings by item id, also as queries where these have an encoder of
+    their own, and the users' items of other tasks."""
 
     vectors: Mapping[str, Vector] = field(repr=False)
     embedder: Embedder
+    queries: Mapping[str, Vector] | None = field(default=None, repr=False)
     sisters: Sequence[Item] = field(default=(), repr=False)
+
+    def pasts(
+        self, items: Sequence[Item], settings: RetrieverSettings, before: Sequence[int] | None = None
+    ) -> list[Past]:
+        """Look up every item's past, as ``evaluation.history.pasts`` does."""
+        return pasts(items, self.vectors, self.embedder, settings, before=before, queries=self.queries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +219,7 @@ def _shift_in_prompts(run: _Run, bench: Bench) -> None:
             own = part[p.user_id]
             before = [*range(1, len(own) + 1), *(len(own) + 1 for _ in p.test)]
             every = [*own, *p.test]
-            found = pasts(every, run.extra.vectors, run.extra.embedder, run.study.settings.retriever, before=before)
+            found = run.extra.pasts(every, run.study.settings.retriever, before)
             queries[p.user_id] = examples(p.test, found[len(own) :], Asked(SHIFT_K))
         run.prompts(bench, (SHIFT, row, PROMPT), queries)
 

@@ -17,8 +17,9 @@ from evaluation.prompting import Variant, drawn
 from evaluation.splits import Fold
 from evaluation.training import Bench, Recipe, Say, score
 from oppu.fusion import log_softmax
-from oppu.lm.adaption import RECIPE, AdaptConfig, adapt
+from oppu.lm.adaption import AdaptConfig, adapt
 from oppu.lm.base import OFFLINE, load_base
+from oppu.lm.full_training import RECIPE
 from oppu.lm.model import TorchModel
 from oppu.lm.port import Example
 from oppu.settings import Settings

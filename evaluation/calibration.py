@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 from evaluation.arms import Table, fit_fusion
 from evaluation.corpus import Item, by_user
-from evaluation.history import pasts
+from evaluation.history import embedded, pasts
 from evaluation.splits import Fold, Person
 from evaluation.text import cached, fit_text_fusion, foreseen
 from evaluation.training import Bench, Recipe, Say, base_scores, chunks_of, follow
@@ -38,7 +38,14 @@ class Calibrated:
     users: int
 
 
-def calibrate(items: Sequence[Item], settings: Settings, tasks: Tasks, embedder: Embedder, say: Say) -> Calibrated:
+def calibrate(
+    items: Sequence[Item],
+    settings: Settings,
+    tasks: Tasks,
+    embedder: Embedder,
+    say: Say,
+    queries: Embedder | None = None,
+) -> Calibrated:
     """Fit what is weighed without an adapter and with one.
 
     Args:
@@ -47,6 +54,7 @@ def calibrate(items: Sequence[Item], settings: Settings, tasks: Tasks, embedder:
         tasks: The known tasks.
         embedder: For neighbours.
         say: Told of progress.
+        queries: The query encoder, where queries have one of their own.
 
     Returns:
         The fit.
@@ -56,13 +64,14 @@ def calibrate(items: Sequence[Item], settings: Settings, tasks: Tasks, embedder:
     """
     if not items or len({len(i.choices) for i in items}) > 1:
         raise ConfigError("EVENTS: expected items of one task with the same number of choices each")
-    vectors = {i.item_id: row for i, row in zip(items, embedder.embed([i.input for i in items]), strict=True)}
+    vectors = embedded(items, embedder)
+    asked = vectors if queries is None else embedded(items, queries)
     people = [Person(u, tuple(own), tuple(range(len(own))), len(own)) for u, own in by_user(items).items()]
     people = [p for p in people if len(p.items) > settings.updater.min_pending]
     if sum(len(p.items) for p in people) < LEAST_ITEMS:
         least = f"at least {LEAST_ITEMS} items of users with more than {settings.updater.min_pending} each"
         raise ConfigError(f"EVENTS: expected {least}")
-    past = {p.user_id: pasts(p.items, vectors, embedder, settings.retriever) for p in people}
+    past = {p.user_id: pasts(p.items, vectors, embedder, settings.retriever, queries=asked) for p in people}
     fold = Fold("calibrate", (), tuple(people), ())
     model = TorchModel(load_base(settings.model), tasks, settings=settings.model, slots=1)
     with TemporaryDirectory(prefix="oppu-calibrate-") as folder:

@@ -14,7 +14,7 @@ from evaluation.bases import Study, curve, opened
 from evaluation.budget import Progress, measured, options, phases
 from evaluation.corpus import Item, by_user
 from evaluation.duplicates import phrases
-from evaluation.history import Past, check_pasts, pasts
+from evaluation.history import Past, check_pasts, embedded
 from evaluation.leaks import check
 from evaluation.material import settled
 from evaluation.methods import PREFIX, MethodResult, merged, run_methods
@@ -87,7 +87,14 @@ class Outcome:
     shared: bool = False
 
 
-def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, embedder: Embedder) -> list[Outcome]:
+def run(
+    plan: Plan,
+    items: Sequence[Item],
+    settings: Settings,
+    tasks: Tasks,
+    embedder: Embedder,
+    queries: Embedder | None = None,
+) -> list[Outcome]:
     """Run every seed.
 
     The first one searches for the bases' numbers of epochs, lets the calibrate users choose the arms of P1, and runs
@@ -99,6 +106,7 @@ def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, emb
         settings: Base and retriever.
         tasks: The known tasks.
         embedder: For near-duplicates and neighbours.
+        queries: The query encoder, where queries for neighbours have one of their own.
 
     Returns:
         One outcome a seed.
@@ -121,19 +129,20 @@ def run(plan: Plan, items: Sequence[Item], settings: Settings, tasks: Tasks, emb
         folds = [shortened(fold, plan.users) for fold in folds[:FOLDS]]
     for fold in folds:
         check(fold, told, common)
-        queries = sum(len(p.test) for p in fold.target)
+        count = sum(len(p.test) for p in fold.target)
         plan.say(
             f"{fold.name}: {len(fold.adapt)} items adapt the base, {len(fold.calibrate)} users calibrate, "
-            f"{len(fold.target)} targets with {queries} queries; {fold.repeats} items are left out, for they say what "
+            f"{len(fold.target)} targets with {count} queries; {fold.repeats} items are left out, for they say what "
             "another one says"
         )
     inputs.keep(plan.folder, items, plan.bounds, settings, _more(plan, tasks.require(plan.task)))
     if plan.final:
         inputs.opened(plan.folder, {"task": plan.task, "recipe": plan.recipe.digest(), **asdict(plan.recipe)})
     _announce(plan, folds, items, settings, tasks)
-    pasts_of = [_pasts(fold, vectors, embedder, settings, plan.profiles) for fold in folds]
+    extra = Extra(vectors, embedder, None if queries is None else embedded(items, queries))
+    pasts_of = [_pasts(fold, extra, settings, plan.profiles) for fold in folds]
     others = settled(plan.sisters, tasks, plan.bounds, final=plan.final) if plan.analyses else []
-    world = _World(folds, pasts_of, settings, tasks, Extra(vectors, embedder, others))
+    world = _World(folds, pasts_of, settings, tasks, replace(extra, sisters=others))
     outcomes = [_outcome(plan, plan.seeds[0], world.seed(plan, plan.seeds[0], None), tasks)]
     further = replace(plan, all_arms=False, methods=False, analyses=False)
     for seed in plan.seeds[1:]:
@@ -212,15 +221,13 @@ class _Part:
     judging: int
 
 
-def _pasts(
-    fold: Fold, vectors: Mapping[str, Vector], embedder: Embedder, settings: Settings, profiles: Mapping[str, str]
-) -> dict[str, Sequence[Past]]:
+def _pasts(fold: Fold, extra: Extra, settings: Settings, profiles: Mapping[str, str]) -> dict[str, Sequence[Past]]:
     """Look up the past of every item of a fold, each user's by its own items; a written profile has the line."""
     own: dict[str, Sequence[Item]] = {**by_user(fold.adapt)}
     own |= {p.user_id: p.items for p in (*fold.target, *fold.calibrate)}
     found: dict[str, Sequence[Past]] = {}
     for user, items in own.items():
-        found[user] = pasts(items, vectors, embedder, settings.retriever)
+        found[user] = extra.pasts(items, settings.retriever)
         check_pasts(items, found[user])
         if user in profiles:
             found[user] = [replace(one, line=profiles[user]) for one in found[user]]

@@ -67,6 +67,7 @@ def pasts(
     settings: RetrieverSettings,
     *,
     before: Sequence[int] | None = None,
+    queries: Mapping[str, Vector] | None = None,
 ) -> list[Past]:
     """Look up every item's past.
 
@@ -76,6 +77,7 @@ def pasts(
         embedder: Names the vectors.
         settings: Mode, k, neighbours, half-life.
         before: For each item the first seq, from 1, that it may not see; absent: its day's first.
+        queries: The inputs as a query encoder embeds them, by item id; absent: they are ``vectors``.
 
     Returns:
         One past an item.
@@ -86,11 +88,11 @@ def pasts(
     shelf = cast(HistoryStore, _Shelf([_event(item, at, vectors) for at, item in enumerate(items, start=1)]))
     retriever = Retriever(shelf, embedder, settings, fresh())
     state = UserState(user, 1, len(items), None)
-    queries = [
+    asked = [
         Query(state, item.task, item.input, settings.k, settings.neighbours, before_seq=seq, exclude_input=item.input)
         for item, seq in zip(items, before, strict=True)
     ]
-    found = retriever.retrieve(queries, [vectors[item.item_id] for item in items])
+    found = retriever.retrieve(asked, [(queries or vectors)[item.item_id] for item in items])
     profiles = retriever.profiles([(state, item.task, seq) for item, seq in zip(items, before, strict=True)])
     retriever.close()
     return [
@@ -105,6 +107,11 @@ def pasts(
         )
         for item, seq, result, profile in zip(items, before, found, profiles, strict=True)
     ]
+
+
+def embedded(items: Sequence[Item], embedder: Embedder) -> dict[str, Vector]:
+    """Return the items' inputs' vectors ``[dim] float32`` by item id."""
+    return {item.item_id: row for item, row in zip(items, embedder.embed([i.input for i in items]), strict=True)}
 
 
 def check_pasts(items: Sequence[Item], found: Sequence[Past]) -> None:

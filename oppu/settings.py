@@ -184,6 +184,9 @@ class ModelSettings(_Section):
     embedder: str = Field(
         "offline", description="sentence-transformers id or path, chosen once; 'offline' = packaged MiniLM."
     )
+    query_encoder: str | None = Field(
+        None, description="Folder by oppu distill of a smaller embedder for queries alone; none = the embedder."
+    )
     device: str = Field("cpu", description="Torch device: cpu, cuda, cuda:1 …")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Of base, embedder and served adapters. auto: bfloat16 where the hardware has it."

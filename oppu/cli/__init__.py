@@ -37,6 +37,7 @@ _COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "topics": ("oppu.cli.operation", "topics", "Create, list and adopt topics."),
     "store": ("oppu.cli.operation", "store", "Migrate the history store."),
     "adapt": ("oppu.cli.adapt", "adapt", "Adapt the base model to the tasks on other users' events."),
+    "distill": ("oppu.cli.distill", "distill", "Make a smaller embedder for queries alone."),
     "calibrate": ("oppu.cli.calibrate", "calibrate", "Fit how base, evidence and adapter are weighed."),
     "evaluate": ("oppu.cli.evaluate", "evaluate", "The paper's experiment on a file of events, by the protocol."),
     "bench": ("oppu.cli.bench", "bench", "Speed and memory, as ratios against baselines of the same run."),

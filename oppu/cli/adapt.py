@@ -1,7 +1,8 @@
 """``oppu adapt``: OPPU's first stage, task adaption of the shared base on other users' events."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +61,7 @@ def adapt_base(
 
     examples = _examples(settings, events)
     config = AdaptConfig(**recipe)
-    columns = (TextColumn("adapting the base"), BarColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn())
-    with Progress(*columns, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("", total=None, loss="")
-
-        def progress(done: int, total: int, loss: float) -> None:
-            bar.update(task, completed=done, total=total, loss=f"loss {loss:.3f}")
-            if not sys.stderr.isatty() and done % max(1, total // 8) == 0:
-                click.echo(f"adapting the base: step {done} of {total}, loss {loss:.3f}", err=True)
-
+    with progress_bar("adapting the base") as progress:
         report = run(
             load_base(settings.model, adapting=True),
             compose.tasks(settings),
@@ -80,6 +73,28 @@ def adapt_base(
         )
     return {"examples": len(examples), "steps": report.steps, "seconds": round(report.seconds, 1),
             "first_loss": round(report.first_loss, 4), "last_loss": round(report.last_loss, 4)}  # fmt: skip
+
+
+@contextmanager
+def progress_bar(name: str) -> Iterator[Callable[[int, int, float], None]]:
+    """Show a training's steps on a terminal as a bar, elsewhere as a few lines.
+
+    Args:
+        name: What is done.
+
+    Yields:
+        To be told (steps done, steps in all, loss) after each step.
+    """
+    columns = (TextColumn(name), BarColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn())
+    with Progress(*columns, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("", total=None, loss="")
+
+        def progress(done: int, total: int, loss: float) -> None:
+            bar.update(task, completed=done, total=total, loss=f"loss {loss:.3f}")
+            if not sys.stderr.isatty() and done % max(1, total // 8) == 0:
+                click.echo(f"{name}: step {done} of {total}, loss {loss:.3f}", err=True)
+
+        yield progress
 
 
 def _examples(settings: Settings, events: Sequence[BehaviorEvent]) -> list[Example]:

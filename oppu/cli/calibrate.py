@@ -54,7 +54,8 @@ def calibrate_base(settings: Settings, items: "Sequence[Item]", out: Path | None
     def say(text: str) -> None:
         click.echo(f"calibrating: {text}", err=True)
 
-    done = fit(items, settings, compose.tasks(settings), compose.embedder(settings), say)
+    known, queries = compose.tasks(settings), compose.queries_apart(settings)
+    done = fit(items, settings, known, compose.embedder(settings), say, queries)
     found = done.fusion
     is_text = isinstance(found, blending.TextFusion)
     found.save(out or Path(settings.model.base) / (blending.FILE if is_text else fusion.FILE))

@@ -9,7 +9,7 @@ import os
 import socket
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from oppu.errors import ConfigError
 from oppu.settings import Settings
@@ -108,13 +108,23 @@ def embedder(settings: Settings) -> Embedder:
     """Load the sentence embedder."""
     from oppu.embedder import SentenceEmbedder
 
-    return SentenceEmbedder(
-        settings.model.embedder,
-        device=settings.model.device,
-        dtype=settings.model.dtype,
-        threads=settings.model.threads,
-        batch=settings.ingest.embed_batch,
-    )
+    return SentenceEmbedder(settings.model.embedder, **_embedding(settings))
+
+
+def query_encoder(settings: Settings) -> Embedder:
+    """Load what embeds queries: the embedder, unless there is a smaller one."""
+    from oppu.embedder import QueryEncoder, loaded
+
+    name = settings.model.query_encoder
+    if name is None:
+        return embedder(settings)
+    _, documents = loaded(settings.model.embedder, "cpu")
+    return QueryEncoder(name, documents, **_embedding(settings))
+
+
+def queries_apart(settings: Settings) -> Embedder | None:
+    """Load the query encoder, where there is one beside the embedder."""
+    return None if settings.model.query_encoder is None else query_encoder(settings)
 
 
 def model(settings: Settings, *, slots: int) -> TorchModel:
@@ -181,7 +191,7 @@ def inference_worker(settings: Settings, metrics: Metrics) -> InferenceWorker:
     return InferenceWorker(
         broker(settings),
         history,
-        retriever(settings, history, embedder(settings), metrics, background()),
+        retriever(settings, history, query_encoder(settings), metrics, background()),
         language_model,
         HostCache(
             registry(settings, language_model.base, language_model.adapter_config()),
@@ -242,7 +252,7 @@ def updater(settings: Settings, metrics: Metrics) -> Updater:
     from updater.worker import Updater
 
     history, language_model = store(settings), model(settings, slots=1)
-    evidence = retriever(settings, history, embedder(settings), metrics)
+    evidence = retriever(settings, history, query_encoder(settings), metrics)
     return Updater(
         history,
         registry(settings, language_model.base, language_model.adapter_config()),
@@ -285,6 +295,12 @@ def _fitted(settings: Settings, named: str | None, name: str) -> Path | None:
         return Path(named)
     beside = Path(settings.model.base) / name
     return beside if beside.is_file() else None
+
+
+def _embedding(settings: Settings) -> dict[str, Any]:
+    own = settings.model
+    batch = settings.ingest.embed_batch
+    return {"device": own.device, "dtype": own.dtype, "threads": own.threads, "batch": batch}
 
 
 def _deployment_key(settings: Settings) -> str:

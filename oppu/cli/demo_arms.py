@@ -111,7 +111,7 @@ class WrongUser:
 
         self._settings, self._store, self._metrics = settings, store, fresh()
         self._base = load_base(settings.model)
-        self._retriever = compose.retriever(settings, store, compose.embedder(settings), self._metrics)
+        self._retriever = compose.retriever(settings, store, compose.query_encoder(settings), self._metrics)
 
     def outputs(self, events: Sequence[BehaviorEvent]) -> list[list[str]]:
         """Answer every event with all three parts, the adapter being another user's, from the store as it is now.

@@ -93,7 +93,7 @@ def evaluate(
         progress=Progress(say),
     )
     with alone(plan.folder):
-        outcomes = run(plan, items, settings, tasks, compose.embedder(settings))
+        outcomes = run(plan, items, settings, tasks, compose.embedder(settings), compose.queries_apart(settings))
     result = summarise(plan, outcomes, tasks[task].kind, settings.model.base, _command(events))
     unknown = sum(item.choices != () and not item.answered for p in outcomes[0].people for item in p.test)
     result["data"] = {**material.notes, "queries_of_unknown_label": unknown, "preset": preset}

@@ -149,6 +149,7 @@ def doctor(session: Session, *, as_json: bool) -> None:
         "registry": lambda: _check_registry(settings),
         "state folder": lambda: str(compose.state_dir(settings)),
         "embedder": lambda: compose.embedder(settings).fingerprint,
+        "query encoder": lambda: _check_query_encoder(settings),
         "model": lambda: f"base {compose.model(settings, slots=1).base}",
         "fusion": lambda: _check_fusion(settings),
     }
@@ -164,6 +165,13 @@ def doctor(session: Session, *, as_json: bool) -> None:
         )
     if not well:
         raise click.exceptions.Exit(1)
+
+
+def _check_query_encoder(settings: Settings) -> str:
+    name = settings.model.query_encoder
+    if name is not None:
+        compose.query_encoder(settings)
+    return name or "the embedder"
 
 
 def _check_registry(settings: Settings) -> str:

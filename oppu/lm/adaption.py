@@ -5,13 +5,10 @@ plus half a language-model loss on a share of the prompt's tokens); ``lora`` tra
 written is a plain Hugging Face folder. The base handed in is changed in place and must not be used afterwards.
 """
 
-import json
-import logging
 import random
-import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +19,7 @@ from oppu.errors import ConfigError
 from oppu.lm.base import LoadedBase, fingerprint_of, quiet_and_local
 from oppu.lm.encoding import Encoder, Reading, Target
 from oppu.lm.forward import Runner
-from oppu.lm.hardware import fast_bfloat16
+from oppu.lm.full_training import Descent, autocast, epoch, folder_problems, write
 from oppu.lm.port import Example, is_bare
 from oppu.lm.scoring import Aim, aim_log_probs
 from oppu.lm.targets import find_targets
@@ -30,16 +27,7 @@ from oppu.settings import ModelSettings
 from oppu.tasks import Tasks
 from oppu.values import BaseId
 
-logger = logging.getLogger(__name__)
-
-RECIPE = "oppu.json"
-"""Beside the weights: how they were made; its presence marks a folder as ours."""
 _LANGUAGE_MODEL_WEIGHT = 0.5
-_WARM_UP_SHARE = 0.1
-_CLIP_NORM = 1.0
-_WEIGHT_DECAY = 0.01
-_SORTED_BATCHES = 16
-"""Batches are cut from so many batches' worth of shuffled examples, sorted by length: little padding, still random."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +127,7 @@ def _check(base: LoadedBase, examples: Sequence[Example], out_dir: Path) -> None
         problems.append("adapt: expected at least one example")
     if base.dtype not in (torch.float32, torch.float64):
         problems.append("model.dtype: task adaption needs float32 weights")
-    if out_dir.exists() and not out_dir.is_dir():
-        problems.append(f"adapt: not a folder: {out_dir}")
-    elif out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / RECIPE).is_file():
-        problems.append(f"adapt: {out_dir} holds other files; name an empty folder")
+    problems += folder_problems(out_dir)
     if problems:
         raise ConfigError(*problems)
 
@@ -157,16 +142,15 @@ def _train(
     """Run all steps; return each step's answer loss and the model to save."""
     model, parameters = _trainable(base, config, settings)
     chance = random.Random(config.seed)  # noqa: S311 - order of examples, not a secret
-    batches = [b for _ in range(config.epochs) for b in _epoch(targets, config.batch, chance)]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=_WEIGHT_DECAY, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(len(batches)))
+    lengths = [len(target.ids) for target in targets]
+    batches = [b for _ in range(config.epochs) for b in epoch(lengths, config.batch, chance)]
+    descent = Descent(parameters, config.learning_rate, len(batches))
     runner = Runner(base)
-    job = _Job(runner, config, _autocast(base), chance)
+    job = _Job(runner, config, autocast(base.device, base.dtype), chance)
     losses = []
     try:
         for done, batch in enumerate(batches, start=1):
-            losses.append(_step(job, batch, optimizer, parameters))
-            schedule.step()
+            losses.append(_step(job, [targets[at] for at in batch], descent))
             progress(done, len(batches), losses[-1])
     finally:
         runner.close()
@@ -194,38 +178,7 @@ def _trainable(base: LoadedBase, config: AdaptConfig, settings: ModelSettings) -
     return model, [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def _epoch(targets: Sequence[Target], size: int, chance: random.Random) -> list[list[Target]]:
-    order = list(range(len(targets)))
-    chance.shuffle(order)
-    block = size * _SORTED_BATCHES
-    batches = []
-    for first in range(0, len(order), block):
-        members = sorted(order[first : first + block], key=lambda at: len(targets[at].ids))
-        batches += [[targets[at] for at in members[k : k + size]] for k in range(0, len(members), size)]
-    chance.shuffle(batches)
-    return batches
-
-
-def _schedule(steps: int) -> Callable[[int], float]:
-    """Linear warm-up, then linear decay to zero."""
-    rise = max(1, round(steps * _WARM_UP_SHARE))
-
-    def factor(step: int) -> float:
-        return min((step + 1) / rise, (steps - step) / max(1, steps - rise))
-
-    return factor
-
-
-def _autocast(base: LoadedBase) -> AbstractContextManager[Any]:
-    """Compute in bfloat16 where the processor multiplies it in hardware; weights and moments stay float32."""
-    if base.dtype != torch.float32 or not fast_bfloat16(base.device):
-        return nullcontext()
-    return torch.autocast(base.device.type, dtype=torch.bfloat16)
-
-
-def _step(
-    job: _Job, batch: Sequence[Target], optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter]
-) -> float:
+def _step(job: _Job, batch: Sequence[Target], descent: Descent) -> float:
     """Take one optimizer step; return the batch's mean answer loss."""
     guesses = [_guesses(target, job) for target in batch]
     readings = [Reading(t.ids, (*t.positions, *more)) for t, more in zip(batch, guesses, strict=True)]
@@ -241,11 +194,8 @@ def _step(
     log_probs = aim_log_probs(logits, aims)
     answer_weights, guess_weights = (torch.tensor(x).to(log_probs) for x in (answer, guess))
     torch.autograd.backward(-(log_probs * (answer_weights + guess_weights)).sum())
-    norm = torch.nn.utils.clip_grad_norm_(parameters, _CLIP_NORM)
-    if not bool(norm.isfinite()):
+    if not descent.step():
         raise ConfigError("adapt: the loss is no longer finite: lower the learning rate")
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
     return float(-(log_probs.detach() * answer_weights).sum())
 
 
@@ -257,14 +207,9 @@ def _guesses(target: Target, job: _Job) -> list[int]:
 
 
 def _save(base: LoadedBase, model: Any, out_dir: Path, recipe: dict[str, object]) -> None:
-    """Write beside the target and swap, so that a crash leaves no half-written base under its name."""
-    fresh = out_dir.with_name(out_dir.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    with quiet_and_local():
-        model.save_pretrained(str(fresh))
-        base.tokenizer.save_pretrained(str(fresh))
-    (fresh / RECIPE).write_text(json.dumps(recipe, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    shutil.rmtree(out_dir, ignore_errors=True)
-    fresh.rename(out_dir)
-    logger.info("task-adapted base written to %s", out_dir)
+    def save(folder: str) -> None:
+        with quiet_and_local():
+            model.save_pretrained(folder)
+            base.tokenizer.save_pretrained(folder)
+
+    write(out_dir, save, recipe)

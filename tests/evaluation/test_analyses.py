@@ -112,7 +112,7 @@ def person(user: str = "u", count: int = 12, cut: int = 8) -> Person:
 
 class TestSisters:
     def extra(self, *sisters: Item) -> Extra:
-        return Extra(vectors(person().items), _Embedded(), sisters)
+        return Extra(vectors(person().items), _Embedded(), sisters=sisters)
 
     def test_earlier_items_of_the_users_other_tasks_may_be_learnt(self) -> None:
         mine = item("u", 3, text="something else", task="write")
@@ -128,7 +128,7 @@ class TestSisters:
         ],
     )
     def test_a_planted_leak_is_left_out(self, planted: Item) -> None:
-        extra = Extra(vectors(person().items), _Embedded({"rewritten": person().test[2]}), (planted,))
+        extra = Extra(vectors(person().items), _Embedded({"rewritten": person().test[2]}), sisters=(planted,))
         assert analyses.sister_items([person()], extra) == {}
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from evaluation import history
 from evaluation.corpus import Item
-from evaluation.history import check_pasts, pasts
+from evaluation.history import check_pasts, embedded, pasts
 from oppu.errors import ConfigError
 from oppu.settings import RetrieverSettings
 from tests.evaluation.world import EMBEDDER, item
@@ -20,9 +20,7 @@ def items() -> list[Item]:
 
 
 def looked_up(items: list[Item]) -> list[history.Past]:
-    rows = EMBEDDER.embed([i.input for i in items])
-    own = {i.item_id: row for i, row in zip(items, rows, strict=True)}
-    return pasts(items, own, EMBEDDER, RetrieverSettings(k=4))
+    return pasts(items, embedded(items, EMBEDDER), EMBEDDER, RetrieverSettings(k=4))
 
 
 def test_a_past_holds_what_was_before_the_day(items: list[Item]) -> None:
@@ -32,6 +30,16 @@ def test_a_past_holds_what_was_before_the_day(items: list[Item]) -> None:
     assert found[0].knn is None and found[0].prior is None and found[0].pairs == ()
     assert found[-1].knn is not None and found[-1].knn.sum() == pytest.approx(1)
     assert found[-1].pairs and found[-1].line
+
+
+def test_queries_may_have_vectors_of_their_own(items: list[Item]) -> None:
+    distinct = [replace(i, input=f"word{n}") for n, i in enumerate(items)]
+    own, one = embedded(distinct, EMBEDDER), RetrieverSettings(k=1, mode="dense")
+    for other in distinct[:3]:
+        asked = {**own, distinct[-1].item_id: own[other.item_id]}
+        found = pasts(distinct, own, EMBEDDER, one, queries=asked)
+        assert found[-1].pairs == ((other.input, other.output),)
+        assert [p.pairs for p in found[:-1]] == [p.pairs for p in pasts(distinct, own, EMBEDDER, one)[:-1]]
 
 
 def test_nobody_has_no_pasts() -> None:

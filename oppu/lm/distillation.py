@@ -1,0 +1,201 @@
+"""Knowledge distillation: a query encoder with fewer blocks, whose vectors lie where its embedder's do.
+
+A history's texts are embedded once, a query each time that somebody asks, so it pays to have a smaller model for
+queries alone. It begins as some of the embedder's own blocks, and learns the embedder's vectors of unlabelled texts
+(asymmetric dual encoders, as in KALE, Campos et al., arXiv 2304.01016; the loss is one minus the cosine). Stored
+vectors stay as they are.
+"""
+
+import copy
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from oppu.embedder import FOR_DOCUMENTS, SentenceEmbedder, loaded, quiet_and_local
+from oppu.errors import ConfigError
+from oppu.lm.full_training import Descent, autocast, epoch, folder_problems, write
+from oppu.settings import ModelSettings
+
+LEAST_TEXTS = 100
+"""Distinct ones: fewer teach nothing but themselves."""
+_HELD_OUT_SHARE, _MOST_HELD_OUT = 0.05, 1_000
+_NEAREST, _MOST_DOCUMENTS = 10, 10_000
+_EMBEDDED_AT_ONCE = 2_048
+_LIKENESS = 0.999
+"""Least cosine of a held-out text's vectors before it is written and after."""
+
+Vectors = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class DistillConfig:
+    """The recipe; ``layers`` of the embedder's blocks are kept, evenly spaced from the first on."""
+
+    layers: int = 2
+    epochs: int = 8
+    learning_rate: float = 3e-4
+    batch: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DistillReport:
+    """What was made. Of texts that were held out: ``likeness``, the mean cosine to the embedder's vector, and
+    ``neighbours``, the share of the ten nearest of the other texts that it finds as well."""
+
+    folder: Path
+    texts: int
+    steps: int
+    seconds: float
+    likeness: float
+    neighbours: float
+
+
+def distill(
+    settings: ModelSettings,
+    texts: Sequence[str],
+    out_dir: Path,
+    config: DistillConfig,
+    progress: Callable[[int, int, float], None] = lambda _done, _all, _loss: None,
+) -> DistillReport:
+    """Train a query encoder for the embedder and write it, as sentence-transformers does.
+
+    Args:
+        settings: Whose ``embedder``; device, type and threads.
+        texts: As users' queries will be; repeated ones count once.
+        out_dir: Must be absent, empty, or an earlier result, which is replaced.
+        config: The recipe.
+        progress: Told (steps done, steps in all, the batch's loss) after each step.
+
+    Returns:
+        What was made.
+
+    Raises:
+        ConfigError: Too few texts, a folder that is not ours, an embedder that has no more blocks than are asked for,
+            or whose blocks cannot be told, or a loss that is no longer finite.
+    """
+    started = time.perf_counter()
+    distinct = list(dict.fromkeys(text for text in texts if text.strip()))
+    problems = folder_problems(out_dir)
+    if len(distinct) < LEAST_TEXTS:
+        problems.append(f"EVENTS: expected at least {LEAST_TEXTS} distinct texts, found {len(distinct)}")
+    if problems:
+        raise ConfigError(*problems)
+    random.Random(config.seed).shuffle(distinct)  # noqa: S311 - which texts are held out, not a secret
+    student = _student(settings, config.layers)
+    teacher = SentenceEmbedder(
+        settings.embedder, device=settings.device, dtype=settings.dtype, threads=settings.threads
+    )
+    parts = range(0, len(distinct), _EMBEDDED_AT_ONCE)
+    aims = np.concatenate([teacher.embed(distinct[first : first + _EMBEDDED_AT_ONCE]) for first in parts])
+    held = min(_MOST_HELD_OUT, max(1, round(_HELD_OUT_SHARE * len(distinct))))
+    steps = _train(student, distinct[held:], torch.from_numpy(aims[held:]), config, progress)
+    own = _embedded(student, distinct[:held])
+    recipe = {**asdict(config), FOR_DOCUMENTS: teacher.fingerprint, "texts": len(distinct) - held}
+
+    def save(folder: str) -> None:
+        with quiet_and_local():
+            student.save(folder, create_model_card=False)
+        _check_written(folder, settings.device, distinct[:held], own)
+
+    write(out_dir, save, recipe)
+    return DistillReport(
+        folder=out_dir,
+        texts=len(distinct) - held,
+        steps=steps,
+        seconds=time.perf_counter() - started,
+        likeness=float((own * aims[:held]).sum(axis=1).mean()),
+        neighbours=_shared_neighbours(own, aims[:held], aims[held : held + _MOST_DOCUMENTS]),
+    )
+
+
+def _student(settings: ModelSettings, layers: int) -> Any:
+    """Return a copy of the embedder in float32 with some of its blocks."""
+    model, _ = loaded(settings.embedder, settings.device)
+    model = model.float()
+    encoder = model[0].model
+    count = getattr(encoder.config, "num_hidden_layers", None)
+    lists = [m for m in encoder.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+    if len(lists) != 1:
+        raise ConfigError("model.embedder: its blocks cannot be told: no query encoder can be made of it")
+    if not 0 < layers < len(lists[0]):
+        raise ConfigError(f"--layers: expected fewer than the {len(lists[0])} blocks of model.embedder")
+    kept = [len(lists[0]) * number // layers for number in range(layers)]
+    blocks = [copy.deepcopy(lists[0][at]) for at in kept]
+    del lists[0][layers:]
+    for number, block in enumerate(blocks):
+        lists[0][number] = block
+    encoder.config.num_hidden_layers = layers
+    kinds = getattr(encoder.config, "layer_types", None)
+    if kinds is not None:
+        encoder.config.layer_types = [kinds[at] for at in kept]
+    return model
+
+
+def _train(
+    student: Any,
+    texts: Sequence[str],
+    aims: torch.Tensor,
+    config: DistillConfig,
+    progress: Callable[[int, int, float], None],
+) -> int:
+    """Take all steps; return their number."""
+    tokens = _tokens(student, texts)
+    student.requires_grad_(True)
+    student[0].model.get_input_embeddings().requires_grad_(False)  # most of its weights, of which a text sees few
+    chance = random.Random(config.seed)  # noqa: S311 - order of texts, not a secret
+    lengths = [len(text) for text in tokens]
+    batches = [batch for _ in range(config.epochs) for batch in epoch(lengths, config.batch, chance)]
+    learnt = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    descent = Descent(learnt, config.learning_rate, len(batches))
+    student.eval()  # no dropout: the aim is a function to follow, of as many texts as can be had
+    for done, batch in enumerate(batches, start=1):
+        with autocast(student.device, torch.float32):
+            found = _vectors(student, [tokens[at] for at in batch])
+        loss = (1 - (found * aims[batch].to(found)).sum(dim=1)).mean()
+        torch.autograd.backward(loss)
+        if not descent.step():
+            raise ConfigError("distill: the loss is no longer finite: lower the learning rate")
+        progress(done, len(batches), float(loss.detach()))
+    student.requires_grad_(False)
+    return len(batches)
+
+
+def _tokens(student: Any, texts: Sequence[str]) -> list[list[int]]:
+    prompt = student.prompts.get(student.default_prompt_name) or ""  # the library puts it before each text, too
+    found: list[list[int]] = student.tokenizer([prompt + text for text in texts], truncation=True)["input_ids"]
+    return found
+
+
+def _vectors(student: Any, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Return unit vectors ``[len(tokens), dim] float32``."""
+    batch = student.tokenizer.pad({"input_ids": [list(text) for text in tokens]}, return_tensors="pt")
+    features = student({name: value.to(student.device) for name, value in batch.items()})
+    return functional.normalize(features["sentence_embedding"].float(), dim=1)
+
+
+def _embedded(student: Any, texts: Sequence[str]) -> Vectors:
+    found = student.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
+    return np.asarray(found, dtype=np.float32)
+
+
+def _check_written(folder: str, device: str, texts: Sequence[str], own: Vectors) -> None:
+    """Read it back: a configuration may say of blocks what we do not know of."""
+    again, _ = loaded(folder, device)
+    if (_embedded(again, texts) * own).sum(axis=1).min() < _LIKENESS:
+        raise ConfigError("model.embedder: its blocks cannot be told: no query encoder can be made of it")
+
+
+def _shared_neighbours(own: Vectors, aims: Vectors, documents: Vectors) -> float:
+    """Return the share of the nearest documents to ``aims`` that are among the nearest to ``own``, too."""
+    count = min(_NEAREST, len(documents))
+    mine, theirs = (np.argsort(-(some @ documents.T), axis=1)[:, :count] for some in (own, aims))
+    return float(np.mean([len(set(a) & set(b)) / count for a, b in zip(mine, theirs, strict=True)]))
