@@ -1,5 +1,5 @@
-"""What a CPU multiplies most: a base's matrices, packed against as torch has them, to read and to train, and attention,
-as plain products against torch's fused kernel.
+"""What a CPU multiplies most: a base's matrices, packed against as torch has them, to read and to train, with GELU done
+within the product against after it, and attention, as plain products against torch's fused kernel.
 
 ``python -m benchmarks.products [--json FILE]``; MiniLM's shapes, no model is loaded. What suits a processor is decided
 by such figures: see ``oppu/lm/packed.py`` and ``oppu/lm/attention.py``.
@@ -12,7 +12,9 @@ from pathlib import Path
 import click
 import torch
 from torch import nn
+from transformers import BertConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.bert.modeling_bert import BertIntermediate
 
 from benchmarks.timing import REPEATS, Cell, interleaved, machine, rounded, show, type_name, write
 from oppu.lm.attention import attend
@@ -23,6 +25,7 @@ WIDE, INNER, VOCABULARY, HEADS = 384, 1536, 30_522, 12
 LAYERS = ((WIDE, WIDE), (WIDE, INNER), (INNER, WIDE), (WIDE, VOCABULARY))
 ROWS, TRAINED_ROWS, HEAD_ROWS = (1, 4, 16, 64, 1024), (16, 400, 4000), 64
 """Of a product, of one in training, and the most of the head's: it sees what is read only."""
+ACTIVATED_ROWS = (64, 512, 1728, 6144)
 READ = ((64, 8), (64, 27), (64, 64), (32, 128), (16, 256), (8, 512))
 """Rows and tokens of what is read at once."""
 DECODED = ((1, 48), (8, 48), (64, 48), (8, 200), (64, 200))
@@ -42,12 +45,14 @@ def main(repeats: int, out: Path | None) -> None:
     dtypes = [torch.float32, *([torch.bfloat16] if fast_bfloat16("cpu") else [])]
     with torch.no_grad():
         matrices = [row for dtype in dtypes for row in _matrices(dtype, repeats)]
+        activated = [row for dtype in dtypes for row in _activated(dtype, repeats)]
         attention = [row for dtype in dtypes for row in _attention(dtype, repeats)]
     learnt = [row for dtype in dtypes for row in _matrices(dtype, repeats, learnt=True)]
     show("matrices: packed over as torch has them", matrices)
     show("the same and the gradients of what they multiply", learnt)
+    show("384 to 1,536 numbers and GELU: within the packed product over after it", activated)
     show("attention: plain products over torch's kernel", attention)
-    write(out, {**machine(), "matrices": matrices, "learnt": learnt, "attention": attention})
+    write(out, {**machine(), "matrices": matrices, "learnt": learnt, "activated": activated, "attention": attention})
 
 
 def _matrices(dtype: torch.dtype, repeats: int, *, learnt: bool = False) -> Iterator[dict[str, Cell]]:
@@ -62,6 +67,16 @@ def _matrices(dtype: torch.dtype, repeats: int, *, learnt: bool = False) -> Iter
             own, other = (partial(_learnt, one, x, grad) if learnt else partial(one, x) for one in (packed, plain))
             shape: dict[str, Cell] = {"dtype": type_name(dtype), "rows": rows, "in": wide, "out": out}
             yield {**shape, **_compared(own, other, repeats)}
+
+
+def _activated(dtype: torch.dtype, repeats: int) -> Iterator[dict[str, Cell]]:
+    shape = BertConfig(hidden_size=WIDE, intermediate_size=INNER)
+    within, after = (BertIntermediate(shape).to(dtype).requires_grad_(False) for _ in range(2))
+    Packed(within)
+    Packed(after.dense)
+    for rows in ACTIVATED_ROWS:
+        x = torch.randn(rows, WIDE).to(dtype)
+        yield {"dtype": type_name(dtype), "rows": rows, **_compared(partial(within, x), partial(after, x), repeats)}
 
 
 def _learnt(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> object:

@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.query_encoder EVENTS [--task NAME] [--layers K …] [--json FILE]``. Users fall into two halves. An
 encoder is distilled from the inputs of one, and judged on the other's events: on the first three fifths of each user's,
-which no test fold holds, each foreseen from that user's earlier days by neighbours and prior. How these are weighed is
-fitted with the embedder's own vectors on the half that the encoder was distilled from.
+each foreseen from that user's earlier days by neighbours and prior. How these are weighed is fitted with the embedder's
+own vectors on the half that the encoder was distilled from. No user's last fifth is read, in which tests lie.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ from oppu.settings import ModelSettings, RetrieverSettings
 from oppu.tasks import load_tasks
 from oppu.values import Vector
 
-SHARE = 0.6
+JUDGED_SHARE, LEARNT_SHARE = 0.6, 0.8
 """Of each user's events, the oldest."""
 LEAST_EVENTS = 20
 CALL = 256
@@ -47,10 +47,11 @@ Pasts = Mapping[str, Sequence[Past]]
 def main(events: Path, task: str, layers: tuple[int, ...], epochs: int, repeats: int, out: Path | None) -> None:
     """Measure query encoders on this machine."""
     every = by_user(load(events, task, load_tasks()))
-    items = _early(every)
+    items = _early(every, JUDGED_SHARE)
+    before = _early(every, LEARNT_SHARE)
     embedder = _embedder(SentenceEmbedder, ModelSettings().embedder)
     vectors = embedded([i for own in items.values() for i in own], embedder)
-    users = sorted(every)
+    users = sorted(items)
     halves = set(users[::2]), set(users[1::2])
     known = {user: pasts(own, vectors, embedder, RetrieverSettings()) for user, own in items.items()}
     rows = []
@@ -59,13 +60,11 @@ def main(events: Path, task: str, layers: tuple[int, ...], epochs: int, repeats:
             parts, encoders = [], []
             for number, (learnt, judged) in enumerate((halves, halves[::-1])):
                 place = Path(folder) / f"{count}-{number}"
-                texts = [i.input for user in sorted(learnt) for i in every[user]]
+                texts = [i.input for user in sorted(learnt) for i in before[user]]
                 done = distill(ModelSettings(), texts, place, DistillConfig(layers=count, epochs=epochs))
                 encoders.append(_embedder(QueryEncoder, str(place), embedder.fingerprint))
-                stack = fit(
-                    [s for user in sorted(learnt & items.keys()) for s in _seen(items[user], known[user])], NAMES
-                )
-                own = {user: items[user] for user in sorted(judged & items.keys())}
+                stack = fit([s for user in sorted(learnt) for s in _seen(items[user], known[user])], NAMES)
+                own = {user: items[user] for user in sorted(judged)}
                 found = dict(_found(own, vectors, embedder, encoders[-1]))
                 parts.append(_Part(own, known, found, stack))
                 click.echo(f"{count} layers, half {number}: {done.texts} texts, likeness {done.likeness:.3f}", err=True)
@@ -94,9 +93,9 @@ class _Part:
         return merits
 
 
-def _early(items: Mapping[str, Sequence[Item]]) -> dict[str, Sequence[Item]]:
+def _early(items: Mapping[str, Sequence[Item]], share: float) -> dict[str, Sequence[Item]]:
     """Return each user's first events."""
-    found = {user: own[: int(SHARE * len(own))] for user, own in items.items() if len(own) >= LEAST_EVENTS}
+    found = {user: own[: int(share * len(own))] for user, own in items.items() if len(own) >= LEAST_EVENTS}
     if len(found) < 2 or any(not i.choices for own in found.values() for i in own):
         raise ConfigError(f"EVENTS: expected a task with choices and two users with {LEAST_EVENTS} events")
     return found
@@ -125,16 +124,17 @@ def _seen(items: Sequence[Item], found: Sequence[Past]) -> list[Seen]:
 
 
 def _judged(parts: Sequence[_Part]) -> dict[str, Cell]:
-    """Compare over all users; standard errors are of sums by user."""
+    """Compare over all users; a user's events are not independent: standard errors are of a ratio of sums by user."""
     before = {user: merit for part in parts for user, merit in part.merits(part.known).items()}
     after = {user: merit for part in parts for user, merit in part.merits(part.found).items()}
     count = sum(len(right) for right, _ in before.values())
     row: dict[str, Cell] = {"users": len(before), "events": count}
     for at, name in enumerate(("accuracy", "log_loss")):
         sums = np.array([(after[user][at] - before[user][at]).sum() for user in before])
+        apart = sums - sums.sum() / count * np.array([len(right) for right, _ in before.values()])
         row[f"{name}_embedder"] = rounded(sum(merit[at].sum() for merit in before.values()) / count)
         row[f"{name}_difference"] = round(float(sums.sum()) / count, 4)
-        row[f"{name}_standard_error"] = round(float(np.sqrt((sums**2).sum())) / count, 4)
+        row[f"{name}_standard_error"] = round(float(np.sqrt((apart**2).sum())) / count, 4)
     return row
 
 

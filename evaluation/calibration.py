@@ -44,6 +44,7 @@ def calibrate(
     tasks: Tasks,
     embedder: Embedder,
     say: Say,
+    *,
     queries: Embedder | None = None,
 ) -> Calibrated:
     """Fit what is weighed without an adapter and with one.

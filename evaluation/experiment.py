@@ -1,6 +1,5 @@
 """The whole experiment of one task: split, adapt, train, score, compare; every stage kept, so that a kill costs one."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,7 +29,6 @@ from oppu.embedder import Embedder
 from oppu.lm.port import Tensors
 from oppu.settings import Settings
 from oppu.tasks import Task, Tasks
-from oppu.values import Vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +91,7 @@ def run(
     settings: Settings,
     tasks: Tasks,
     embedder: Embedder,
+    *,
     queries: Embedder | None = None,
 ) -> list[Outcome]:
     """Run every seed.
@@ -115,7 +114,7 @@ def run(
         ConfigError: The items do not suffice, or a split leaks.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
-    vectors = _embedded(plan, items, embedder)
+    vectors = embedded(items, embedder, keep=plan.folder)
     readable = embedder.reads([i.input for i in items])
     if not readable.all():
         plan.say(
@@ -135,7 +134,8 @@ def run(
             f"{len(fold.target)} targets with {count} queries; {fold.repeats} items are left out, for they say what "
             "another one says"
         )
-    inputs.keep(plan.folder, items, plan.bounds, settings, _more(plan, tasks.require(plan.task)))
+    encoder = {"query encoder": "" if queries is None else queries.own_fingerprint}
+    inputs.keep(plan.folder, items, plan.bounds, settings, {**_more(plan, tasks.require(plan.task)), **encoder})
     if plan.final:
         inputs.opened(plan.folder, {"task": plan.task, "recipe": plan.recipe.digest(), **asdict(plan.recipe)})
     _announce(plan, folds, items, settings, tasks)
@@ -377,19 +377,6 @@ def _add_strangers(study: Study, bench: Bench, held: Mapping[str, dict[str, Arra
         user, _, number = key.rpartition("|")
         last = int(number) == len(names[user]) - 1
         held[user]["stranger-nearest" if last else f"stranger-{number}"] = scores
-
-
-def _embedded(plan: Plan, items: Sequence[Item], embedder: Embedder) -> dict[str, Vector]:
-    content = hashlib.sha256(embedder.fingerprint.encode())
-    for item in items:
-        content.update(f"\0{item.item_id}\0{item.input}".encode())
-    path = plan.folder / f"vectors-{content.hexdigest()[:12]}.npy"
-    if not path.exists():
-        part = path.with_suffix(".part")
-        with part.open("wb") as file:
-            np.save(file, embedder.embed([item.input for item in items]))
-        part.replace(path)
-    return {item.item_id: row for item, row in zip(items, np.load(path), strict=True)}
 
 
 def _joined(parts: Sequence[Arms]) -> Arms:

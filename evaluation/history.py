@@ -3,9 +3,11 @@
 Invariant: the past of an item is its user's items of strictly earlier days.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, time
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -109,9 +111,28 @@ def pasts(
     ]
 
 
-def embedded(items: Sequence[Item], embedder: Embedder) -> dict[str, Vector]:
-    """Return the items' inputs' vectors ``[dim] float32`` by item id."""
-    return {item.item_id: row for item, row in zip(items, embedder.embed([i.input for i in items]), strict=True)}
+def embedded(items: Sequence[Item], embedder: Embedder, *, keep: Path | None = None) -> dict[str, Vector]:
+    """Embed the items' inputs.
+
+    Args:
+        items: Any.
+        embedder: The embedder, or, not to be kept, a query encoder, which goes by its name.
+        keep: A folder where an earlier run's vectors may lie, and these are kept.
+
+    Returns:
+        ``[dim] float32`` by item id.
+    """
+    content = hashlib.sha256(embedder.fingerprint.encode())
+    for item in items:
+        content.update(f"\0{item.item_id}\0{item.input}".encode())
+    path = None if keep is None else keep / f"vectors-{content.hexdigest()[:12]}.npy"
+    rows = np.load(path) if path is not None and path.exists() else embedder.embed([item.input for item in items])
+    if path is not None and not path.exists():
+        part = path.with_suffix(".part")
+        with part.open("wb") as file:
+            np.save(file, rows)
+        part.replace(path)
+    return {item.item_id: row for item, row in zip(items, rows, strict=True)}
 
 
 def check_pasts(items: Sequence[Item], found: Sequence[Past]) -> None:

@@ -33,7 +33,8 @@ def keep(
     Raises:
         ConfigError: The folder holds results of something else; names what differs.
     """
-    model = {name: value for name, value in settings.model.model_dump().items() if name not in _OF_THE_MACHINE}
+    left_out = {*_OF_THE_MACHINE, "query_encoder"}  # of that the content counts, which is among ``more``
+    model = {name: value for name, value in settings.model.model_dump().items() if name not in left_out}
     parts = {
         "events": [(i.item_id, i.user_id, str(i.day), i.input, i.output, i.choices, i.query) for i in items],
         "bounds": [bounds.target, bounds.calibrate, bounds.folds_below, sorted(bounds.population), bounds.before_test],

@@ -46,6 +46,11 @@ class Embedder(Protocol):
         ...
 
     @property
+    def own_fingerprint(self) -> str:
+        """Identity of what computes the vectors: another one of a query encoder, which goes by its embedder's."""
+        ...
+
+    @property
     def dim(self) -> int:
         """Length of a vector."""
         ...
@@ -69,6 +74,11 @@ class HashEmbedder:
     def fingerprint(self) -> str:
         """Identity of the hashing."""
         return f"hash-{self._dim}"
+
+    @property
+    def own_fingerprint(self) -> str:
+        """The same."""
+        return self.fingerprint
 
     @property
     def dim(self) -> int:
@@ -96,7 +106,7 @@ class HashEmbedder:
 class SentenceEmbedder:
     """A sentence-transformers model; loading it takes seconds and imports torch."""
 
-    _SETTING = "model.embedder"
+    _setting = "model.embedder"
 
     def __init__(
         self,
@@ -129,7 +139,7 @@ class SentenceEmbedder:
         if threads is not None:
             torch.set_num_threads(threads)
         keep_freed_memory()
-        model, self._fingerprint = loaded(name, device, self._SETTING)
+        model, self._fingerprint = loaded(name, device, self._setting)
         half = dtype == "bfloat16" or (dtype == "auto" and fast_bfloat16(device))
         self._model: Any = cast(model.eval().requires_grad_(False), torch.bfloat16 if half else torch.float32)
         Packed(self._model)
@@ -138,11 +148,16 @@ class SentenceEmbedder:
         self._kinds: dict[int, str] = {}
         self._dim = int(model.get_embedding_dimension())
         how = "several texts a row" if self._packing else "a text a row"
-        logger.info("%s %s loaded, fingerprint %s, %s", self._SETTING, name, self._fingerprint, how)
+        logger.info("%s %s loaded, fingerprint %s, %s", self._setting, name, self._fingerprint, how)
 
     @property
     def fingerprint(self) -> str:
         """Hash of weights, tokenizer and maximum length."""
+        return self._fingerprint
+
+    @property
+    def own_fingerprint(self) -> str:
+        """The same."""
         return self._fingerprint
 
     @property
@@ -206,7 +221,7 @@ class QueryEncoder(SentenceEmbedder):
     Its vectors are compared with those that the embedder has stored, so it goes by that one's fingerprint.
     """
 
-    _SETTING = "model.query_encoder"
+    _setting = "model.query_encoder"
 
     def __init__(self, name: str, documents: str, **how: Any) -> None:
         """Load a model.
@@ -214,24 +229,30 @@ class QueryEncoder(SentenceEmbedder):
         Args:
             name: Its folder.
             documents: The embedder's fingerprint.
-            how: As for the embedder.
+            **how: As for the embedder.
 
         Raises:
             ConfigError: It was made for another embedder, or cannot be loaded.
         """
         from oppu.lm.full_training import RECIPE
 
+        folder = Path(name).expanduser().resolve()  # whatever its name: it is no id of a hub's
         try:
-            made_for = json.loads((Path(name).expanduser() / RECIPE).read_text("utf-8"))[FOR_DOCUMENTS]
+            made_for = json.loads((folder / RECIPE).read_text("utf-8"))[FOR_DOCUMENTS]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{self._SETTING}: expected a folder written by oppu distill, found {name}") from error
+            raise ConfigError(f"{self._setting}: expected a folder written by oppu distill, found {name}") from error
         if made_for != documents:
-            raise ConfigError(f"{self._SETTING}: {name} was made for the embedder {made_for}, not for {documents}")
-        super().__init__(name, **how)
-        self._fingerprint = documents
+            raise ConfigError(f"{self._setting}: {name} was made for the embedder {made_for}, not for {documents}")
+        super().__init__(str(folder), **how)
+        self._documents = documents
+
+    @property
+    def fingerprint(self) -> str:
+        """The embedder's, whose vectors its own are compared with."""
+        return self._documents
 
 
-def loaded(name: str, device: str, setting: str = SentenceEmbedder._SETTING) -> tuple[Any, str]:  # noqa: SLF001
+def loaded(name: str, device: str, setting: str = "model.embedder") -> tuple[Any, str]:
     """Load a model as it comes.
 
     Args:

@@ -56,7 +56,7 @@ class Retriever:
 
     Args:
         store: The history store.
-        embedder: The embedder of the query texts and of the stored vectors.
+        embedder: What embeds the query texts; by its fingerprint the stored vectors that these are compared with.
         settings: Mode, bounds, half-life.
         metrics: Index sizes and events are shown here.
         executor: Embeds queries, one call at a time, so that it can be done ahead (``expect``); closed with the

@@ -54,8 +54,9 @@ def calibrate_base(settings: Settings, items: "Sequence[Item]", out: Path | None
     def say(text: str) -> None:
         click.echo(f"calibrating: {text}", err=True)
 
-    known, queries = compose.tasks(settings), compose.queries_apart(settings)
-    done = fit(items, settings, known, compose.embedder(settings), say, queries)
+    embedder = compose.embedder(settings)
+    queries = compose.queries_apart(settings, embedder)
+    done = fit(items, settings, compose.tasks(settings), embedder, say, queries=queries)
     found = done.fusion
     is_text = isinstance(found, blending.TextFusion)
     found.save(out or Path(settings.model.base) / (blending.FILE if is_text else fusion.FILE))

@@ -113,18 +113,23 @@ def embedder(settings: Settings) -> Embedder:
 
 def query_encoder(settings: Settings) -> Embedder:
     """Load what embeds queries: the embedder, unless there is a smaller one."""
-    from oppu.embedder import QueryEncoder, loaded
+    from oppu.embedder import loaded
 
-    name = settings.model.query_encoder
-    if name is None:
+    if not settings.model.query_encoder:
         return embedder(settings)
     _, documents = loaded(settings.model.embedder, "cpu")
-    return QueryEncoder(name, documents, **_embedding(settings))
+    return _query_encoder(settings, documents)
 
 
-def queries_apart(settings: Settings) -> Embedder | None:
-    """Load the query encoder, where there is one beside the embedder."""
-    return None if settings.model.query_encoder is None else query_encoder(settings)
+def queries_apart(settings: Settings, documents: Embedder) -> Embedder | None:
+    """Load the query encoder, where there is one beside the embedder of ``documents``."""
+    return _query_encoder(settings, documents.fingerprint) if settings.model.query_encoder else None
+
+
+def _query_encoder(settings: Settings, documents: str) -> Embedder:
+    from oppu.embedder import QueryEncoder
+
+    return QueryEncoder(settings.model.query_encoder or "", documents, **_embedding(settings))
 
 
 def model(settings: Settings, *, slots: int) -> TorchModel:

@@ -8,6 +8,7 @@ import click
 from oppu.cli import Session, emit, json_option
 from oppu.cli.adapt import progress_bar
 from oppu.cli.clients import read_events
+from oppu.errors import ConfigError
 
 
 @click.command()
@@ -25,6 +26,8 @@ def distill(session: Session, /, events: Path, out: Path, *, as_json: bool, **re
 
     Use the result with OPPU_MODEL__QUERY_ENCODER=OUT: it embeds what is asked, the embedder what is stored.
     """
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"OUT: expected a new or empty folder, {out} has files")
     from oppu.lm.distillation import DistillConfig
     from oppu.lm.distillation import distill as run
 

@@ -93,10 +93,14 @@ def evaluate(
         progress=Progress(say),
     )
     with alone(plan.folder):
-        outcomes = run(plan, items, settings, tasks, compose.embedder(settings), compose.queries_apart(settings))
+        embedder = compose.embedder(settings)
+        queries = compose.queries_apart(settings, embedder)
+        outcomes = run(plan, items, settings, tasks, embedder, queries=queries)
     result = summarise(plan, outcomes, tasks[task].kind, settings.model.base, _command(events))
     unknown = sum(item.choices != () and not item.answered for p in outcomes[0].people for item in p.test)
     result["data"] = {**material.notes, "queries_of_unknown_label": unknown, "preset": preset}
+    if queries is not None:
+        result["data"]["query_encoder"] = queries.own_fingerprint
     data, page = write(result, outcomes, tasks[task].kind, out)
     emit(for_json({**result, "json": str(data), "markdown": str(page)}), as_json=as_json, text=markdown(result))
     say(f"written: {data}, {page}")

@@ -168,10 +168,9 @@ def doctor(session: Session, *, as_json: bool) -> None:
 
 
 def _check_query_encoder(settings: Settings) -> str:
-    name = settings.model.query_encoder
-    if name is not None:
-        compose.query_encoder(settings)
-    return name or "the embedder"
+    if not settings.model.query_encoder:
+        return "the embedder"
+    return f"{compose.query_encoder(settings).own_fingerprint}, for the embedder's"
 
 
 def _check_registry(settings: Settings) -> str:

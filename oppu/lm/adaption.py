@@ -27,6 +27,8 @@ from oppu.settings import ModelSettings
 from oppu.tasks import Tasks
 from oppu.values import BaseId
 
+_FROM = "from"
+"""In a recipe: the base that it began with."""
 _LANGUAGE_MODEL_WEIGHT = 0.5
 
 
@@ -102,7 +104,7 @@ def adapt(
         raise ConfigError("adapt: every example has a single choice: nothing to learn")
     targets = [t if config.answers else _unanswered(e, t) for e, t in pairs]
     losses, model = _train(base, targets, config, settings, progress)
-    _save(base, model, out_dir, {**asdict(config), "from": base.fingerprint, "examples": len(examples)})
+    _save(base, model, out_dir, {**asdict(config), _FROM: base.fingerprint, "examples": len(examples)})
     tenth = max(1, len(losses) // 10)
     return AdaptReport(
         base=fingerprint_of(out_dir),
@@ -127,7 +129,7 @@ def _check(base: LoadedBase, examples: Sequence[Example], out_dir: Path) -> None
         problems.append("adapt: expected at least one example")
     if base.dtype not in (torch.float32, torch.float64):
         problems.append("model.dtype: task adaption needs float32 weights")
-    problems += folder_problems(out_dir)
+    problems += folder_problems(out_dir, _FROM)
     if problems:
         raise ConfigError(*problems)
 

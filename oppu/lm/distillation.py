@@ -29,8 +29,11 @@ LEAST_TEXTS = 100
 _HELD_OUT_SHARE, _MOST_HELD_OUT = 0.05, 1_000
 _NEAREST, _MOST_DOCUMENTS = 10, 10_000
 _EMBEDDED_AT_ONCE = 2_048
+_TRIED = 32
 _LIKENESS = 0.999
-"""Least cosine of a held-out text's vectors before it is written and after."""
+"""Least cosine of a text's vectors as they are learnt and as the library has them, before it is written and after."""
+_UNKNOWN = "model.embedder: its blocks cannot be told, or it reads more than tokens: no query encoder can be made of it"
+_DIVERGED = "distill: the loss is no longer finite: lower the learning rate"
 
 Vectors = NDArray[np.float32]
 
@@ -79,27 +82,25 @@ def distill(
         What was made.
 
     Raises:
-        ConfigError: Too few texts, a folder that is not ours, an embedder that has no more blocks than are asked for,
-            or whose blocks cannot be told, or a loss that is no longer finite.
+        ConfigError: Too few texts, a folder that is not ours or cannot be written, an embedder that has no more blocks
+            than are asked for or that cannot be cut, or a loss that is no longer finite.
     """
     started = time.perf_counter()
     distinct = list(dict.fromkeys(text for text in texts if text.strip()))
-    problems = folder_problems(out_dir)
+    problems = folder_problems(out_dir, FOR_DOCUMENTS)
     if len(distinct) < LEAST_TEXTS:
         problems.append(f"EVENTS: expected at least {LEAST_TEXTS} distinct texts, found {len(distinct)}")
     if problems:
         raise ConfigError(*problems)
     random.Random(config.seed).shuffle(distinct)  # noqa: S311 - which texts are held out, not a secret
     student = _student(settings, config.layers)
-    teacher = SentenceEmbedder(
-        settings.embedder, device=settings.device, dtype=settings.dtype, threads=settings.threads
-    )
-    parts = range(0, len(distinct), _EMBEDDED_AT_ONCE)
-    aims = np.concatenate([teacher.embed(distinct[first : first + _EMBEDDED_AT_ONCE]) for first in parts])
+    aims, documents = _taught(settings, distinct)
     held = min(_MOST_HELD_OUT, max(1, round(_HELD_OUT_SHARE * len(distinct))))
     steps = _train(student, distinct[held:], torch.from_numpy(aims[held:]), config, progress)
     own = _embedded(student, distinct[:held])
-    recipe = {**asdict(config), FOR_DOCUMENTS: teacher.fingerprint, "texts": len(distinct) - held}
+    if not np.isfinite(own).all():
+        raise ConfigError(_DIVERGED)
+    recipe = {**asdict(config), FOR_DOCUMENTS: documents, "texts": len(distinct) - held}
 
     def save(folder: str) -> None:
         with quiet_and_local():
@@ -117,15 +118,27 @@ def distill(
     )
 
 
+def _taught(settings: ModelSettings, texts: Sequence[str]) -> tuple[Vectors, str]:
+    """Return the embedder's vectors, and its fingerprint; it is not needed after that."""
+    teacher = SentenceEmbedder(
+        settings.embedder, device=settings.device, dtype=settings.dtype, threads=settings.threads
+    )
+    parts = range(0, len(texts), _EMBEDDED_AT_ONCE)
+    found = np.concatenate([teacher.embed(texts[first : first + _EMBEDDED_AT_ONCE]) for first in parts])
+    return found, teacher.fingerprint
+
+
 def _student(settings: ModelSettings, layers: int) -> Any:
     """Return a copy of the embedder in float32 with some of its blocks."""
     model, _ = loaded(settings.embedder, settings.device)
-    model = model.float()
-    encoder = model[0].model
-    count = getattr(encoder.config, "num_hidden_layers", None)
-    lists = [m for m in encoder.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
-    if len(lists) != 1:
-        raise ConfigError("model.embedder: its blocks cannot be told: no query encoder can be made of it")
+    model = model.float().eval()  # no dropout: the aim is a function to follow, on as many texts as can be had
+    encoder = getattr(model[0], "model", None)
+    config = getattr(encoder, "config", None)
+    count = getattr(config, "num_hidden_layers", None)
+    modules = encoder.modules() if isinstance(encoder, torch.nn.Module) else ()
+    lists = [m for m in modules if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+    if encoder is None or len(lists) != 1:
+        raise ConfigError(_UNKNOWN)
     if not 0 < layers < len(lists[0]):
         raise ConfigError(f"--layers: expected fewer than the {len(lists[0])} blocks of model.embedder")
     kept = [len(lists[0]) * number // layers for number in range(layers)]
@@ -149,6 +162,9 @@ def _train(
 ) -> int:
     """Take all steps; return their number."""
     tokens = _tokens(student, texts)
+    with torch.no_grad():
+        if not _alike(_vectors(student, tokens[:_TRIED]).cpu().numpy(), _embedded(student, texts[:_TRIED])):
+            raise ConfigError(_UNKNOWN)  # the library gives it more than tokens
     student.requires_grad_(True)
     student[0].model.get_input_embeddings().requires_grad_(False)  # most of its weights, of which a text sees few
     chance = random.Random(config.seed)  # noqa: S311 - order of texts, not a secret
@@ -156,14 +172,13 @@ def _train(
     batches = [batch for _ in range(config.epochs) for batch in epoch(lengths, config.batch, chance)]
     learnt = [parameter for parameter in student.parameters() if parameter.requires_grad]
     descent = Descent(learnt, config.learning_rate, len(batches))
-    student.eval()  # no dropout: the aim is a function to follow, of as many texts as can be had
     for done, batch in enumerate(batches, start=1):
         with autocast(student.device, torch.float32):
             found = _vectors(student, [tokens[at] for at in batch])
         loss = (1 - (found * aims[batch].to(found)).sum(dim=1)).mean()
         torch.autograd.backward(loss)
         if not descent.step():
-            raise ConfigError("distill: the loss is no longer finite: lower the learning rate")
+            raise ConfigError(_DIVERGED)
         progress(done, len(batches), float(loss.detach()))
     student.requires_grad_(False)
     return len(batches)
@@ -179,7 +194,7 @@ def _vectors(student: Any, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
     """Return unit vectors ``[len(tokens), dim] float32``."""
     batch = student.tokenizer.pad({"input_ids": [list(text) for text in tokens]}, return_tensors="pt")
     features = student({name: value.to(student.device) for name, value in batch.items()})
-    return functional.normalize(features["sentence_embedding"].float(), dim=1)
+    return functional.normalize(features["sentence_embedding"][:, : student.truncate_dim].float(), dim=1)
 
 
 def _embedded(student: Any, texts: Sequence[str]) -> Vectors:
@@ -190,8 +205,12 @@ def _embedded(student: Any, texts: Sequence[str]) -> Vectors:
 def _check_written(folder: str, device: str, texts: Sequence[str], own: Vectors) -> None:
     """Read it back: a configuration may say of blocks what we do not know of."""
     again, _ = loaded(folder, device)
-    if (_embedded(again, texts) * own).sum(axis=1).min() < _LIKENESS:
-        raise ConfigError("model.embedder: its blocks cannot be told: no query encoder can be made of it")
+    if not _alike(_embedded(again, texts), own):
+        raise ConfigError(_UNKNOWN)
+
+
+def _alike(some: Vectors, others: Vectors) -> bool:
+    return some.shape == others.shape and bool((some * others).sum(axis=1).min() >= _LIKENESS)
 
 
 def _shared_neighbours(own: Vectors, aims: Vectors, documents: Vectors) -> float:

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import os
 import random
 import shutil
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import torch
 
+from oppu.errors import ConfigError
 from oppu.lm.hardware import fast_bfloat16
 
 logger = logging.getLogger(__name__)
@@ -92,11 +95,23 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def folder_problems(out_dir: Path) -> list[str]:
-    """Say what speaks against writing a model to a folder: it must be absent, empty, or an earlier result."""
-    if out_dir.exists() and not out_dir.is_dir():
+def folder_problems(out_dir: Path, key: str) -> list[str]:
+    """Say what speaks against writing a model to a folder, before it is made.
+
+    Args:
+        out_dir: Must be absent, empty, or an earlier result, in a folder that can be written.
+        key: What the recipe of an earlier result holds: another kind of model is nobody's to replace.
+
+    Returns:
+        Nothing, or the problem.
+    """
+    place = _whole(out_dir)
+    above = next(folder for folder in place.parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        return [f"OUT: {above} is no folder that can be written"]
+    if place.exists() and not place.is_dir():
         return [f"OUT: not a folder: {out_dir}"]
-    if out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / RECIPE).is_file():
+    if place.is_dir() and any(place.iterdir()) and key not in _recipe(place):
         return [f"OUT: {out_dir} holds other files; name an empty folder"]
     return []
 
@@ -106,14 +121,35 @@ def write(out_dir: Path, save: Callable[[str], object], recipe: Mapping[str, obj
 
     Args:
         out_dir: Absent, empty, or an earlier result, which is replaced.
-        save: Writes the model into an empty folder.
+        save: Writes the model into an empty folder; what it raises leaves nothing behind.
         recipe: How it was made, as JSON values.
+
+    Raises:
+        ConfigError: It cannot be written.
     """
-    fresh = out_dir.with_name(out_dir.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    save(str(fresh))
-    (fresh / RECIPE).write_text(json.dumps(recipe, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    shutil.rmtree(out_dir, ignore_errors=True)
-    fresh.rename(out_dir)
+    place = _whole(out_dir)
+    fresh = place.with_name(f"{place.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        fresh.mkdir(parents=True)
+        save(str(fresh))
+        (fresh / RECIPE).write_text(json.dumps(recipe, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if place.exists():
+            shutil.rmtree(place)
+        fresh.rename(place)
+    except OSError as error:
+        raise ConfigError(f"OUT: cannot write {out_dir}: {error}") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
     logger.info("written to %s", out_dir)
+
+
+def _whole(out_dir: Path) -> Path:
+    return out_dir.expanduser().resolve()
+
+
+def _recipe(folder: Path) -> Mapping[str, object]:
+    try:
+        found = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -6,6 +6,9 @@ the kernels are the same. In float32 torch asks another library, which on AMD's 
 (``python -m benchmarks.products``), on Intel's as long from a few dozen rows on. It costs a second copy of the
 matrices, so large bases are left alone.
 
+Where a layer's output goes through GELU and nothing else, as in BERT and its kin, that is done within the product,
+before it is rounded and written.
+
 Adapters are trained through the same products: a frozen layer has the gradient of its input only, one more product,
 with the weight's transpose. In bfloat16 that is packed too, from the first training on: a third copy.
 """
@@ -43,14 +46,16 @@ class Packed:
         """
         layers = [module for module in model.modules() if type(module) is nn.Linear and _suits(module.weight)]
         small = sum(layer.weight.nbytes for layer in layers) <= _MOST_BYTES
-        self._layers = [layer for layer in layers if small and "forward" not in vars(layer)]
-        for layer in self._layers:
-            vars(layer)["forward"] = _Product(layer)
+        suited = [layer for layer in layers if small and "forward" not in vars(layer)]
+        activated = [module for module in model.modules() if _activates(module) and module.dense in suited]
+        self._replaced = [*suited, *activated]
+        for module in self._replaced:
+            vars(module)["forward"] = _Product(module) if type(module) is nn.Linear else _Activated(module)
 
     def close(self) -> None:
         """Leave the layers as they were."""
-        for layer in self._layers:
-            vars(layer).pop("forward", None)
+        for module in self._replaced:
+            vars(module).pop("forward", None)
 
 
 class _Kept:
@@ -81,9 +86,7 @@ class _Product:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         layer = self._layer
-        own = layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
-        fits = x.dtype == layer.weight.dtype and x.numel() > 0 and _suits(layer.weight)
-        if not fits or (own and torch.is_grad_enabled()) or torch.is_autocast_enabled("cpu"):
+        if not self.fits(x):
             return functional.linear(x, layer.weight, layer.bias)
         if x.requires_grad and torch.is_grad_enabled():
             rows: torch.Tensor = _Learnt.apply(x.reshape(-1, x.shape[-1]), self)  # type: ignore[no-untyped-call]
@@ -93,18 +96,45 @@ class _Product:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return type(self)(copy.deepcopy(self._layer, memo))
 
+    def fits(self, x: torch.Tensor) -> bool:
+        """Say whether the product is one for a packed matrix."""
+        layer = self._layer
+        own = layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
+        alike = x.dtype == layer.weight.dtype and x.numel() > 0 and _suits(layer.weight)
+        return alike and not (own and torch.is_grad_enabled()) and not torch.is_autocast_enabled("cpu")
+
     @property
     def state(self) -> tuple[int, int]:
         """What changes with the layer's weight."""
         return _state(self._layer.weight)
 
-    def of(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the layer's output."""
-        return _multiplied(x, self._packed.of(self._layer.weight.detach()), self._layer.bias)
+    def of(self, x: torch.Tensor, then: str = "none") -> torch.Tensor:
+        """Return the layer's output, after an activation by its name in oneDNN."""
+        return _multiplied(x, self._packed.of(self._layer.weight.detach()), self._layer.bias, then)
 
     def back(self, grad: torch.Tensor) -> torch.Tensor:
         """Return the gradient of the layer's input from that of its output."""
         return _multiplied(grad, self._turned.of(self._layer.weight.detach()), None)
+
+
+class _Activated:
+    """The forward of a module that is a layer and GELU; one by one where a gradient is wanted or somebody listens."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        dense = self._module.dense
+        product = vars(dense).get("forward")
+        heard = dense._forward_hooks or dense._forward_pre_hooks  # noqa: SLF001 - where adapters are added
+        learnt = x.requires_grad and torch.is_grad_enabled()
+        if heard or learnt or not isinstance(product, _Product) or not product.fits(x):
+            plain: torch.Tensor = self._module.intermediate_act_fn(dense(x))
+            return plain
+        return product.of(x, "gelu")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return type(self)(copy.deepcopy(self._module, memo))
 
 
 class _Learnt(torch.autograd.Function):
@@ -123,9 +153,9 @@ class _Learnt(torch.autograd.Function):
         return ctx.product.back(grad), None
 
 
-def _multiplied(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _multiplied(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, then: str = "none") -> torch.Tensor:
     multiply = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001 - what torch compiles linear layers to
-    product: torch.Tensor = multiply(x, weight, bias, "none", [], "")
+    product: torch.Tensor = multiply(x, weight, bias, then, [], "none")
     return product
 
 
@@ -137,6 +167,13 @@ def _laid_out(weight: torch.Tensor) -> torch.Tensor:
 def _turned(weight: torch.Tensor) -> torch.Tensor:
     """Return a weight for products with its transpose; in float32 the kernels read it fast as it lies."""
     return weight.t() if weight.dtype == torch.float32 else _laid_out(weight.t())
+
+
+def _activates(module: Any) -> bool:
+    """Say whether a module is a layer, then GELU by the error function, and nothing else."""
+    dense, act = getattr(module, "dense", None), getattr(module, "intermediate_act_fn", None)
+    alone = type(module).__name__.endswith("Intermediate") and {*module.children()} <= {dense, act}
+    return alone and type(dense) is nn.Linear and getattr(act, "act", act) is functional.gelu
 
 
 def _suits(weight: torch.Tensor) -> bool:

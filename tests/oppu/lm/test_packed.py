@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.activations import ACT2FN
 
 from oppu.lm import packed
 from oppu.lm.encoding import Reading
@@ -159,6 +160,70 @@ def test_a_copy_has_its_own_product(dtype: torch.dtype) -> None:
         twin.weight.zero_()
         assert torch.equal(twin(x), layer.bias.expand(4, -1))
         assert near(layer(x), layer, x)
+
+
+class HalfIntermediate(nn.Module):
+    """A layer and an activation, as BERT and its kin have them."""
+
+    def __init__(self, dtype: torch.dtype, activation: str = "gelu") -> None:
+        super().__init__()
+        self.dense = layer_of(dtype)
+        self.intermediate_act_fn = ACT2FN[activation]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``[…, 40]`` of ``[…, 48]``."""
+        found: torch.Tensor = self.intermediate_act_fn(self.dense(x))
+        return found
+
+
+@pytest.mark.parametrize("shape", [(48,), (3, 5, 48), (0, 48)])
+def test_gelu_is_done_within_the_product(
+    shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half, x = HalfIntermediate(dtype), inputs(dtype, *shape)
+    kept = Packed(half)
+    twin = copy.deepcopy(half)
+    exact = functional.gelu(functional.linear(x.double(), half.dense.weight.double(), half.dense.bias.double()))
+    monkeypatch.setattr(half, "intermediate_act_fn", None if x.numel() else half.intermediate_act_fn)
+    with torch.no_grad():
+        for module in (half, twin):
+            found = module(x)
+            assert found.dtype == dtype
+            torch.testing.assert_close(found.double(), exact, rtol=ROUNDING[dtype][0], atol=2e-3)
+    monkeypatch.undo()
+    kept.close()
+    assert "forward" not in vars(half) and "forward" not in vars(half.dense)
+
+
+def test_gelu_waits_for_who_listens_and_for_gradients(dtype: torch.dtype) -> None:
+    half, x = HalfIntermediate(dtype), inputs(dtype, 4, 48)
+    Packed(half)
+    with torch.no_grad():
+        plain = half(x)
+        hook = half.dense.register_forward_hook(lambda _module, _args, output: output * 2)  # an adapter, say
+        doubled = half(x)
+        hook.remove()
+        assert torch.equal(half(x), plain) and not torch.allclose(doubled, plain)
+        torch.testing.assert_close(doubled, functional.gelu(2 * half.dense(x)))
+    learnt = x.clone().requires_grad_()
+    [mine] = torch.autograd.grad(half(learnt).sum(), learnt)
+    [theirs] = torch.autograd.grad(
+        functional.gelu(functional.linear(learnt, half.dense.weight, half.dense.bias)).sum(), learnt
+    )
+    torch.testing.assert_close(mine, theirs, rtol=2**-6, atol=2e-2)
+
+
+def test_other_activations_are_left_as_they_are(dtype: torch.dtype) -> None:
+    for name in ("gelu_new", "relu", "silu"):
+        half, x = HalfIntermediate(dtype, name), inputs(dtype, 4, 48)
+        Packed(half)
+        assert "forward" in vars(half.dense) and "forward" not in vars(half)
+        with torch.no_grad():
+            torch.testing.assert_close(half(x), ACT2FN[name](half.dense(x)))
+    more = HalfIntermediate(dtype)
+    more.norm = nn.LayerNorm(40)
+    Packed(more)
+    assert "forward" not in vars(more)
 
 
 def test_what_is_packed_already_is_left_to_who_packed_it(dtype: torch.dtype) -> None:
