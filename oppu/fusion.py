@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -249,7 +250,8 @@ def length(events: int) -> float:
 
 def mix(weights: Array, experts: Sequence[Array]) -> Array:
     """Mix experts' log probabilities, each ``[c]``, by positive weights ``[k]``; returns log probabilities ``[c]``."""
-    mixed: Array = np.logaddexp.reduce(np.stack(experts) + np.log(weights)[:, None], axis=0)
+    said = [expert + math.log(weight) for weight, expert in zip(weights, experts, strict=True)]
+    mixed: Array = reduce(np.logaddexp, said)
     return mixed
 
 

@@ -217,36 +217,46 @@ class DenseIndex:
         return _rounded_up(1 + probe.want + len(probe.hidden) + len(seqs) - visible)
 
     def _search(self, probes: Sequence[Probe], fetch: int) -> list[Found | None]:
+        """Return each probe's result, ``None`` where unfetched items might belong among the best ``want``."""
         vectors = np.ascontiguousarray([p.vector for p in probes], dtype=np.float32)
         if vectors.shape != (len(probes), self._dim):
             raise FatalError(f"queries of shape {vectors.shape}, expected {(len(probes), self._dim)}")
-        numbers = np.array([[self._lists[p.key].number] for p in probes], dtype=np.int64)
+        lists = [self._lists[p.key] for p in probes]
+        numbers = np.array([[own.number] for own in lists], dtype=np.int64)
         with _mapped():
             similarities, ids = self._index.search_preassigned(
                 vectors, fetch, numbers, np.zeros(numbers.shape, dtype=np.float32)
             )
-        return [self._settle(p, s, i) for p, s, i in zip(probes, similarities, ids, strict=True)]
+        valid = ids >= 0  # else fewer are in the list than were asked for
+        strangers = valid & (ids >> _SEQ_BITS != np.array([[own.token] for own in lists]))
+        if strangers.any() or any(self._owners.get(own.token) != p.key for own, p in zip(lists, probes, strict=True)):
+            raise FatalError("a vector of another owner was found in a user's list: nothing may be answered")
+        seqs = np.where(valid, ids & ((1 << _SEQ_BITS) - 1), -1)
+        return self._settled(probes, np.where(valid, similarities, -1.0), seqs)
 
-    def _settle(self, probe: Probe, similarities: Floats, ids: Ints) -> Found | None:
-        """Filter and order one row; ``None`` where unfetched items might belong among the best ``want``."""
-        valid = ids >= 0
-        ids, similarities = ids[valid], similarities[valid]
-        self._check_owner(probe.key, ids)
-        seqs = ids & ((1 << _SEQ_BITS) - 1)
-        keep = (seqs >= probe.first_seq) & (seqs < probe.before_seq)
-        if probe.hidden:
-            keep &= ~np.isin(seqs, list(probe.hidden))
+    def _settled(self, probes: Sequence[Probe], similarities: Floats, seqs: Ints) -> list[Found | None]:
+        """Filter and order rows of ``[n, fetch]``; a seq of -1 is none."""
+        first, before, want, size = (
+            np.array(column)[:, None]
+            for column in zip(*((p.first_seq, p.before_seq, p.want, self.size(p.key)) for p in probes), strict=True)
+        )
+        valid = seqs >= 0
+        keep = valid & (seqs >= first) & (seqs < before)
+        for row, probe in enumerate(probes):
+            if probe.hidden:
+                keep[row] &= ~np.isin(seqs[row], list(probe.hidden))
         rounded = np.round(similarities, _ROUND)
-        if len(valid) < self.size(probe.key) and len(rounded):
-            if int((rounded[keep] > rounded.min()).sum()) < probe.want:
-                return None
-        order = np.lexsort((-seqs[keep], -rounded[keep]))[: probe.want]
-        return Found(seqs[keep][order], np.clip(similarities[keep][order], -1.0, 1.0))
-
-    def _check_owner(self, key: ListKey, ids: Ints) -> None:
-        for token in np.unique(ids >> _SEQ_BITS):
-            if self._owners.get(int(token)) != key:
-                raise FatalError("a vector of another owner was found in a user's list: nothing may be answered")
+        lowest = np.where(valid, rounded, np.inf).min(axis=1, keepdims=True)
+        surely = (keep & (rounded > lowest)).sum(axis=1, keepdims=True)  # better than all that was not fetched
+        open_ended = (seqs.shape[1] < size) & valid.any(axis=1, keepdims=True) & (surely < want)
+        order = np.lexsort((-seqs, -rounded, ~keep), axis=1)
+        best = np.take_along_axis(seqs, order, axis=1)
+        likeness = np.clip(np.take_along_axis(similarities, order, axis=1), -1.0, 1.0)
+        counts = np.minimum(keep.sum(axis=1), want[:, 0]).tolist()
+        return [
+            None if undecided else Found(own[:count], alike[:count])
+            for own, alike, count, undecided in zip(best, likeness, counts, open_ended[:, 0], strict=True)
+        ]
 
     def _open(self, key: ListKey) -> _List:
         if not self._free_numbers:
