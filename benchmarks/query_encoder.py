@@ -44,7 +44,7 @@ Pasts = Mapping[str, Sequence[Past]]
 @click.option("--epochs", type=click.IntRange(min=1), default=DistillConfig().epochs, show_default=True)
 @click.option("--repeats", type=click.IntRange(min=1), default=REPEATS, show_default=True)
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Also write the result there.")
-def main(events: Path, task: str, layers: tuple[int, ...], epochs: int, repeats: int, out: Path | None) -> None:
+def main(*, events: Path, task: str, layers: tuple[int, ...], epochs: int, repeats: int, out: Path | None) -> None:
     """Measure query encoders on this machine."""
     every = by_user(load(events, task, load_tasks()))
     items = _early(every, JUDGED_SHARE)
@@ -52,19 +52,21 @@ def main(events: Path, task: str, layers: tuple[int, ...], epochs: int, repeats:
     embedder = _embedder(SentenceEmbedder, ModelSettings().embedder)
     vectors = embedded([i for own in items.values() for i in own], embedder)
     users = sorted(items)
-    halves = set(users[::2]), set(users[1::2])
     known = {user: pasts(own, vectors, embedder, RetrieverSettings()) for user, own in items.items()}
+    halves = [
+        (learnt, judged, fit([s for user in learnt for s in _seen(items[user], known[user])], NAMES))
+        for learnt, judged in ((users[::2], users[1::2]), (users[1::2], users[::2]))
+    ]
     rows = []
     with TemporaryDirectory(prefix="oppu-query-encoder-") as folder:
         for count in layers:
             parts, encoders = [], []
-            for number, (learnt, judged) in enumerate((halves, halves[::-1])):
+            for number, (learnt, judged, stack) in enumerate(halves):
                 place = Path(folder) / f"{count}-{number}"
-                texts = [i.input for user in sorted(learnt) for i in before[user]]
+                texts = [i.input for user in learnt for i in before[user]]
                 done = distill(ModelSettings(), texts, place, DistillConfig(layers=count, epochs=epochs))
                 encoders.append(_embedder(QueryEncoder, str(place), embedder.fingerprint))
-                stack = fit([s for user in sorted(learnt) for s in _seen(items[user], known[user])], NAMES)
-                own = {user: items[user] for user in sorted(judged)}
+                own = {user: items[user] for user in judged}
                 found = dict(_found(own, vectors, embedder, encoders[-1]))
                 parts.append(_Part(own, known, found, stack))
                 click.echo(f"{count} layers, half {number}: {done.texts} texts, likeness {done.likeness:.3f}", err=True)

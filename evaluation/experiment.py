@@ -134,8 +134,7 @@ def run(
             f"{len(fold.target)} targets with {count} queries; {fold.repeats} items are left out, for they say what "
             "another one says"
         )
-    encoder = {"query encoder": "" if queries is None else queries.own_fingerprint}
-    inputs.keep(plan.folder, items, plan.bounds, settings, {**_more(plan, tasks.require(plan.task)), **encoder})
+    inputs.keep(plan.folder, items, plan.bounds, settings, _more(plan, tasks.require(plan.task), queries))
     if plan.final:
         inputs.opened(plan.folder, {"task": plan.task, "recipe": plan.recipe.digest(), **asdict(plan.recipe)})
     _announce(plan, folds, items, settings, tasks)
@@ -178,10 +177,15 @@ class _World:
         return parts
 
 
-def _more(plan: Plan, task: Task) -> dict[str, object]:
+def _more(plan: Plan, task: Task, queries: Embedder | None) -> dict[str, object]:
     """Return what decides results beside items, bounds and settings."""
     sisters = [(i.task, i.item_id, i.user_id, str(i.day), i.input, i.output, i.query) for i in plan.sisters]
-    return {"profiles": dict(plan.profiles), "other tasks": sisters, "the task's definition": asdict(task)}
+    return {
+        "profiles": dict(plan.profiles),
+        "other tasks": sisters,
+        "the task's definition": asdict(task),
+        "query encoder": "" if queries is None else queries.own_fingerprint,
+    }
 
 
 def _announce(plan: Plan, folds: Sequence[Fold], items: Sequence[Item], settings: Settings, tasks: Tasks) -> None:

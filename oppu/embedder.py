@@ -1,7 +1,6 @@
 """Texts to unit vectors, by sentence-transformers; the only module that imports it, and only when it loads one."""
 
 import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -234,13 +233,12 @@ class QueryEncoder(SentenceEmbedder):
         Raises:
             ConfigError: It was made for another embedder, or cannot be loaded.
         """
-        from oppu.lm.full_training import RECIPE
+        from oppu.lm.full_training import recipe_of
 
         folder = Path(name).expanduser().resolve()  # whatever its name: it is no id of a hub's
-        try:
-            made_for = json.loads((folder / RECIPE).read_text("utf-8"))[FOR_DOCUMENTS]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{self._setting}: expected a folder written by oppu distill, found {name}") from error
+        made_for = recipe_of(folder).get(FOR_DOCUMENTS)
+        if made_for is None:
+            raise ConfigError(f"{self._setting}: expected a folder written by oppu distill, found {name}")
         if made_for != documents:
             raise ConfigError(f"{self._setting}: {name} was made for the embedder {made_for}, not for {documents}")
         super().__init__(str(folder), **how)

@@ -1,16 +1,14 @@
 """``oppu adapt``: OPPU's first stage, task adaption of the shared base on other users' events."""
 
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from oppu.cli import Session, compose, emit, json_option
 from oppu.cli.clients import read_events
+from oppu.cli.training import check_new, progress_bar, recipe_options
 from oppu.errors import ConfigError, InvalidRecord
 from oppu.lm.port import Example
 from oppu.settings import Settings
@@ -21,10 +19,7 @@ from oppu.wire import BehaviorEvent
 @click.argument("events", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--method", type=click.Choice(["full", "lora"]), default="full", show_default=True)
-@click.option("--epochs", type=click.IntRange(1, 100), default=3, show_default=True)
-@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=5e-4, show_default=True)
-@click.option("--batch", type=click.IntRange(1, 1024), default=32, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@recipe_options(epochs=(3, 100), learning_rate=5e-4, batch=(32, 1024))
 @json_option
 @click.pass_obj
 def adapt(session: Session, /, events: Path, out: Path, *, as_json: bool, **recipe: Any) -> None:
@@ -32,8 +27,7 @@ def adapt(session: Session, /, events: Path, out: Path, *, as_json: bool, **reci
 
     Use the result with OPPU_MODEL__BASE=OUT. Adapters belong to one base: a new base starts its users afresh.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"OUT: expected a new or empty folder, {out} has files")
+    check_new(out)
     report = adapt_base(session.settings, read_events(events), out, recipe)
     emit(report, as_json=as_json, text=", ".join(f"{name} {value}" for name, value in report.items()))
 
@@ -73,28 +67,6 @@ def adapt_base(
         )
     return {"examples": len(examples), "steps": report.steps, "seconds": round(report.seconds, 1),
             "first_loss": round(report.first_loss, 4), "last_loss": round(report.last_loss, 4)}  # fmt: skip
-
-
-@contextmanager
-def progress_bar(name: str) -> Iterator[Callable[[int, int, float], None]]:
-    """Show a training's steps on a terminal as a bar, elsewhere as a few lines.
-
-    Args:
-        name: What is done.
-
-    Yields:
-        To be told (steps done, steps in all, loss) after each step.
-    """
-    columns = (TextColumn(name), BarColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn())
-    with Progress(*columns, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("", total=None, loss="")
-
-        def progress(done: int, total: int, loss: float) -> None:
-            bar.update(task, completed=done, total=total, loss=f"loss {loss:.3f}")
-            if not sys.stderr.isatty() and done % max(1, total // 8) == 0:
-                click.echo(f"{name}: step {done} of {total}, loss {loss:.3f}", err=True)
-
-        yield progress
 
 
 def _examples(settings: Settings, events: Sequence[BehaviorEvent]) -> list[Example]:

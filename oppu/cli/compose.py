@@ -113,23 +113,21 @@ def embedder(settings: Settings) -> Embedder:
 
 def query_encoder(settings: Settings) -> Embedder:
     """Load what embeds queries: the embedder, unless there is a smaller one."""
-    from oppu.embedder import loaded
+    from oppu.embedder import QueryEncoder, loaded
 
-    if not settings.model.query_encoder:
+    name = settings.model.query_encoder
+    if not name:
         return embedder(settings)
     _, documents = loaded(settings.model.embedder, "cpu")
-    return _query_encoder(settings, documents)
+    return QueryEncoder(name, documents, **_embedding(settings))
 
 
 def queries_apart(settings: Settings, documents: Embedder) -> Embedder | None:
     """Load the query encoder, where there is one beside the embedder of ``documents``."""
-    return _query_encoder(settings, documents.fingerprint) if settings.model.query_encoder else None
-
-
-def _query_encoder(settings: Settings, documents: str) -> Embedder:
     from oppu.embedder import QueryEncoder
 
-    return QueryEncoder(settings.model.query_encoder or "", documents, **_embedding(settings))
+    name = settings.model.query_encoder
+    return QueryEncoder(name, documents.fingerprint, **_embedding(settings)) if name else None
 
 
 def model(settings: Settings, *, slots: int) -> TorchModel:

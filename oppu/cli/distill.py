@@ -6,19 +6,15 @@ from typing import Any
 import click
 
 from oppu.cli import Session, emit, json_option
-from oppu.cli.adapt import progress_bar
 from oppu.cli.clients import read_events
-from oppu.errors import ConfigError
+from oppu.cli.training import check_new, progress_bar, recipe_options
 
 
 @click.command()
 @click.argument("events", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--layers", type=click.IntRange(1, 1000), default=2, show_default=True, help="Blocks that are kept.")
-@click.option("--epochs", type=click.IntRange(1, 1000), default=8, show_default=True)
-@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=3e-4, show_default=True)
-@click.option("--batch", type=click.IntRange(1, 4096), default=64, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@recipe_options(epochs=(8, 1000), learning_rate=3e-4, batch=(64, 4096))
 @json_option
 @click.pass_obj
 def distill(session: Session, /, events: Path, out: Path, *, as_json: bool, **recipe: Any) -> None:
@@ -26,8 +22,7 @@ def distill(session: Session, /, events: Path, out: Path, *, as_json: bool, **re
 
     Use the result with OPPU_MODEL__QUERY_ENCODER=OUT: it embeds what is asked, the embedder what is stored.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"OUT: expected a new or empty folder, {out} has files")
+    check_new(out)
     from oppu.lm.distillation import DistillConfig
     from oppu.lm.distillation import distill as run
 

@@ -111,7 +111,7 @@ def folder_problems(out_dir: Path, key: str) -> list[str]:
         return [f"OUT: {above} is no folder that can be written"]
     if place.exists() and not place.is_dir():
         return [f"OUT: not a folder: {out_dir}"]
-    if place.is_dir() and any(place.iterdir()) and key not in _recipe(place):
+    if place.is_dir() and any(place.iterdir()) and key not in recipe_of(place):
         return [f"OUT: {out_dir} holds other files; name an empty folder"]
     return []
 
@@ -147,7 +147,8 @@ def _whole(out_dir: Path) -> Path:
     return out_dir.expanduser().resolve()
 
 
-def _recipe(folder: Path) -> Mapping[str, object]:
+def recipe_of(folder: Path) -> Mapping[str, object]:
+    """Return how a folder's model was made; empty where it is not ours."""
     try:
         found = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -137,9 +137,9 @@ def test_distill_refuses_what_teaches_nothing(run: Run, tmp_path: Path) -> None:
     file = write_events(tmp_path / "e.jsonl", GOOD, GOOD)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").touch()
-    for out, named in (("full", "OUT"), ("new", "EVENTS")):
+    for out, named in (("full", ["OUT"]), ("new", ["EVENTS"]), ("e.jsonl", ["OUT", "EVENTS"])):  # the last is a file
         done = run("distill", file, tmp_path / out)
-        assert (done.code, [line.split(": ")[1] for line in done.err.splitlines()]) == (2, [named])
+        assert (done.code, [line.split(": ")[1] for line in done.err.splitlines()]) == (2, named)
     assert run("distill", file, tmp_path / "out", "--layers", "0").code == 2
     assert run("distill", tmp_path / "none.jsonl", tmp_path / "out").code == 2
     assert not (tmp_path / "out").exists()
