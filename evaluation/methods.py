@@ -204,7 +204,8 @@ class Tuner:
             for node, row in zip(line.nodes, logits, strict=True):
                 allowed = trie.nodes[node].allowed
                 found[node] = allowed_log_probs(row[None].double(), allowed)[0].cpu().numpy()
-        return trie.scores(found)
+        scores: Array = trie.scores(np.concatenate([np.zeros(0), *found])[None])[0]
+        return scores
 
 
 class _Prefixed(Runner):

@@ -24,6 +24,7 @@ from oppu.lm.mix import Gathered, Mix, mixed, mixed_in_rows
 from oppu.lm.places import Place, factors_of, placed, spans_of
 from oppu.lm.port import Tensors
 from oppu.lm.sequence_packing import Layout
+from oppu.lm.streams import OfThread
 
 _PREFIX = "base_model.model."
 _NARROW_TOKENS = 4
@@ -41,8 +42,21 @@ class _Inner:
     inner: tuple[torch.Tensor, ...]
 
 
+class _Batch(OfThread):
+    """What a thread's forwards have adapters of, and memory to gather them in."""
+
+    mix: Mix | None = None
+    inner: _Inner | None = None
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+
+
 class SlotBank:
-    """Stacked adapters on a base's target layers, attached by hooks until ``close``."""
+    """Stacked adapters on a base's target layers, attached by hooks until ``close``.
+
+    Forwards of several threads may run at once, each with its own ``use``; slots are written while none does.
+    """
 
     def __init__(
         self, targets: Mapping[str, nn.Module], *, slots: int, rank: int, alpha: float, trainable: bool = False
@@ -59,8 +73,7 @@ class SlotBank:
         self.slots, self.rank, self.alpha = slots, rank, alpha
         self.scale = alpha / rank
         self._names = tuple(targets)
-        self._mix: Mix | None = None
-        self._inner: _Inner | None = None
+        self._batch = _Batch()
         self._places = placed(targets, rank)
         pairs = [(_key(name, "A"), _key(name, "B")) for name in self._names]
         self._keys = dict(zip(self._places, pairs, strict=True))
@@ -71,7 +84,6 @@ class SlotBank:
             dtype = torch.promote_types(torch.float32, weight.dtype) if trainable else weight.dtype
             size = slots + 1, sum(rank * (place.wide + place.out) for place in own)
             self.weights.append(torch.zeros(size, dtype=dtype, device=weight.device, requires_grad=trainable))
-        self._buffers: dict[tuple[int, torch.dtype], torch.Tensor] = {}
         self._hooks = [module.register_forward_hook(self._hook(at)) for at, module in enumerate(targets.values())]
 
     @property
@@ -98,7 +110,7 @@ class SlotBank:
     def use(
         self, slots: Sequence[int], dropout: Dropout | None = None, layouts: Sequence[Layout] = ()
     ) -> Iterator[None]:
-        """Give the sequences of the next forwards their slots.
+        """Give the sequences of this thread's next forwards their slots.
 
         Args:
             slots: One a sequence; all 0 means the base as it is. Rows of one slot cost least side by side, those of
@@ -107,11 +119,11 @@ class SlotBank:
             layouts: Where the sequences lie, by what layers read of them; none: a row each. On a CPU, and while
                 training only rows whose sequences have one slot.
         """
-        self._mix = self._mixed(slots, dropout, layouts) if any(slots) else None
+        self._batch.mix = self._mixed(slots, dropout, layouts) if any(slots) else None
         try:
             yield
         finally:
-            self._mix = self._inner = None
+            self._batch.mix = self._batch.inner = None
 
     def _mixed(self, slots: Sequence[int], dropout: Dropout | None, layouts: Sequence[Layout]) -> Mix:
         return mixed_in_rows(slots, layouts, dropout) if layouts else mixed(slots, self.weights[0].device, dropout)
@@ -212,9 +224,10 @@ class SlotBank:
 
     def _hook(self, at: int) -> Callable[[nn.Module, Any, torch.Tensor], torch.Tensor | None]:
         def add(_module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
-            if self._mix is None:
+            mix = self._batch.mix
+            if mix is None:
                 return None
-            added = self._added(self._mix, at, args[0], self._by_row(self._mix, at, output))
+            added = self._added(mix, at, args[0], self._by_row(mix, at, output))
             return added if added.dim() == output.dim() else added.view(output.shape)
 
         return add
@@ -253,14 +266,14 @@ class SlotBank:
 
     def _shared(self, mix: Mix, place: Place, x: torch.Tensor, rows: torch.Tensor) -> _Inner:
         """Return what the layers of a group that read ``x`` have in common, computed by the first of them."""
-        found = self._inner
+        found = self._batch.inner
         if found is None or found.group != place.group or found.x is not x:
             spans = mix.spans.get(rows.shape[1])
             own = rows[mix.plain :] if spans is None else spans.gathered(rows)
             slots = mix.slots if spans is None else spans.slots
             factors = self._factors_of(mix, slots, own, self._groups[place.group], place)
             inner = _inside(own, factors, mix.lengths if spans is None else spans.lengths, self.rank)
-            found = self._inner = _Inner(place.group, x, factors.b, inner)
+            found = self._batch.inner = _Inner(place.group, x, factors.b, inner)
         return found
 
     def _factors_of(
@@ -298,10 +311,10 @@ class SlotBank:
 
     def _gathered(self, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Gather into memory that every group of this size uses again."""
-        kind = weights.shape[1], weights.dtype
-        buffer = self._buffers.get(kind)
+        kind, buffers = (weights.shape[1], weights.dtype), self._batch.buffers
+        buffer = buffers.get(kind)
         if buffer is None or len(buffer) < len(chosen):
-            buffer = self._buffers[kind] = weights.new_empty(len(chosen), weights.shape[1])
+            buffer = buffers[kind] = weights.new_empty(len(chosen), weights.shape[1])
         return torch.index_select(weights, 0, chosen, out=buffer[: len(chosen)])
 
     def _of(self, slot: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -48,7 +48,20 @@ def score_choices(runner: Runner, bank: SlotBank, work: Sequence[Work], *, branc
     for at, own in enumerate(branching):
         if own:
             nodes[at] = read_branches(runner, bank, *work[at])
-    return [trie.scores(found) for (_, trie, _), found in zip(work, nodes, strict=True)]
+    return _summed([trie for _, trie, _ in work], nodes)
+
+
+def _summed(tries: Sequence[Trie], nodes: Sequence[Sequence[Scores]]) -> list[Scores]:
+    """Return the rows' choices' log probabilities from those of their nodes, rows of one trie together."""
+    members: dict[int, list[int]] = {}
+    for at, trie in enumerate(tries):
+        members.setdefault(id(trie), []).append(at)
+    found = [NONE] * len(tries)
+    for rows in members.values():
+        said = np.stack([np.concatenate([NONE, *nodes[at]]) for at in rows])
+        for at, scores in zip(rows, tries[rows[0]].scores(said), strict=True):
+            found[at] = scores
+    return found
 
 
 def read_branches(runner: Runner, bank: SlotBank, prompt: Ids, trie: Trie, slot: int) -> list[Scores]:
@@ -91,7 +104,7 @@ def _behind(line: Line, trie: Trie) -> tuple[tuple[int, ...], list[int]]:
 def _read_lines(
     runner: Runner, bank: SlotBank, work: Sequence[Work], some: Sequence[int], found: list[list[Scores]]
 ) -> None:
-    """Read some rows' prompts with each of their lines."""
+    """Read some rows' prompts with each of their lines, parts of them side by side."""
     readings, owners = [], []
     for at in some:
         prompt, trie, slot = work[at]
@@ -100,8 +113,14 @@ def _read_lines(
             readings.append(Reading(prompt + line.path, positions, slot))
             owners.append([(at, node) for node in line.nodes])
     tries = [trie for _, trie, _ in work]
-    for group, logits in read(runner, bank, readings):
-        _spread(logits, [place for index in group for place in owners[index]], tries, found)
+
+    def read_part(part: Sequence[int]) -> None:
+        for group, logits in read(runner, bank, [readings[index] for index in part]):
+            _spread(logits, [place for at in group for place in owners[part[at]]], tries, found)
+
+    if readings:
+        ids = [reading.ids for reading in readings]  # rows of equal ones share what no adapter reaches
+        runner.streams.run(read_part, runner.streams.parts([len(own) for own in ids], ids))
 
 
 def _spread(

@@ -3,6 +3,7 @@
 The same code prepares serving, scoring, per-user training and task adaption, so that they cannot differ.
 """
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -136,7 +137,7 @@ class Encoder:
 
 class Caches:
     """Makes the caches of one call's rows, among which a user's texts come again: no text is tokenized twice, and equal
-    texts of equal weights are one cache.
+    texts of equal weights are one cache. Safe from several threads.
 
     Not to be kept longer than the call: it forgets nothing.
     """
@@ -152,11 +153,13 @@ class Caches:
         self._longest = longest
         self._ids: dict[str, Ids] = {}
         self._made: dict[tuple[str, Texts], Cache] = {}
+        self._lock = threading.Lock()
 
     def of(self, texts: Mapping[str, Texts]) -> tuple[Cache, ...]:
         """Return caches of weighted texts, by name; each text is cut, else has its end."""
-        self._tokenize(text for own in texts.values() for text, _ in own)
-        return tuple(self._cache(name, own) for name, own in texts.items())
+        with self._lock:
+            self._tokenize(text for own in texts.values() for text, _ in own)
+            return tuple(self._cache(name, own) for name, own in texts.items())
 
     def _tokenize(self, texts: Iterable[str]) -> None:
         """Tokenize what is new, in one call."""

@@ -22,6 +22,7 @@ from oppu.lm.packed import Packed
 from oppu.lm.prompts import Ids
 from oppu.lm.scoring import aim_log_probs
 from oppu.lm.sequence_packing import WIDTHS, Layout, looks_near
+from oppu.lm.streams import OfThread, Streams
 from oppu.lm.transfer import sent
 from oppu.lm.trunk import Memory, Trunk
 
@@ -36,8 +37,14 @@ FORWARD_SHARE = 8
 """A forward's fixed cost, as a part of its most tokens; see ``buckets``."""
 
 
+class _Forward(OfThread):
+    """Rows and columns of what the head reads in a thread's next forward."""
+
+    picked: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
 class Runner:
-    """Runs one base. Not thread-safe: its owner holds the lock."""
+    """Runs one base. Its owner holds the lock; under it, forwards without gradients may run on several threads."""
 
     def __init__(
         self, base: LoadedBase, targets: Mapping[str, nn.Module] | None = None, *, library: bool = False
@@ -60,7 +67,9 @@ class Runner:
         logits = _GPU_LOGITS if base.device.type == "cuda" else _CPU_LOGITS
         self.vocabulary = int(base.model.config.get_text_config().vocab_size)
         self.reads = max(1, logits // self.vocabulary)
-        self._picked: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.streams = Streams(base.device)
+        """Threads for parts of a call."""
+        self._forward = _Forward()
         self._trunk = Trunk(base.model, targets)  # its hooks come first: the last block may be the lowest adapted one
         self._last = LastBlock(base.model, known=not library)
         self._takes_positions = "position_ids" in inspect.signature(base.model.forward).parameters
@@ -70,7 +79,8 @@ class Runner:
         self._hook = base.model.get_decoder().register_forward_hook(self._pick)
 
     def close(self) -> None:
-        """Take the hooks off the base."""
+        """Take the hooks off the base, and end the threads."""
+        self.streams.close()
         self._hook.remove()
         self._last.close()
         self._trunk.close()
@@ -204,16 +214,16 @@ class Runner:
     def _picking(self, picked: Sequence[tuple[int, int]], read: torch.Tensor | None) -> Iterator[None]:
         """Let the last block be narrowed to ``read`` ``[n, p]``, if anything, and the head see (row, column) of it."""
         rows, columns = zip(*picked, strict=True) if picked else ((), ())
-        self._picked = sent(rows, self.base.device, torch.int64), sent(columns, self.base.device, torch.int64)
+        self._forward.picked = sent(rows, self.base.device, torch.int64), sent(columns, self.base.device, torch.int64)
         self._last.read = read
         try:
             yield
         finally:
-            self._picked = self._last.read = None
+            self._forward.picked = self._last.read = None
 
     def _pick(self, _module: torch.nn.Module, _args: Any, output: Any) -> Any:
-        if self._picked is not None:
-            rows, columns = self._picked
+        if self._forward.picked is not None:
+            rows, columns = self._forward.picked
             output.last_hidden_state = output.last_hidden_state[rows, columns][None]
         return output
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from oppu.lm.streams import OfThread
+
 _ATTENTION = {
     "BertLayer": ("attention.self", None),
     "GemmaDecoderLayer": ("self_attn", "input_layernorm"),
@@ -16,6 +18,13 @@ _ATTENTION = {
     "Qwen2DecoderLayer": ("self_attn", "input_layernorm"),
 }
 """Each block's attention and the norm before it. GPT-2 is not among them: it shapes its output like its input."""
+
+
+class _Forward(OfThread):
+    """What a thread's next forward reads, and meanwhile the whole of what its block was given."""
+
+    read: torch.Tensor | None = None
+    whole: torch.Tensor | None = None
 
 
 class LastBlock:
@@ -28,13 +37,20 @@ class LastBlock:
             model: A Hugging Face causal language model.
             known: Whether to look for a block of a known kind; if not, all of them are computed whole.
         """
-        self.read: torch.Tensor | None = None
-        """``[n, p] int64``, the positions of each row that are read."""
-        self._whole: torch.Tensor | None = None
+        self._forward = _Forward()
         self._hooks: list[Any] = []
         blocks = [module for module in model.base_model.modules() if type(module).__name__ in _ATTENTION]
         if blocks and known:
             self._attach(blocks[-1])
+
+    @property
+    def read(self) -> torch.Tensor | None:
+        """``[n, p] int64``, the positions of each row that this thread's next forward reads; ``None``: all."""
+        return self._forward.read
+
+    @read.setter
+    def read(self, positions: torch.Tensor | None) -> None:
+        self._forward.read = positions
 
     @property
     def known(self) -> bool:
@@ -53,13 +69,13 @@ class LastBlock:
         def narrow(_block: Any, args: Any) -> Any:
             if self.read is None:
                 return None
-            self._whole = args[0]
+            self._forward.whole = args[0]
             return picked(args[0], self.read), *args[1:]
 
         def widen(_attention: Any, args: Any, kwargs: Any) -> Any:
             if self.read is None:
                 return None
-            whole, self._whole = before(self._whole), None
+            whole, self._forward.whole = before(self._forward.whole), None
             return ((whole, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": whole})
 
         def pick(_attention: Any, _args: Any, output: Any) -> Any:

@@ -9,12 +9,12 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from oppu.errors import AdapterUnreadable
 from oppu.lm.bank import SlotBank
 from oppu.lm.base import LoadedBase
 from oppu.lm.blend import Texts, foreseen
@@ -28,7 +28,7 @@ from oppu.lm.reading import read
 from oppu.lm.residence import AdapterBank
 from oppu.lm.self_check import check_base
 from oppu.lm.targets import adapter_config, find_targets
-from oppu.lm.training import Calls, slots_for, train_slots
+from oppu.lm.train_jobs import Learner, fits, train_jobs
 from oppu.settings import ModelSettings
 from oppu.tasks import Tasks
 from oppu.values import BaseId
@@ -192,12 +192,18 @@ class TorchModel:
     def _over(self, targets: Sequence[Target], tensors: Tensors | None) -> list[tuple[list[int], torch.Tensor]]:
         """Return the log probabilities of what targets aim at under one user's weights, of all that aim at anything,
         some targets' after the other's, and which ones' they are."""
-        live, found = [at for at, target in enumerate(targets) if target.positions], []
-        with self._one_user(tensors) as slot, torch.no_grad():
-            readings = target_readings([targets[at] for at in live], [slot] * len(live))
-            for group, logits in read(self._runner, self._scratch, readings):
-                members = [live[number] for number in group]
+        live = [at for at, target in enumerate(targets) if target.positions]
+        found: list[tuple[list[int], torch.Tensor]] = []
+
+        def read_part(part: Sequence[int]) -> None:
+            own = target_readings([targets[at] for at in part], [slot] * len(part))
+            for group, logits in read(self._runner, self._scratch, own):
+                members = [part[number] for number in group]
                 found.append((members, target_log_probs(logits, [targets[at] for at in members])))
+
+        with self._one_user(tensors) as slot, torch.no_grad():
+            parts = self._runner.streams.parts([len(targets[at].ids) for at in live])
+            self._runner.streams.run(read_part, [[live[number] for number in part] for part in parts])
         return found
 
     def longest_output(self, task: str) -> int:
@@ -255,34 +261,18 @@ class TorchModel:
         Args:
             jobs: One a user; its examples in their order.
             config: Common to all.
-            heartbeat: Called at least once an optimizer step.
+            heartbeat: Called at least once an optimizer step, by one thread at a time.
 
         Returns:
             One result a job, in order; without tensors where a parent does not fit this base or the weights
             do not stay finite.
         """
-        if not jobs:
-            return []
-        fit = [job for job in jobs if _fits(self._scratch, job)]
-        targets = [self._encoder.targets(job.examples) for job in fit]
-        tensors: dict[int, Tensors] = {}
+        fit = [at for at, job in enumerate(jobs) if fits(self._scratch, job)]
+        learners = [Learner(jobs[at], self._encoder.targets(jobs[at].examples)) for at in fit]
         with self._lock:
-            bank = self._new_bank(slots_for(self._runner, len(fit), config), trainable=True)
-            calls = Calls(
-                heartbeat,
-                begin=lambda user, slot: _start(bank, slot, fit[user]),
-                end=lambda user, slot: tensors.update({user: bank.read(slot)}),
-            )
-            try:
-                seeds = [job.seed for job in fit]
-                results = train_slots(self._runner, bank, targets, config, calls, seeds=seeds)
-            finally:
-                bank.close()
-        done = {
-            id(job): Trained(tensors[user] if result.finite else None, result.steps, result.mean_loss)
-            for user, (job, result) in enumerate(zip(fit, results, strict=True))
-        }
-        return [done.get(id(job), Trained(None, 0, math.nan)) for job in jobs]
+            trained = train_jobs(self._runner, partial(self._new_bank, trainable=True), learners, config, heartbeat)
+        found = dict(zip(fit, trained, strict=True))
+        return [found.get(at, Trained(None, 0, math.nan)) for at in range(len(jobs))]
 
     def adapter_config(self) -> Mapping[str, object]:
         """Return the JSON content of PEFT's ``adapter_config.json`` for this base."""
@@ -332,18 +322,22 @@ class TorchModel:
 
     def _answer_texts(self, rows: Sequence[Row], slots: Sequence[int]) -> list[Scored]:
         prompts = self._encoder.prompts(rows, [row.max_new_tokens for row in rows])
-        longest = self._base.max_positions
+        longest, stops, caches = self._base.max_positions, self._encoder.stops, self._encoder.caches()
         limits = [min(row.max_new_tokens, longest - len(ids)) for row, ids in zip(rows, prompts, strict=True)]
         texts = [Written(None)] * len(rows)
-        caches = self._encoder.caches()
         lengths = [len(ids) + limit for ids, limit in zip(prompts, limits, strict=True)]
-        for bucket in buckets(lengths, self._runner.tokens):
-            made = {at: _writing(rows[at], prompts[at], slots[at], limits[at], caches) for at in bucket}
-            writings = {at: writing for at, writing in made.items() if writing is not None}
-            stops = self._encoder.stops
-            written = greedy(self._runner, self._bank, list(writings.values()), stops) if writings else []
-            for at, text in zip(writings, written, strict=True):
-                texts[at] = text
+
+        def write_part(part: Sequence[int]) -> None:
+            for bucket in buckets([lengths[at] for at in part], self._runner.tokens):
+                own = [part[number] for number in bucket]
+                made = {at: _writing(rows[at], prompts[at], slots[at], limits[at], caches) for at in own}
+                writings = {at: writing for at, writing in made.items() if writing is not None}
+                written = greedy(self._runner, self._bank, list(writings.values()), stops) if writings else []
+                for at, text in zip(writings, written, strict=True):
+                    texts[at] = text
+
+        if rows:
+            self._runner.streams.run(write_part, self._runner.streams.parts(lengths))
         kept = self._kept(rows, prompts)
         return [self._written(texts[at], kept[at]) for at in range(len(rows))]
 
@@ -371,21 +365,3 @@ def _writing(row: Row, prompt: Ids, slot: int, limit: int, caches: Caches) -> Wr
         return None
     own = caches.of(row.blend.caches) if row.blend is not None else ()
     return Writing(prompt, slot, limit, row.blend, own, row.late)
-
-
-def _fits(bank: SlotBank, job: TrainJob) -> bool:
-    """Say whether a job's parent, if any, can be trained on."""
-    try:
-        if job.parent is not None:
-            bank.check(job.parent)
-    except AdapterUnreadable as error:
-        logger.warning("a parent adapter cannot be trained on: %s", error)
-        return False
-    return True
-
-
-def _start(bank: SlotBank, slot: int, job: TrainJob) -> None:
-    """Put fresh weights into a slot, and over them a job's parent: what that lacks of layers or rank can be learnt."""
-    bank.fresh(slot, job.seed)
-    if job.parent is not None:
-        bank.load(slot, job.parent, over=True)

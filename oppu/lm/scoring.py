@@ -74,10 +74,21 @@ class Trie:
         steps = sum(len(own) for own in self.steps)
         return objects * _OBJECT_BYTES + steps * _STEP_BYTES + tokens * _TOKEN_BYTES
 
-    def scores(self, log_probs: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-        """Return ``[c] float64`` log probabilities from each node's log softmax over its allowed tokens."""
-        sums = [sum(float(log_probs[node][branch]) for node, branch in steps) for steps in self.steps]
-        found: NDArray[np.float64] = np.asarray(sums, dtype=np.float64) - np.asarray(self.shared)
+    def scores(self, log_probs: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Add up along the choices' paths.
+
+        Args:
+            log_probs: ``[n, s]`` of n prompts, each node's log softmax over its allowed tokens behind the one before.
+
+        Returns:
+            ``[n, c] float64`` log probabilities.
+        """
+        begins = np.cumsum([0, *(len(node.allowed) for node in self.nodes)])
+        certain = begins[-1:]  # a column of zeros, for choices that nothing parts from the others
+        taken = [[begins[node] + branch for node, branch in steps] or certain for steps in self.steps]
+        firsts = np.cumsum([0, *map(len, taken[:-1])])
+        padded = np.pad(log_probs, ((0, 0), (0, 1)))
+        found: NDArray[np.float64] = np.add.reduceat(padded[:, np.concatenate(taken)], firsts, axis=1) - self.shared
         return found
 
 

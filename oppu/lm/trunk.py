@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from oppu.lm.prompts import Ids
+from oppu.lm.streams import OfThread
 from oppu.lm.transfer import sent
 
 _SHARING = {
@@ -52,8 +53,19 @@ class Memory:
         return nn.utils.rnn.pad_sequence([self._kept[ids] for ids in rows], batch_first=True)
 
 
+class _Forward(OfThread):
+    """What is asked of a thread's next forward, and what it has seen."""
+
+    rows: torch.Tensor | None = None
+    sequences = 0
+    given: torch.Tensor | None = None
+    watching = False
+    seen: torch.Tensor | None = None
+
+
 class Trunk:
-    """Hooks on a base's blocks, idle unless asked; none where the lowest block is adapted."""
+    """Hooks on a base's blocks, idle unless a thread asks for its next forward; none where the lowest block is
+    adapted."""
 
     def __init__(self, model: Any, targets: Mapping[str, nn.Module] | None) -> None:
         """Attach to a base.
@@ -62,11 +74,7 @@ class Trunk:
             model: A Hugging Face causal language model.
             targets: The adapted layers by module name; ``None``: nobody shares anything.
         """
-        self._rows: torch.Tensor | None = None
-        self._sequences = 0
-        self._given: torch.Tensor | None = None
-        self._seen: torch.Tensor | None = None
-        self._watching = False
+        self._forward = _Forward()
         self._hooks: list[Any] = []
         blocks, lowest = _blocks(model, list(targets or ()))
         self._lower, upper = blocks[:lowest], blocks[lowest:] if lowest else []
@@ -98,57 +106,60 @@ class Trunk:
             rows: Of each row above, its sequence's number.
         """
         device = next(self._lower[0].parameters()).device
-        self._rows, self._sequences = sent(rows, device), max(rows) + 1
+        self._forward.rows, self._forward.sequences = sent(rows, device), max(rows) + 1
         try:
             yield
         finally:
-            self._rows = None
+            self._forward.rows = None
 
     @contextmanager
     def given(self, hidden: torch.Tensor) -> Iterator[None]:
         """Let the next forward begin at the lowest adapted block, with ``hidden`` ``[n, t, d]``."""
-        self._given = hidden
+        self._forward.given = hidden
         try:
             yield
         finally:
-            self._given = None
+            self._forward.given = None
 
     @contextmanager
     def remembering(self, memory: Memory, rows: Sequence[Ids]) -> Iterator[None]:
         """Keep what the next forward of right-padded ``rows`` brings to the lowest adapted block."""
-        self._watching = True
+        own = self._forward
+        own.watching = True
         try:
             yield
-            if self._seen is not None:
-                memory.keep(rows, self._seen)
+            if own.seen is not None:
+                memory.keep(rows, own.seen)
         finally:
-            self._watching, self._seen = False, None
+            own.watching, own.seen = False, None
 
     def _skipping(self, forward: Any) -> Any:
         def run(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            return forward(hidden, *args, **kwargs) if self._given is None else hidden
+            return forward(hidden, *args, **kwargs) if self._forward.given is None else hidden
 
         return run
 
     def _entered(self, _block: Any, args: Any, kwargs: Any) -> Any:
         """Prepare what the lowest adapted block reads."""
-        if self._given is not None:
-            return (self._given, *args[1:]), kwargs
-        if self._watching:
-            self._seen = args[0]
+        own = self._forward
+        if own.given is not None:
+            return (own.given, *args[1:]), kwargs
+        if own.watching:
+            own.seen = args[0]
         return self._more(_block, args, kwargs)
 
     def _more(self, _block: Any, args: Any, kwargs: Any) -> Any:
         """Give every row its sequence's share of what a block reads: masks and positions too."""
-        if self._rows is None:
+        if self._forward.rows is None:
             return None
         return tuple(map(self._grown, args)), {name: self._grown(value) for name, value in kwargs.items()}
 
     def _grown(self, value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(map(self._grown, value))
-        by_sequence = isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[0] == self._sequences
-        return value.index_select(0, self._rows) if by_sequence else value
+        own = self._forward
+        by_sequence = isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[0] == own.sequences
+        return value.index_select(0, own.rows) if by_sequence else value
 
 
 def _blocks(model: Any, names: Sequence[str]) -> tuple[list[Any], int]:

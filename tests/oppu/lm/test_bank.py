@@ -182,8 +182,8 @@ def test_what_reads_another_input_shares_nothing_and_a_forward_is_counted_once(m
         for _ in range(4):
             steps.append(run(base, ids(2)))
             gathered.append(outside.call_count)
-        assert bank._mix is not None
-        products = [kept.a.shape[-1] for kept in bank._mix.kept.values() if kept is not None]
+        assert bank._batch.mix is not None
+        products = [kept.a.shape[-1] for kept in bank._batch.mix.kept.values() if kept is not None]
     assert gathered == [4, 8, 8, 8]  # two groups a block: once to read, once for good
     assert sorted(products) == [4, 4, 8, 8]  # o alone, q and v together
     assert all(torch.allclose(step, steps[0], rtol=1e-12) for step in steps)
@@ -196,7 +196,7 @@ def test_names_that_deceive_do_not_make_one_forward_two() -> None:
     with bank.use([1, 0, 1]), torch.no_grad():
         for layer in layers:
             layer(torch.ones(3, 5, 6))
-        assert bank._mix is not None and list(bank._mix.kept.values()) == [None, None]
+        assert bank._batch.mix is not None and list(bank._batch.mix.kept.values()) == [None, None]
 
 
 def test_adapters_are_served_in_the_bases_type_and_trained_in_float32(make_base: Make, make_adapter: Make) -> None:

@@ -22,7 +22,8 @@ def scores(labels: Labels, seed: int = 0) -> np.ndarray:
     """Score labels with logits that depend on the path, as a model's would."""
     trie = build_trie(labels, END)
     nodes = [allowed_log_probs(path_logits(node.path, seed)[None], node.allowed)[0].numpy() for node in trie.nodes]
-    return trie.scores(nodes)
+    [found] = trie.scores(np.concatenate([[], *nodes])[None])
+    return np.asarray(found)
 
 
 def path_logits(path: tuple[int, ...], seed: int) -> torch.Tensor:
@@ -65,7 +66,7 @@ def test_equal_tokens_share_their_mass() -> None:
 
 def test_a_single_choice_is_certain_and_needs_no_reading() -> None:
     trie = build_trie([(1, 2)], END)
-    assert trie.lines == () and trie.scores([]).tolist() == [0.0]
+    assert trie.lines == () and trie.scores(np.zeros((2, 0))).tolist() == [[0.0], [0.0]]
 
 
 @given(st.lists(st.lists(st.integers(1, 3), max_size=4).map(tuple), min_size=1, max_size=12), st.integers(0, 9))
