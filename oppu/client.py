@@ -73,9 +73,10 @@ class Client:
             Those that came in time, by request id.
         """
         wanted = set(request_ids)
+        missing = wanted - self.answers.first.keys()
         deadline = time.monotonic() + timeout_seconds
-        while wanted - self.answers.first.keys() and time.monotonic() < deadline:
-            self.poll()
+        while missing and time.monotonic() < deadline:
+            missing.difference_update(prediction.request_id for prediction in self.poll())
         return {name: self.answers.first[name] for name in wanted & self.answers.first.keys()}
 
     def ask(self, requests: Sequence[PredictionRequest], *, timeout_seconds: float = 30.0) -> Mapping[str, Prediction]:

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from oppu.lm.attention import PlainAttention
 from oppu.lm.sequence_packing import looks_near, packed, parts
+from oppu.lm.streams import Streams
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class TextPacking:
         encoder, *self._after = list(model)
         self._encoder, self._tokenizer = encoder.model, encoder.tokenizer
         self._first_position = _first_position(self._encoder)
+        self._streams = Streams(torch.device("cpu"))
 
     @property
     def config(self) -> object:
@@ -60,14 +62,19 @@ class TextPacking:
             ``[len(texts), dim] float32``, each row of unit length.
         """
         tokens: list[list[int]] = self._tokenizer(list(texts), truncation=True)["input_ids"]
-        longest_first = sorted(range(len(texts)), key=lambda text: -len(tokens[text]))
-        forwards = parts(longest_first, ([len(text) for text in tokens], most))
-        with torch.inference_mode():
-            vectors = torch.cat([self._forward([tokens[text] for text in part]) for part in forwards])
-            ordered = torch.empty_like(vectors)
-            ordered[longest_first] = vectors
-        found: NDArray[np.float32] = functional.normalize(ordered, dim=1).numpy()
-        return found
+        lengths = [len(text) for text in tokens]
+        found: dict[int, torch.Tensor] = {}
+
+        def embed_part(part: Sequence[int]) -> None:
+            longest_first = sorted(part, key=lambda text: -lengths[text])
+            with torch.inference_mode():
+                for forward in parts(longest_first, (lengths, most)):
+                    found.update(zip(forward, self._forward([tokens[text] for text in forward]), strict=True))
+
+        self._streams.run(embed_part, self._streams.parts(lengths))
+        vectors = torch.stack([found[text] for text in range(len(texts))])
+        unit: NDArray[np.float32] = functional.normalize(vectors, dim=1).numpy()
+        return unit
 
     def _forward(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
         """Return vectors ``[len(tokens), dim] float32``."""

@@ -2,6 +2,7 @@
 
 import math
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 from oppu.embedder import SentenceEmbedder
-from oppu.lm import attention
+from oppu.lm import attention, streams
 from oppu.lm.sequence_packing import looks_near
 from oppu.lm.text_packing import TextPacking, text_packing
 from tests.oppu.lm.encoders import random_encoder
@@ -65,6 +66,28 @@ def test_rows_hold_several_texts_and_no_text_is_cut(minilm: Any, monkeypatch: py
     assert long == 256 and long_rows == 3  # 60 texts of 5 tokens beside one of 256: 51 fit into a row
     assert (rows, width) == (5, 60)  # 12 texts fit into 64 tokens, which are no more than are needed
     assert small == [(1, 6), (1, 6), (1, 3), (1, 256), (1, 3)]  # seven tokens are two texts of three, or one longer one
+
+
+def test_threads_that_share_a_call_give_the_vectors_of_one(minilm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [" ".join(WORDS[: 1 + at % 9]) + " again" * (at % 4) for at in range(40)]
+    expected, threads, forward = TextPacking(minilm).encode(texts), set(), minilm[0].model.forward
+
+    def seen(**given: Any) -> Any:
+        threads.add(threading.get_ident())
+        return forward(**given)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        packing = TextPacking(minilm)
+        monkeypatch.setattr(minilm[0].model, "forward", seen)
+        monkeypatch.setattr(streams, "_TOKENS", 60)
+        found = packing.encode(texts)
+        packing.encode(["rain"])
+    finally:
+        torch.set_num_threads(before)
+    assert len(threads) == 3 and threading.get_ident() in threads  # two, and the caller's for a text alone
+    np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("pooling", ["cls", "max", "lasttoken"])
