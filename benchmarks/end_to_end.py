@@ -1,9 +1,8 @@
 """Inference workers between two Kafka topics, on a real broker, against their model alone on the same rows.
 
 Every user has a history and an adapter. A round's requests lie in the topic at once, so the workers are never idle;
-broker, workers and client share the machine. Between the rounds, while they wait, as many processes as there are
-workers answer the same rows with the model alone, and so does one process on all cores, where that is not the same: a
-ratio is of neighbours in time.
+broker, workers and client share the machine. Between the rounds, while they wait, the same rows are answered with the
+model alone, in each of ``WAYS``: a ratio is of neighbours in time.
 """
 
 import multiprocessing
@@ -14,10 +13,11 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 from benchmarks.live import Publisher, await_events, client_of, events, provenance, samples
 from benchmarks.timing import REPEATS, Cell, Timing, rounded, timed
@@ -25,6 +25,7 @@ from oppu.cli import Session, compose
 from oppu.cli.up import stack
 from oppu.client import Client
 from oppu.errors import FatalError
+from oppu.lm import streams
 from oppu.lm.model import TorchModel
 from oppu.lm.port import AdapterRef, Row, Tensors
 from oppu.settings import Settings
@@ -42,41 +43,29 @@ ANSWER_SECONDS = 600.0
 SETTLED_SECONDS = 0.2
 """By then a worker has counted the step whose answers were just read."""
 STAGES = "oppu_inference_stage_duration_seconds"
+WAYS = {
+    "model_only": "the model alone, in as many processes as there are workers, as they run it",
+    "model_only_on_all_cores": "the model alone in one process on all cores",
+    "model_only_without_streams": "the model alone in one process, one forward after the other on all cores",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Seconds of each round through Kafka, of the model alone (in as many processes as there are workers, and in one on
-    all cores), and of the first by stage."""
+    """Seconds of each round through Kafka, in all and by stage, and of the model alone in each of ``WAYS``."""
 
     requests: int
     kafka: Timing
-    model: Timing
-    all_cores: Timing
+    alone: Mapping[str, Timing]
     stages: list[dict[str, Cell]] = field(repr=False)
 
-    @property
-    def ratios(self) -> list[float]:
-        """The workers' rate over the model's, by round."""
-        return self._over_kafka(self.model)
+    def ratios(self, way: str) -> list[float]:
+        """Return the workers' rate over that of the model alone, by round."""
+        return [rounded(o / k) for o, k in zip(self.alone[way].seconds, self.kafka.seconds, strict=True)]
 
-    @property
-    def ratios_to_all_cores(self) -> list[float]:
-        """The workers' rate over that of the model in one process on all cores, by round."""
-        return self._over_kafka(self.all_cores)
-
-    @property
-    def ratio(self) -> float:
-        """The median of ``ratios``."""
-        return statistics.median(self.ratios)
-
-    @property
-    def ratio_to_all_cores(self) -> float:
-        """The median of ``ratios_to_all_cores``."""
-        return statistics.median(self.ratios_to_all_cores)
-
-    def _over_kafka(self, other: Timing) -> list[float]:
-        return [rounded(o / k) for o, k in zip(other.seconds, self.kafka.seconds, strict=True)]
+    def ratio(self, way: str) -> float:
+        """Return the median of ``ratios``."""
+        return statistics.median(self.ratios(way))
 
 
 def measure(requests: int, users: int, *, workers: int = 1, repeats: int = REPEATS) -> Measured:
@@ -94,7 +83,7 @@ def measure(requests: int, users: int, *, workers: int = 1, repeats: int = REPEA
     Raises:
         FatalError: Not every request was answered with its user's adapter.
     """
-    kafka, model, all_cores, spent = list[float](), list[float](), list[float](), defaultdict[str, float](float)
+    kafka, alone, spent = list[float](), defaultdict[str, list[float]](list), defaultdict[str, float](float)
     with tempfile.TemporaryDirectory(prefix="oppu-end-to-end-") as folder:
         started = ("ingest", *("infer",) * workers)
         with stack(Session(None), Path(folder) / "stack", workers=started, overrides=OVERRIDES) as running:
@@ -102,21 +91,26 @@ def measure(requests: int, users: int, *, workers: int = 1, repeats: int = REPEA
             with client_of(running.settings) as client:
                 urls = [url for name, url in running.addresses().items() if name.startswith("inference")]
                 tensors = _prepared(running.settings, client, history, users)
-                with _baselines(running.settings, tensors, users, workers) as (alone, whole):
+                with _baselines(running.settings, tensors, users, workers) as models:
                     for number in range(-1, repeats):
                         asked = [_request(n, number, history[n % len(history)], users) for n in range(requests)]
-                        first = [timed(partial(alone, asked))] if number % 2 else []
+                        first = _timed_each(models, asked) if number % 2 else None
                         seconds, stages = _through_kafka(urls, client, asked)
-                        beside = first or [timed(partial(alone, asked))]
-                        on_all_cores = beside if whole is alone else [timed(partial(whole, asked))]
+                        beside = first or _timed_each(models, asked)
                         if number >= 0:
                             kafka.append(seconds)
-                            model += beside
-                            all_cores += on_all_cores
+                            for way, took in beside.items():
+                                alone[way].append(took)
                             for stage, took in stages.items():
                                 spent[stage] += took
     shown = _shown(spent, workers * sum(kafka))
-    return Measured(requests, Timing(tuple(kafka)), Timing(tuple(model)), Timing(tuple(all_cores)), shown)
+    return Measured(requests, Timing(tuple(kafka)), {way: Timing(tuple(took)) for way, took in alone.items()}, shown)
+
+
+def _timed_each(models: "Mapping[str, _Answering]", asked: Sequence[PredictionRequest]) -> dict[str, float]:
+    """Return the seconds of each way; of two that are one, the same."""
+    took = {id(model): timed(partial(model, asked)) for model in {id(m): m for m in models.values()}.values()}
+    return {way: took[id(model)] for way, model in models.items()}
 
 
 def _histories(users: int) -> list[BehaviorEvent]:
@@ -163,25 +157,25 @@ def _through_kafka(
 
 
 @contextmanager
-def _baselines(
-    settings: Settings, tensors: Tensors, users: int, workers: int
-) -> Iterator[tuple["_Answering", "_Answering"]]:
-    """Hold the model alone as the workers run it, and in one process on all cores; once, where that is the same."""
-    with _alone(settings, tensors, users, workers) as alone:
-        if workers == 1 and settings.model.threads in {None, os.cpu_count()}:
-            yield alone, alone
-            return
-        every = settings.model_copy(update={"model": settings.model.model_copy(update={"threads": None})})
-        with _alone(every, tensors, users, 1) as whole:
-            yield alone, whole
+def _baselines(settings: Settings, tensors: Tensors, users: int, workers: int) -> Iterator[Mapping[str, "_Answering"]]:
+    """Hold the model alone in each of ``WAYS``; once, where one is another."""
+    every = settings.model_copy(update={"model": settings.model.model_copy(update={"threads": None})})
+    alike = workers == 1 and settings.model.threads in {None, os.cpu_count()}
+    with ExitStack() as held:
+        whole = held.enter_context(_alone(every, tensors, users, 1))
+        own = whole if alike else held.enter_context(_alone(settings, tensors, users, workers))
+        plain = held.enter_context(_alone(every, tensors, users, 1, in_streams=False))
+        yield dict(zip(WAYS, (own, whole, plain), strict=True))
 
 
 @contextmanager
-def _alone(settings: Settings, tensors: Tensors, users: int, processes: int) -> Iterator["_Answering"]:
+def _alone(
+    settings: Settings, tensors: Tensors, users: int, processes: int, *, in_streams: bool = True
+) -> Iterator["_Answering"]:
     """Hold processes, each with the model and everybody's adapter in its bank."""
     context = multiprocessing.get_context("spawn")
     with ExitStack() as open_pools:
-        load = (settings, tensors, users)
+        load = (settings, tensors, users, in_streams)
         pools = [ProcessPoolExecutor(1, context, _load, load) for _ in range(processes)]
         yield _Answering([open_pools.enter_context(pool) for pool in pools])
 
@@ -206,9 +200,10 @@ class _Loaded:
     tasks: Tasks
 
 
-def _load(settings: Settings, tensors: Tensors, users: int) -> None:
+def _load(settings: Settings, tensors: Tensors, users: int, in_streams: bool) -> None:
     _Loaded.settings, _Loaded.tasks = settings, compose.tasks(settings)
-    _Loaded.model = compose.model(settings, slots=settings.inference.resident_adapters)
+    with nullcontext() if in_streams else mock.patch.object(streams, "MOST", 1):
+        _Loaded.model = compose.model(settings, slots=settings.inference.resident_adapters)
     for number in range(users):
         _Loaded.model.install(AdapterRef(UserId(f"user-{number}"), 0, 1), tensors)
 

@@ -203,27 +203,13 @@ def end_to_end(*, requests: int, users: int, workers: int, quick: bool, out: Pat
         work.measure(128, 10, workers=workers, repeats=1) if quick else work.measure(requests, users, workers=workers)
     )
     show("where the time goes", done.stages)
-    timings = {"kafka": done.kafka, "model": done.model, "all_cores": done.all_cores}
-    rates = {name: done.requests / timing.median for name, timing in timings.items()}
-    click.echo(
-        f"requests a second: {rates['kafka']:.1f} (spread {done.kafka.spread:.2f}); of the model alone: "
-        f"{rates['model']:.1f} ({done.model.spread:.2f}); ratio {done.ratio:.3f}, by round {done.ratios}\n"
-        f"of the model alone in one process on all cores: {rates['all_cores']:.1f} ({done.all_cores.spread:.2f}); "
-        f"ratio {done.ratio_to_all_cores:.3f}, by round {done.ratios_to_all_cores}"
-    )
-    write(
-        out,
-        {
-            "machine": machine(),
-            "requests": done.requests,
-            "workers": workers,
-            "ratio_to_model_only": done.ratio,
-            "ratios": done.ratios,
-            "requests_per_second": rates["kafka"],
-            "requests_per_second_model_only": rates["model"],
-            "ratio_to_model_only_on_all_cores": done.ratio_to_all_cores,
-            "ratios_on_all_cores": done.ratios_to_all_cores,
-            "requests_per_second_model_only_on_all_cores": rates["all_cores"],
-            "stages": done.stages,
-        },
-    )
+    rate = done.requests / done.kafka.median
+    click.echo(f"requests a second: {rate:.1f} (spread {done.kafka.spread:.2f})")
+    result: dict[str, object] = {"requests": done.requests, "workers": workers, "requests_per_second": rate}
+    for way, meaning in work.WAYS.items():
+        timing, ratios = done.alone[way], done.ratios(way)
+        of_model = done.requests / timing.median
+        click.echo(f"{meaning}: {of_model:.1f} ({timing.spread:.2f}); ratio {done.ratio(way):.3f}, by round {ratios}")
+        result |= {f"ratio_to_{way}": done.ratio(way), f"ratios_to_{way}": ratios}
+        result[f"requests_per_second_{way}"] = of_model
+    write(out, {"machine": machine(), **result, "stages": done.stages})
