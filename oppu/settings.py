@@ -251,7 +251,7 @@ class InferenceSettings(_Section):
     slot: str = Field(
         "0", pattern=r"^[a-zA-Z0-9_-]{1,64}$", description="Stable name of this worker's transactional.id."
     )
-    batch: int = Field(128, ge=1, description="Rows that the model answers at a time.")
+    batch: int = Field(128, ge=1, description="Rows answered at a time; deadlines are looked at in between.")
     resident_adapters: int = Field(256, ge=1, description="Slots of the adapter bank.")
     host_adapters: int = Field(1024, ge=1, description="Adapters kept in host memory beside the bank.")
     adapter_wait_seconds: float = Field(

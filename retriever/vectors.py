@@ -21,8 +21,8 @@ from oppu.embedder import Embedder
 from oppu.values import Vector
 
 FIRST_WINDOW, MOST_WINDOW = 64, 256
-"""Texts of one call: the first is what a worker waits for, each further one is as many as all before it, because a call
-costs something beside its texts."""
+"""Texts of one call: the first is the least that a worker waits for, each further one is as many as all before it,
+because a call costs something beside its texts."""
 
 NICENESS = 10
 """Of the thread, above its process's: most vectors are needed later than what runs now. Workers of one torch thread on

@@ -119,8 +119,8 @@ def _read_lines(
             _spread(logits, [place for at in group for place in owners[part[at]]], tries, found)
 
     if readings:
-        ids = [reading.ids for reading in readings]  # rows of equal ones share what no adapter reaches
-        runner.streams.run(read_part, runner.streams.parts([len(own) for own in ids], ids))
+        ids = [reading.ids for reading in readings]
+        runner.streams.run(read_part, runner.streams.parts([len(own) for own in ids], ids if runner.shares else ()))
 
 
 def _spread(

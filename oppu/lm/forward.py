@@ -30,7 +30,7 @@ _CPU_TOKENS, _GPU_TOKENS = 4_096, 32_768
 """Most tokens of one forward, padding counted where sequences have a row each: on a CPU, a training step's activations
 stay within some hundred megabytes. Shared rows have up to half as many places more: a user's last is seldom full."""
 _CPU_LOGITS, _GPU_LOGITS = 2**26, 2**29
-"""Most logits of one forward, where all of a text is aimed at: a training step holds a few copies, in float32."""
+"""Most logits at once, where all of a text is aimed at: a training step holds a few copies, in float32."""
 _MASKED = ("sdpa", "eager")
 """Kinds of attention, by the library's names, that take any mask; others may end the process."""
 FORWARD_SHARE = 8
@@ -44,7 +44,8 @@ class _Forward(OfThread):
 
 
 class Runner:
-    """Runs one base. Its owner holds the lock; under it, forwards without gradients may run on several threads."""
+    """Runs one base. Its owner holds the lock; under it, forwards may run on several threads, each under a bank's
+    ``use`` of its own."""
 
     def __init__(
         self, base: LoadedBase, targets: Mapping[str, nn.Module] | None = None, *, library: bool = False
@@ -66,9 +67,9 @@ class Runner:
         self.tokens = _GPU_TOKENS if base.device.type == "cuda" else _CPU_TOKENS
         logits = _GPU_LOGITS if base.device.type == "cuda" else _CPU_LOGITS
         self.vocabulary = int(base.model.config.get_text_config().vocab_size)
-        self.reads = max(1, logits // self.vocabulary)
         self.streams = Streams(base.device)
         """Threads for parts of a call."""
+        self.reads = max(1, logits // self.vocabulary // self.streams.count)
         self._forward = _Forward()
         self._trunk = Trunk(base.model, targets)  # its hooks come first: the last block may be the lowest adapted one
         self._last = LastBlock(base.model, known=not library)
@@ -77,6 +78,11 @@ class Runner:
         """Whether rows may hold several sequences."""
         # what the head reads: OPT calls its decoder past the model around it
         self._hook = base.model.get_decoder().register_forward_hook(self._pick)
+
+    @property
+    def shares(self) -> bool:
+        """Whether sequences of equal tokens share what is computed below the lowest adapted block."""
+        return self._trunk.known
 
     def close(self) -> None:
         """Take the hooks off the base, and end the threads."""

@@ -261,7 +261,8 @@ class TorchModel:
         Args:
             jobs: One a user; its examples in their order.
             config: Common to all.
-            heartbeat: Called at least once an optimizer step, by one thread at a time.
+            heartbeat: Called at least once an optimizer step, by one thread at a time but not always the caller's; it
+                must not ask the model anything.
 
         Returns:
             One result a job, in order; without tensors where a parent does not fit this base or the weights

@@ -33,7 +33,8 @@ class Row:
 
     ``evidence`` are earlier (input, output) pairs, best first, that are put into the prompt as far as they fit;
     ``profile`` is a line about the user. ``choices`` empty means free text: written by the adapter alone, or under
-    ``blend``; once ``late`` says so, which is asked before every token, it is given up.
+    ``blend``; once ``late`` says so, which is asked before every token, it is given up. That may be asked on any
+    thread, of several rows at once, and must not ask the model anything.
     """
 
     task: str
@@ -204,7 +205,8 @@ class LanguageModel(Protocol):
         Args:
             jobs: One a user.
             config: Common to all.
-            heartbeat: Called at least once an optimizer step.
+            heartbeat: Called at least once an optimizer step, by one thread at a time but not always the caller's; it
+                must not ask the model anything.
 
         Returns:
             One result a job, in order.

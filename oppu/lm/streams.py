@@ -5,6 +5,7 @@ on threads of their own meet only at the end (``python -m benchmarks.streams``).
 Python runs one thread at a time.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -12,10 +13,16 @@ from typing import Any, Self
 
 import torch
 
+logger = logging.getLogger(__name__)
+
 MOST = 4
 """Streams; with more cores each has several."""
 _TOKENS = 512
 """Least tokens of a stream's part: with fewer, products on one core are slow too, and Python's share grows."""
+_UNEVEN = 1.25
+"""Most of a part, over the mean: what one stream does while the others have ended takes longer than on all cores."""
+_START_SECONDS = 30.0
+_STARTING = threading.Lock()
 
 
 class OfThread(threading.local):
@@ -29,21 +36,29 @@ class Streams:
     """Threads that take parts of a call, each with its share of torch's threads. One call at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        """Plan threads; they start with the first call that is worth it.
+        """Start the threads.
 
         Args:
             device: Where the base is; only a CPU has streams, which share as many threads as torch has now.
         """
         self._device = device
-        self._threads = torch.get_num_threads() if device.type == "cpu" else 1
-        self._count = min(MOST, self._threads)
+        threads = torch.get_num_threads() if device.type == "cpu" else 1
+        self.count = min(MOST, threads)
+        """Parts of a call that is divided; 1: none is."""
         self._pool: ThreadPoolExecutor | None = None
+        if self.count > 1:
+            try:
+                self._pool = _started(self.count, threads)
+            except RuntimeError as error:
+                logger.warning("nothing is computed side by side, for want of threads: %s", error)
+                self.count = 1
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Self:
         return type(self)(self._device)
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads; from then on nothing is divided."""
+        self.count = 1
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
@@ -56,49 +71,80 @@ class Streams:
             alike: Of each item, what it shares with others that are best computed beside it; none: nothing.
 
         Returns:
-            Numbers of items, a list a stream, every number once; one list where that is too little work for more.
+            Numbers of items, every number once: a list a stream, or one list where that is too little work for all
+            streams, or cannot be divided evenly.
         """
         groups: dict[Hashable, list[int]] = {}
         for number, key in enumerate(alike or range(len(tokens))):
             groups.setdefault(key, []).append(number)
-        count = min(self._count, sum(tokens) // _TOKENS, len(groups))
-        if count <= 1:
-            return [list(range(len(tokens)))]
-        parts, taken = [list[int]() for _ in range(count)], [0] * count
-        for group in sorted(groups.values(), key=lambda group: -tokens[group[0]]):
-            least = taken.index(min(taken))
-            parts[least] += group
-            taken[least] += sum(tokens[number] for number in group)
-        return parts
+        total, whole = sum(tokens), [list(range(len(tokens)))]
+        if self.count == 1 or total < self.count * _TOKENS or len(groups) < self.count:
+            return whole
+        sums = {key: sum(tokens[number] for number in group) for key, group in groups.items()}
+        parts, taken = [list[int]() for _ in range(self.count)], [0] * self.count
+        for key in sorted(groups, key=lambda key: -sums[key]):
+            least = min(range(self.count), key=lambda part: (taken[part], len(parts[part])))
+            parts[least] += groups[key]
+            taken[least] += sums[key]
+        return parts if max(taken) * self.count <= _UNEVEN * total else whole
 
-    def run(self, work: Callable[[Sequence[int]], None], parts: Sequence[Sequence[int]]) -> None:
+    def run(
+        self,
+        work: Callable[[Sequence[int]], None],
+        parts: Sequence[Sequence[int]],
+        stop: Callable[[BaseException], None] = lambda _: None,
+    ) -> None:
         """Do the work on each part at the same time, with gradients if the caller has them.
 
         Args:
-            work: Called once a part; where there are several, each time on another thread.
+            work: Called once a part; where there are several, on other threads than the caller's.
             parts: As ``parts`` returned them.
+            stop: Told where the caller is interrupted, so that the parts can end soon: they are waited for.
 
         Raises:
             Exception: What the work raised on the first part that failed; the others have ended by then.
         """
-        if len(parts) == 1:
-            work(parts[0])
+        if len(parts) == 1 or self._pool is None:
+            for part in parts:
+                work(part)
             return
         gradients = torch.set_grad_enabled(torch.is_grad_enabled())  # a thread's own, as its number of threads is
-        pool = self._started()
-        running = [pool.submit(gradients(work), part) for part in parts]
-        wait(running)
-        for part in running:
-            part.result()
+        running = [self._pool.submit(gradients(work), part) for part in parts]
+        try:
+            wait(running)
+        except BaseException as error:
+            stop(error)
+            for one in running:
+                one.cancel()
+            wait(running)  # what they use is taken away next
+            raise
+        errors = [failure for one in running if (failure := one.exception()) is not None]
+        for failure in errors[1:]:
+            logger.warning("another part failed too: %s: %s", type(failure).__name__, failure)
+        if errors:
+            raise errors[0]
 
-    def _started(self) -> ThreadPoolExecutor:
-        """Return the threads, each told how many of torch's it has, and the caller as many as before."""
-        if self._pool is None:
-            before, all_there = torch.get_num_threads(), threading.Barrier(self._count)
-            self._pool = ThreadPoolExecutor(self._count, "stream", _take, (self._threads // self._count,))
-            wait([self._pool.submit(all_there.wait) for _ in range(self._count)])
-            torch.set_num_threads(before)  # what threads get that torch has not met yet
-        return self._pool
+
+def _started(count: int, threads: int) -> ThreadPoolExecutor:
+    """Return threads that have been told how many of torch's each has; nobody else's number changes.
+
+    Raises:
+        RuntimeError: The system gives no more threads.
+    """
+    shares = iter(range(count))
+    all_there = threading.Barrier(count, timeout=_START_SECONDS)
+    pool = ThreadPoolExecutor(count, "stream", lambda: _take(threads // count + (next(shares) < threads % count)))
+    with _STARTING:
+        try:
+            for started in [pool.submit(all_there.wait) for _ in range(count)]:
+                started.result()
+        except BaseException:
+            all_there.abort()
+            pool.shutdown(wait=False)
+            raise
+        finally:
+            torch.set_num_threads(threads)  # what threads get that torch has not met yet
+    return pool
 
 
 def _take(threads: int) -> None:

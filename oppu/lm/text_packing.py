@@ -36,7 +36,7 @@ class TextPacking:
     """An encoder of texts on a CPU, with as many to a row as fit."""
 
     def __init__(self, model: Any) -> None:
-        """Take a model's parts.
+        """Take a model's parts, and start threads to embed parts of a call side by side.
 
         Args:
             model: A ``SentenceTransformer``.

@@ -56,7 +56,7 @@ def train_jobs(
         new_bank: Makes a trainable bank of so many slots on it.
         learners: One a user.
         config: Common to all.
-        heartbeat: Called before every forward, by one thread at a time.
+        heartbeat: Called before every forward, by one thread at a time, not always the caller's.
 
     Returns:
         One result a learner; without tensors where its weights do not stay finite.
@@ -84,7 +84,7 @@ def train_jobs(
     try:
         for part in parts:  # before any of them runs: a bank attaches to the layers that they run through
             banks[part[0]] = new_bank(slots_for(runner, len(part), config))
-        runner.streams.run(partial(beat.guarded, train_part), parts)
+        runner.streams.run(partial(beat.guarded, train_part), parts, beat.fail)
     finally:
         for bank in banks.values():
             bank.close()
@@ -98,7 +98,7 @@ class _SharedBeat:
 
     def __init__(self, heartbeat: Callable[[], None]) -> None:
         self._heartbeat, self._lock = heartbeat, threading.Lock()
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
 
     def __call__(self) -> None:
         with self._lock:
@@ -106,17 +106,20 @@ class _SharedBeat:
                 raise self._failure
             try:
                 self._heartbeat()
-            except Exception as error:
-                self._failure = error  # before anybody else can ask
+            except BaseException as error:
+                self.fail(error)  # before anybody else can ask
                 raise
+
+    def fail(self, error: BaseException) -> None:
+        """Let everybody's next heartbeat raise."""
+        self._failure = self._failure or error
 
     def guarded(self, work: Callable[[Sequence[int]], None], part: Sequence[int]) -> None:
         """Do the work, and let the others know where it fails."""
         try:
             work(part)
-        except Exception as error:
-            with self._lock:
-                self._failure = self._failure or error
+        except BaseException as error:
+            self.fail(error)
             raise
 
 

@@ -22,7 +22,7 @@ from oppu.lm.forward import Runner, losses_of, target_log_probs, target_readings
 from oppu.lm.port import TrainConfig
 from oppu.lm.reading import planned, read_laid_out
 from oppu.lm.transfer import sent
-from oppu.lm.trunk import Memory
+from oppu.lm.trunk import MEMORY_BYTES, Memory
 
 _WARM_UP_SHARE = 0.1
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
@@ -215,7 +215,8 @@ def train_slots(
     )
     losses = torch.zeros(bank.slots + 1, dtype=torch.float64, device=runner.base.device)
     again = any(course.steps > len(course.batches) for course in courses)
-    step = _Step(runner, bank, optimizer, config, calls, losses, Memory() if again else None)
+    memory = Memory(MEMORY_BYTES // runner.streams.count) if again else None
+    step = _Step(runner, bank, optimizer, config, calls, losses, memory)
     results: dict[int, SlotResult] = {}
     seats = [step.seated(slot, course) for slot, course in enumerate(first, start=1)]
     look = _LOOK_STEPS.get(runner.base.device.type, 1)

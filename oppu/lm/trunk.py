@@ -21,7 +21,7 @@ _SHARING = {
 }  # fmt: skip
 """Blocks that give a tensor and read nothing by row but tensors whose first dimension it is; others share nothing."""
 MEMORY_BYTES = 256 * 2**20
-"""Of one training call: past it, what is read again is computed again."""
+"""Of one training call, shared by its streams: past it, what is read again is computed again."""
 
 
 class Memory:
