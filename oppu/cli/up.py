@@ -50,7 +50,7 @@ DRAIN_SECONDS = 20.0
     default=1,
     show_default=True,
     type=click.IntRange(min=1),
-    help="Share the requests; as many as cores, with OPPU_MODEL__THREADS=1, answer most.",
+    help="Share the requests; one uses all cores, unless OPPU_MODEL__THREADS says fewer.",
 )
 @click.pass_obj
 def up(session: Session, folder: Path, *, inference_workers: int) -> None:
