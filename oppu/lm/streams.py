@@ -126,11 +126,8 @@ class Streams:
 
 
 def _started(count: int, threads: int) -> ThreadPoolExecutor:
-    """Return threads that have been told how many of torch's each has; nobody else's number changes.
-
-    Raises:
-        RuntimeError: The system gives no more threads.
-    """
+    """Return threads that have been told how many of torch's each has; nobody else's number changes. Where the system
+    gives no more threads, RuntimeError."""
     shares = iter(range(count))
     all_there = threading.Barrier(count, timeout=_START_SECONDS)
     pool = ThreadPoolExecutor(count, "stream", lambda: _take(threads // count + (next(shares) < threads % count)))
