@@ -23,6 +23,7 @@ from benchmarks.live import Publisher, await_events, client_of, events, provenan
 from benchmarks.timing import REPEATS, Cell, Timing, rounded, timed
 from oppu.cli import Session, compose
 from oppu.cli.up import stack
+from oppu.cli.workers import settle_heap
 from oppu.client import Client
 from oppu.errors import FatalError
 from oppu.lm import streams
@@ -91,6 +92,7 @@ def measure(requests: int, users: int, *, workers: int = 1, repeats: int = REPEA
             with client_of(running.settings) as client:
                 urls = [url for name, url in running.addresses().items() if name.startswith("inference")]
                 tensors = _prepared(running.settings, client, history, users)
+                settle_heap()  # the client shares a process with torch, whose heap no application's client has
                 with _baselines(running.settings, tensors, users, workers) as models:
                     for number in range(-1, repeats):
                         asked = [_request(n, number, history[n % len(history)], users) for n in range(requests)]
@@ -206,6 +208,7 @@ def _load(settings: Settings, tensors: Tensors, users: int, in_streams: bool) ->
         _Loaded.model = compose.model(settings, slots=settings.inference.resident_adapters)
     for number in range(users):
         _Loaded.model.install(AdapterRef(UserId(f"user-{number}"), 0, 1), tensors)
+    settle_heap()
 
 
 def _answer(asked: Sequence[PredictionRequest]) -> None:

@@ -49,7 +49,7 @@ def fit(items: Sequence[Seen], names: Sequence[str], order: Sequence[int] | None
             if source is not None:
                 said[at, k, : counts[at]] = np.maximum(source, FLOOR)
     absent = torch.from_numpy(np.arange(counts.max()) >= counts[:, None])
-    lengths = torch.tensor([length(item.events) for item in items])[:, None, None]
+    lengths = torch.from_numpy(length(np.array([item.events for item in items])))[:, None, None]
     table = torch.from_numpy(said)
     features = torch.cat([table, table * lengths], dim=1)
     right = torch.tensor([item.right for item in items])
@@ -89,7 +89,7 @@ def mixture_share(truths: Array, events: Sequence[int]) -> tuple[float, float]:
     """
     begin = torch.tensor(DEFAULT.share, dtype=torch.float64)
     odds = begin.clone().requires_grad_(True)
-    lengths = torch.tensor([length(count) for count in events], dtype=torch.float64)
+    lengths = torch.from_numpy(length(np.array(events)))
     said = torch.from_numpy(truths)
 
     def loss() -> torch.Tensor:

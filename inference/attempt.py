@@ -10,7 +10,6 @@ from typing import Literal
 from inference.adapters import Fallback, Placed
 from inference.admission import Ask
 from inference.evidence import Personal
-from oppu.fusion import Sources, sources_of
 from oppu.lm.port import Row, Scored
 from oppu.values import BaseId
 from oppu.wire import Degraded, Provenance
@@ -27,16 +26,9 @@ class Attempt:
     placed: Placed
     row: Row
 
-    def sources(self, result: Scored) -> Sources:
-        """Gather what may be weighed of a choice; an adapter whose scores are no numbers says nothing."""
-        profile, choices = self.personal.profiled, self.ask.choices
-        return sources_of(
-            result.base_scores,
-            None if self.placed.ref is None or result.unsound else result.scores,
-            self.personal.knn(choices),
-            profile.prior if profile is not None else {},
-            choices,
-        )
+    def hears_adapter(self, result: Scored) -> bool:
+        """Say whether an adapter has a say; one whose scores are no numbers says nothing."""
+        return self.placed.ref is not None and not result.unsound
 
     def writers(self, result: Scored) -> frozenset[str]:
         """Name the caches that a text was written from, and the adapter where it took part."""
@@ -44,7 +36,7 @@ class Attempt:
         if blend is None:
             return frozenset()
         found = {name for name in blend.caches if name in blend.weights or f"{name}_next" in blend.weights}
-        if self.placed.ref is not None and not result.unsound and "adapter" in blend.weights:
+        if self.hears_adapter(result) and "adapter" in blend.weights:
             found.add("adapter")
         return frozenset(found)
 

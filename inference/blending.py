@@ -51,7 +51,7 @@ class TextFusion:
         Returns:
             By expert.
         """
-        at = length(events)
+        at = float(length(events))
         chosen = self.beside if adapter else self.alone
         found = {name: (level + slope * at, match) for name, (level, slope, match) in chosen.items()}
         lost = min(earned + MARGIN, 0.0)

@@ -19,9 +19,10 @@ from inference.attempt import Attempt
 from inference.blending import DEFAULT as DEFAULT_TEXT
 from inference.blending import TextFusion
 from inference.evidence import HistoryRetriever, Personal, expect, gather
+from inference.weighing import Weighed, weigh
 from oppu.clock import Clock
 from oppu.errors import ModelLost, OppuError, Reason
-from oppu.fusion import DEFAULT, Array, Fusion, log_softmax, pick
+from oppu.fusion import DEFAULT, Fusion, pick
 from oppu.lm.blend import Blend
 from oppu.lm.faults import device_fault, out_of_memory
 from oppu.lm.port import LanguageModel, Row, Scored
@@ -126,9 +127,10 @@ class Engine:
         """Judge deadlines once more: the chunks before this one took their time."""
         at = self._clock.now()
         attempts, results = self._attempted([ask for ask in chunk if not ask.late(at)], states, watch)
+        weighed = weigh(attempts, results, self._fusion)
         done = iter(
-            self._finish(attempt, result, watch.timings(attempt.ask, now))
-            for attempt, result in zip(attempts, results, strict=True)
+            self._finish(attempt, result, said, watch.timings(attempt.ask, now))
+            for attempt, result, said in zip(attempts, results, weighed, strict=True)
         )
         return [late_answer(self._writer, a, watch.timings(a, now)) if a.late(at) else next(done) for a in chunk]
 
@@ -230,11 +232,13 @@ class Engine:
             return [None]
         return [result for row in rows for result in self._results([row])]
 
-    def _finish(self, attempt: Attempt, result: Scored | None, timings: Mapping[str, float]) -> Answer:
+    def _finish(
+        self, attempt: Attempt, result: Scored | None, weighed: Weighed | None, timings: Mapping[str, float]
+    ) -> Answer:
         ask, base = attempt.ask, self._parts.model.base
         if result is None:
             return self._writer.error(ask, Reason.INTERNAL_ERROR, "the model failed on this request", timings)
-        if not ask.choices:
+        if weighed is None:
             if result.late:
                 return late_answer(self._writer, ask, timings)
             text = (result.text or "").strip().encode("utf-8", "replace").decode()
@@ -242,23 +246,11 @@ class Engine:
                 return self._writer.error(ask, EMPTY_GENERATION, "the model wrote no text", timings)
             provenance = attempt.provenance(base, result, attempt.writers(result))
             return self._writer.ok(ask, text, None, provenance, timings)
-        log_p, heard = self._weighed(attempt, result)
-        if np.isnan(log_p).any():
+        if np.isnan(weighed.probabilities).any():
             return self._writer.error(ask, Reason.INTERNAL_ERROR, "the model's scores are not numbers", timings)
-        probabilities = np.exp(log_p)
-        output = pick(ask.task.kind, ask.choices, probabilities)
-        scores = {choice: float(p) for choice, p in zip(ask.choices, probabilities, strict=True)}
-        return self._writer.ok(ask, output, scores, attempt.provenance(base, result, heard), timings)
-
-    def _weighed(self, attempt: Attempt, result: Scored) -> tuple[Array, frozenset[str]]:
-        """Return a choice's log probabilities ``[c]``, and who had a say in them."""
-        personal, sources = attempt.personal, attempt.sources(result)
-        if personal.retrieved is None and personal.profile is None:  # nothing was asked to stand beside the model
-            adapter = sources["adapter"]
-            alone = result.base_scores if adapter is None else adapter
-            return log_softmax(alone), frozenset() if adapter is None else frozenset({"adapter"})
-        log_p = self._fusion.scores(sources, personal.sequence, personal.earned)
-        return log_p, self._fusion.heard(sources)
+        output = pick(ask.task.kind, ask.choices, weighed.probabilities)
+        scores = dict(zip(ask.choices, weighed.probabilities.tolist(), strict=True))
+        return self._writer.ok(ask, output, scores, attempt.provenance(base, result, weighed.heard), timings)
 
 
 def late_answer(writer: AnswerWriter, ask: Ask, timings: Mapping[str, float] | None = None) -> Answer:

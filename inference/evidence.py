@@ -9,9 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from inference.admission import Ask
 from inference.blending import caches
 from oppu.errors import FatalError
@@ -19,7 +16,7 @@ from oppu.lm.blend import Texts
 from oppu.settings import Settings
 from oppu.values import FIRST_EPOCH, UserId, UserState
 from oppu.wire import Degraded
-from retriever.port import Degradation, Hit, Profile, Query, Retrieved, knn_distribution
+from retriever.port import Degradation, Hit, Profile, Query, Retrieved
 
 _Known = tuple[int, Ask, UserState]
 """An ask's place among those of a call, the ask, and its user, who has a history."""
@@ -65,6 +62,11 @@ class Personal:
         return self.state.head.earned if self.state is not None and self.state.head is not None else 0.0
 
     @property
+    def asked(self) -> bool:
+        """Whether anything of the history was asked to stand beside the model."""
+        return self.retrieved is not None or self.profile is not None
+
+    @property
     def profiled(self) -> Profile | None:
         """The profile where it says anything."""
         return self.profile if self.profile is not None and (self.profile.prior or self.profile.line) else None
@@ -83,12 +85,9 @@ class Personal:
     def voices(self, choices: tuple[str, ...]) -> tuple[Hit, ...]:
         """Return the neighbours whose outputs say something: one of the choices, or (without any) a text."""
         if choices:
-            return tuple(hit for hit in self.neighbours if hit.event.output in choices)
+            known = frozenset(choices)
+            return tuple(hit for hit in self.neighbours if hit.event.output in known)
         return tuple(hit for hit in self.neighbours if hit.event.output.strip())
-
-    def knn(self, choices: tuple[str, ...]) -> NDArray[np.float64] | None:
-        """Return the neighbours' vote ``[c]``, or ``None`` where none of them gave any of the choices."""
-        return knn_distribution(self.neighbours, choices)
 
     def caches(self, text: str) -> dict[str, Texts]:
         """Return what a text may be written from, beside its input ``text``."""

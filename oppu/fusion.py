@@ -7,8 +7,8 @@ share rises with the user's history, from next to nothing to at most a half, so 
 ln 2 against the evidence. What an adapter has *earned* on its user's own events, each scored before it was learnt,
 moves the log odds of that share: a Bayes factor, tempered and slowly forgotten, for neighbouring events tell the same.
 
-Letters: c choices, k experts. Invariants: an answer is normalised; permuting the choices permutes it; an absent
-source changes nothing.
+Letters: c choices, k experts; ``...`` any number of items' axes, none for one item alone. Invariants: an answer is
+normalised; permuting the choices permutes it; an absent source changes nothing; items beside it change nothing.
 """
 
 import json
@@ -27,7 +27,10 @@ from oppu.tasks import Kind
 
 Array = NDArray[np.float64]
 Sources = Mapping[str, Array | None]
-"""Log probabilities ``[c]`` by source (``base``, ``knn``, ``prior``, ``adapter``); ``None`` or absent: silent."""
+"""Log probabilities ``[..., c]`` by source (``base``, ``knn``, ``prior``, ``adapter``); ``None`` or absent: silent of
+all items."""
+Events = int | NDArray[np.int64]
+"""How many events a user had before an item, ``[...]``."""
 
 NAMES = ("base", "knn", "prior", "adapter")
 FILE = "fusion.json"
@@ -61,17 +64,17 @@ class Stack:
 
     coefficients: Mapping[str, tuple[float, float]]
 
-    def scores(self, sources: Sources, events: int) -> Array:
-        """Weigh one item's sources.
+    def scores(self, sources: Sources, events: Events) -> Array:
+        """Weigh items' sources.
 
         Args:
             sources: What each says; at least one that is named here.
-            events: The user's events before this item.
+            events: The user's events before each item.
 
         Returns:
-            Log probabilities ``[c]``, normalised.
+            Log probabilities ``[..., c]``, normalised.
         """
-        at = length(events)
+        at = length(events)[..., None]
         total: Array | None = None
         for name, (level, slope) in self.coefficients.items():
             said = sources.get(name)
@@ -98,27 +101,27 @@ class Fusion:
     beside: Stack
     share: tuple[float, float]
 
-    def weights(self, events: int, earned: float = 0.0) -> Array:
-        """Return the shares ``[2]`` of ``alone`` and ``beside`` after so many events, by what the adapter earned."""
+    def weights(self, events: Events, earned: float | Array = 0.0) -> Array:
+        """Return the shares ``[..., 2]`` of ``alone`` and ``beside`` after so many events, by what adapters earned."""
         level, slope = self.share
-        odds = min(level + slope * length(events), 0.0) + earned  # from its most a share falls at once
-        share = min(1 / (1 + math.exp(-min(max(odds, FLOOR), -FLOOR))), MOST_SHARE)
-        return np.array([1 - share, share])
+        odds = np.minimum(level + slope * length(events), 0.0) + earned  # from its most a share falls at once
+        share = np.minimum(1 / (1 + np.exp(-np.clip(odds, FLOOR, -FLOOR))), MOST_SHARE)
+        return np.stack([1 - share, share], axis=-1)
 
     def gain(self, sources: Sources, events: int, right: int) -> float:
         """Return how many nats ``beside`` foresaw the outcome ``right`` better than ``alone`` did."""
         return float(self.beside.scores(sources, events)[right] - self.alone.scores(sources, events)[right])
 
-    def scores(self, sources: Sources, events: int, earned: float = 0.0) -> Array:
-        """Answer one item.
+    def scores(self, sources: Sources, events: Events, earned: float | Array = 0.0) -> Array:
+        """Answer items.
 
         Args:
             sources: What each says; ``base`` always.
-            events: The user's events before this item.
-            earned: By the adapter, as of ``earn``.
+            events: The user's events before each item.
+            earned: By each user's adapter, as of ``earn``, ``[...]``.
 
         Returns:
-            Log probabilities ``[c]``, normalised.
+            Log probabilities ``[..., c]``, normalised.
         """
         if sources.get("adapter") is None:
             return self.alone.scores(sources, events)
@@ -204,22 +207,18 @@ def load_fusion(path: Path) -> Fusion:
     return Fusion(alone, beside, share)
 
 
-def sources_of(
-    base: Array, adapter: Array | None, vote: Array | None, counts: Mapping[str, float], choices: Sequence[str]
-) -> Sources:
-    """Gather what is known of one item.
+def sources_of(base: Array, adapter: Array | None, vote: Array | None, prior: Array | None) -> Sources:
+    """Gather what is known of items.
 
     Args:
-        base: Log probabilities ``[c]`` of the model alone.
-        adapter: The same with the user's adapter.
-        vote: The neighbours' distribution ``[c]``.
-        counts: Recency-weighted counts of the user's outputs.
-        choices: The ``c`` allowed outputs.
+        base: Log probabilities ``[..., c]`` of the model alone.
+        adapter: The same with the users' adapters.
+        vote: The neighbours' distribution ``[..., c]``.
+        prior: The users' own, as of ``recency_prior``.
 
     Returns:
         By source.
     """
-    prior = recency_prior(counts, choices)
     return {
         "base": base,
         "adapter": adapter,
@@ -243,44 +242,51 @@ def earn(earned: float, gain: float) -> float:
     return KEPT * earned + PACE * min(max(gain, -MOST_GAIN), MOST_GAIN)
 
 
-def length(events: int) -> float:
-    """Return the measure of a history that slopes go by."""
-    return math.log1p(events) / LOG_SCALE
+def length(events: Events) -> Array:
+    """Return the measure of a history that slopes go by, ``[...]``."""
+    return np.asarray(np.log1p(events) / LOG_SCALE)
 
 
 def mix(weights: Array, experts: Sequence[Array]) -> Array:
-    """Mix experts' log probabilities, each ``[c]``, by positive weights ``[k]``; returns log probabilities ``[c]``."""
-    said = [expert + math.log(weight) for weight, expert in zip(weights, experts, strict=True)]
+    """Mix experts' log probabilities, each ``[..., c]``, by positive weights ``[..., k]``; returns log probabilities
+    ``[..., c]``."""
+    said = [expert + np.log(weights[..., number, None]) for number, expert in enumerate(experts)]
     mixed: Array = reduce(np.logaddexp, said)
     return mixed
 
 
 def log_softmax(scores: Array) -> Array:
-    """Normalise log scores ``[c]``; a shift of all changes nothing."""
-    shifted = scores - scores.max()
-    normalised: Array = shifted - np.log(np.exp(shifted).sum())
+    """Normalise log scores ``[..., c]``; a shift of an item's changes nothing."""
+    shifted = scores - scores.max(axis=-1, keepdims=True)
+    normalised: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return normalised
 
 
-def recency_prior(
-    counts: Mapping[str, float], choices: Sequence[str], *, smoothing: float = PRIOR_SMOOTHING
-) -> Array | None:
-    """Turn recency-weighted counts of outputs into a distribution over ``choices``.
+def recency_priors(
+    counts: Sequence[Mapping[str, float]], choices: Sequence[str], *, smoothing: float = PRIOR_SMOOTHING
+) -> Array:
+    """Turn users' recency-weighted counts of outputs into distributions over the same ``choices``.
 
     Args:
-        counts: Weight of each output the user gave.
+        counts: Of each user, the weight of each output given.
         choices: The allowed outputs.
         smoothing: Pseudo-events spread evenly over the choices.
 
     Returns:
-        ``[c] float64``, or ``None`` where the user never gave any of them.
+        ``[n, c] float64``; NaN throughout for a user who never gave any of them.
     """
-    seen = np.maximum(np.array([counts.get(choice, 0.0) for choice in choices], dtype=np.float64), 0.0)
-    total = float(seen.sum())
-    if total <= 0 or not np.isfinite(total):
-        return None
-    prior: Array = (seen + smoothing / len(choices)) / (total + smoothing)
-    return prior
+    given = [[own.get(choice, 0.0) for choice in choices] for own in counts]
+    seen = np.maximum(np.array(given, dtype=np.float64).reshape(len(counts), len(choices)), 0.0)
+    total = seen.sum(axis=1, keepdims=True)
+    usable = (total > 0) & np.isfinite(total)
+    priors: Array = (seen + smoothing / len(choices)) / (np.where(usable, total, np.nan) + smoothing)
+    return priors
+
+
+def recency_prior(counts: Mapping[str, float], choices: Sequence[str]) -> Array | None:
+    """Return one user's of ``recency_priors``, ``[c]``, or ``None`` where that user never gave any of them."""
+    prior: Array = recency_priors([counts], choices)[0]
+    return None if np.isnan(prior).any() else prior
 
 
 def pick(kind: Kind, choices: Sequence[str], probabilities: Array) -> str:

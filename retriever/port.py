@@ -82,22 +82,44 @@ def nearness(neighbours: Sequence[Hit], *, temperature: float = 0.1) -> list[flo
     return [math.exp((hit.similarity - top) / temperature) for hit in neighbours]
 
 
-def knn_distribution(
-    neighbours: tuple[Hit, ...], choices: tuple[str, ...], *, temperature: float = 0.1
-) -> NDArray[np.float64] | None:
-    """Return the similarity-weighted vote of the neighbours' outputs over ``choices``: ``[c] float64``, smoothed.
+def knn_distributions(
+    neighbours: Sequence[Sequence[Hit]], choices: Sequence[str], *, temperature: float = 0.1
+) -> NDArray[np.float64]:
+    """Return the similarity-weighted vote of each query's neighbours' outputs over the same ``choices``, smoothed.
 
-    kNN-LM's form (Khandelwal et al., arXiv 1911.00172): weight exp(similarity / temperature). ``None`` where no
-    neighbour gave any of the choices.
+    kNN-LM's form (Khandelwal et al., arXiv 1911.00172): weight exp(similarity / temperature), the nearest one's
+    being 1.
+
+    Args:
+        neighbours: Of each query, those with a similarity.
+        choices: The allowed outputs, distinct.
+        temperature: Of the weights.
+
+    Returns:
+        ``[q, c] float64``; NaN throughout where no neighbour gave any of the choices.
     """
-    weights = dict.fromkeys(choices, 0.0)
-    if not any(hit.event.output in weights for hit in neighbours):
-        return None
-    for hit, weight in zip(neighbours, nearness(neighbours, temperature=temperature), strict=True):
-        if hit.event.output in weights:
-            weights[hit.event.output] += weight
-    counts = np.array([weights[choice] for choice in choices], dtype=np.float64)
-    total = counts.sum()
+    shape = (len(neighbours), max(map(len, neighbours), default=0))
+    number = {choice: at for at, choice in enumerate(choices)}
+    others = len(choices)
+    alike, given = np.full(shape, -np.inf), np.full(shape, others)
+    for row, own in enumerate(neighbours):
+        alike[row, : len(own)] = [hit.similarity for hit in own]
+        given[row, : len(own)] = [number.get(hit.event.output, others) for hit in own]
+    nearest = alike.max(axis=1, keepdims=True, initial=-1.0)
+    weights = np.exp((alike - nearest) / temperature)
+    columns = others + 1
+    places = given + columns * np.arange(shape[0])[:, None]
+    counts = np.bincount(places.ravel(), weights.ravel(), columns * shape[0]).reshape(shape[0], columns)[:, :others]
     smooth = 1.0
-    distribution: NDArray[np.float64] = (counts + smooth / len(choices)) / (total + smooth)
-    return distribution
+    heard = (given < others).any(axis=1, keepdims=True)
+    total = np.where(heard, counts.sum(axis=1, keepdims=True), np.nan)
+    distributions: NDArray[np.float64] = (counts + smooth / others) / (total + smooth)
+    return distributions
+
+
+def knn_distribution(neighbours: Sequence[Hit], choices: Sequence[str]) -> NDArray[np.float64] | None:
+    """Return one query's of ``knn_distributions``, ``[c]``; ``None`` where no neighbour gave any of the choices."""
+    if not choices:
+        return None
+    found: NDArray[np.float64] = knn_distributions([neighbours], choices)[0]
+    return None if np.isnan(found).any() else found

@@ -7,7 +7,7 @@ caches stand beside both alike. Reads and computes only. The evidence beside an 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from oppu.fusion import Fusion, earn, sources_of
+from oppu.fusion import Fusion, earn, recency_prior, sources_of
 from oppu.lm.port import is_bare
 from retriever.port import Query, knn_distribution
 from updater.job import Job
@@ -57,7 +57,8 @@ class Judge:
             check_earlier(event, retrieved, profile)
             example = job.work().pending[at]
             vote = knn_distribution(retrieved.neighbours, example.choices)
-            sources = sources_of(job.scored().none.scores[at], live.scores[at], vote, profile.prior, example.choices)
+            prior = recency_prior(profile.prior, example.choices)
+            sources = sources_of(job.scored().none.scores[at], live.scores[at], vote, prior)
             yield at, self.fusion.gain(sources, event.seq - 1, example.choices.index(example.output))
 
 

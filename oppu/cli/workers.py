@@ -66,7 +66,7 @@ def update(session: Session) -> None:
             return
         runner = UpdaterRunner(worker, settings.updater, clock=SystemClock(), metrics=metrics, health=health)
         stopping.call(runner.stop)
-        _settle_heap()
+        settle_heap()
         runner.run()
 
 
@@ -104,11 +104,11 @@ def _run_consumer(settings: Settings, name: str, build: Callable[[Settings, Metr
             return
         loop = Loop(worker, settings=settings, clock=SystemClock(), metrics=metrics, health=health, guard=guard)
         stopping.call(loop.stop)
-        _settle_heap()
+        settle_heap()
         loop.run()
 
 
-def _settle_heap() -> None:
+def settle_heap() -> None:
     """Keep what start-up made out of later garbage collections.
 
     It stays to the end, and half a million objects of models and libraries make each full collection a pause of some

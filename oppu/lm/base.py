@@ -168,9 +168,15 @@ def prompts_of(tokenizer: Any) -> Prompts:
 
     def encode(texts: list[str]) -> list[list[int]]:
         # Special tokens spelt out in a user's text are text.
-        ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)[
-            "input_ids"
-        ]
+        found = tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        ids: list[list[int]] = found["input_ids"]
         return ids
 
     end = _first(tokenizer.eos_token_id, tokenizer.sep_token_id)

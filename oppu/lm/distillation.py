@@ -1,9 +1,9 @@
 """Knowledge distillation: a query encoder with fewer blocks, whose vectors lie where its embedder's do.
 
 A history's texts are embedded once, a query each time that somebody asks, so it pays to have a smaller model for
-queries alone. It begins as some of the embedder's own blocks, and learns the embedder's vectors of unlabelled texts
-(asymmetric dual encoders, as in KALE, Campos et al., arXiv 2304.01016; the loss is one minus the cosine). Stored
-vectors stay as they are.
+queries alone. It begins as some of the embedder's own blocks with some of their neurons, and learns the embedder's
+vectors of unlabelled texts (asymmetric dual encoders, as in KALE, Campos et al., arXiv 2304.01016; the loss is one
+minus the cosine). Stored vectors stay as they are.
 """
 
 import copy
@@ -22,6 +22,7 @@ from torch.nn import functional
 from oppu.embedder import FOR_DOCUMENTS, SentenceEmbedder, loaded, quiet_and_local
 from oppu.errors import ConfigError
 from oppu.lm.full_training import Descent, autocast, epoch, folder_problems, write
+from oppu.lm.pruning import narrow
 from oppu.settings import ModelSettings
 
 LEAST_TEXTS = 100
@@ -40,21 +41,41 @@ Vectors = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class DistillConfig:
-    """The recipe; ``layers`` of the embedder's blocks are kept, evenly spaced from the first on."""
+    """The recipe.
 
-    layers: int = 2
+    Attributes:
+        layers: So many of the embedder's blocks are kept, evenly spaced from the first on.
+        neurons: Share of these blocks' feed-forward neurons that is kept, those with the largest weights.
+        epochs: Passes over the texts.
+        learning_rate: Of AdamW, at its highest.
+        batch: Texts of a step.
+        seed: Of what is held out, and of the order.
+    """
+
+    layers: int = 1
+    neurons: float = 0.25
     epochs: int = 8
-    learning_rate: float = 3e-4
+    learning_rate: float = 2e-3
     batch: int = 64
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class DistillReport:
-    """What was made. Of texts that were held out: ``likeness``, the mean cosine to the embedder's vector, and
-    ``neighbours``, the share of the ten nearest of the other texts that it finds as well."""
+    """What was made.
+
+    Attributes:
+        folder: Where it lies.
+        neurons: Of a block's feed-forward layers; ``None`` where these cannot be told and stayed as they were.
+        texts: That it learnt.
+        steps: Of the optimizer.
+        seconds: In all.
+        likeness: Mean cosine to the embedder's vector, of texts that were held out.
+        neighbours: Of their ten nearest of the other texts, the share that it finds as well.
+    """
 
     folder: Path
+    neurons: int | None
     texts: int
     steps: int
     seconds: float
@@ -93,7 +114,7 @@ def distill(
     if problems:
         raise ConfigError(*problems)
     random.Random(config.seed).shuffle(distinct)  # noqa: S311 - which texts are held out, not a secret
-    student = _student(settings, config.layers)
+    student, neurons = _student(settings, config)
     aims, documents = _taught(settings, distinct)
     held = min(_MOST_HELD_OUT, max(1, round(_HELD_OUT_SHARE * len(distinct))))
     steps = _train(student, distinct[held:], torch.from_numpy(aims[held:]), config, progress)
@@ -110,6 +131,7 @@ def distill(
     write(out_dir, save, recipe)
     return DistillReport(
         folder=out_dir,
+        neurons=neurons,
         texts=len(distinct) - held,
         steps=steps,
         seconds=time.perf_counter() - started,
@@ -128,8 +150,9 @@ def _taught(settings: ModelSettings, texts: Sequence[str]) -> tuple[Vectors, str
     return found, teacher.fingerprint
 
 
-def _student(settings: ModelSettings, layers: int) -> Any:
-    """Return a copy of the embedder in float32 with some of its blocks."""
+def _student(settings: ModelSettings, recipe: DistillConfig) -> tuple[Any, int | None]:
+    """Return a copy of the embedder in float32 with some of its blocks, and how many neurons a feed-forward has."""
+    layers = recipe.layers
     model, _ = loaded(settings.embedder, settings.device)
     model = model.float().eval()  # no dropout: the aim is a function to follow, on as many texts as can be had
     encoder = getattr(model[0], "model", None)
@@ -150,7 +173,7 @@ def _student(settings: ModelSettings, layers: int) -> Any:
     kinds = getattr(encoder.config, "layer_types", None)
     if kinds is not None:
         encoder.config.layer_types = [kinds[at] for at in kept]
-    return model
+    return model, narrow(lists[0], encoder.config, recipe.neurons)
 
 
 def _train(

@@ -61,18 +61,19 @@ class TextPacking:
         Returns:
             ``[len(texts), dim] float32``, each row of unit length.
         """
-        tokens: list[list[int]] = self._tokenizer(list(texts), truncation=True)["input_ids"]
+        found = self._tokenizer(list(texts), truncation=True, return_attention_mask=False, return_token_type_ids=False)
+        tokens: list[list[int]] = found["input_ids"]
         lengths = [len(text) for text in tokens]
-        found: dict[int, torch.Tensor] = {}
+        made: dict[int, torch.Tensor] = {}
 
         def embed_part(part: Sequence[int]) -> None:
             longest_first = sorted(part, key=lambda text: -lengths[text])
             with torch.inference_mode():
                 for forward in parts(longest_first, (lengths, most)):
-                    found.update(zip(forward, self._forward([tokens[text] for text in forward]), strict=True))
+                    made.update(zip(forward, self._forward([tokens[text] for text in forward]), strict=True))
 
         self._streams.run(embed_part, self._streams.parts(lengths))
-        vectors = torch.stack([found[text] for text in range(len(texts))])
+        vectors = torch.stack([made[text] for text in range(len(texts))])
         unit: NDArray[np.float32] = functional.normalize(vectors, dim=1).numpy()
         return unit
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 
-import numpy as np
 import pytest
 
 from inference.evidence import Personal
@@ -28,17 +27,10 @@ def _profile(through: int, line: str = "likes a", **prior: float) -> Profile:
     return Profile(ANNA.user_id, "v1", through, prior, line)
 
 
-def test_neighbours_without_a_similarity_have_no_vote() -> None:
+def test_neighbours_without_a_similarity_are_none() -> None:
     personal = Personal(ANNA, Retrieved((), (_hit(1, "a", math.nan), _hit(2, "b", 0.5)), 9))
-    vote = personal.knn(("a", "b"))
-    assert vote is not None and vote[1] > vote[0]
-    assert np.isfinite(vote).all()
-
-
-@pytest.mark.parametrize("neighbours", [(), (_hit(1, "other", 0.9),), (_hit(1, "a", math.nan),)])
-def test_no_vote_where_no_neighbour_gave_any_of_the_choices(neighbours: tuple[Hit, ...]) -> None:
-    assert Personal(ANNA, Retrieved((), neighbours, 9)).knn(("a", "b")) is None
-    assert Personal(ANNA).knn(("a", "b")) is None
+    assert [hit.event.seq for hit in personal.neighbours] == [2]
+    assert Personal(ANNA).neighbours == ()
 
 
 def test_neighbours_that_say_nothing_of_what_is_asked_are_no_voices() -> None:

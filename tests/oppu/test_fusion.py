@@ -15,6 +15,7 @@ from oppu.fusion import (
     KEPT,
     MOST_GAIN,
     MOST_SHARE,
+    NAMES,
     PACE,
     Fusion,
     Stack,
@@ -24,6 +25,7 @@ from oppu.fusion import (
     mix,
     pick,
     recency_prior,
+    recency_priors,
 )
 
 Array = NDArray[np.float64]
@@ -164,6 +166,20 @@ class TestFusion:
             load_fusion(tmp_path / "fusion.json")
 
 
+@settings(deadline=None)
+@given(st.integers(0, 10**6), st.lists(st.tuples(st.integers(0, 5000), st.floats(-8, 8)), min_size=1, max_size=9))
+def test_items_are_answered_alike_at_once_and_one_by_one(seed: int, users: list[tuple[int, float]]) -> None:
+    said = {name: np.stack([spoken(seed + 10 * k + i) for k in range(len(users))]) for i, name in enumerate(NAMES)}
+    events, earned = (np.array(column) for column in zip(*users, strict=True))
+    for silent in (None, "knn", "adapter"):
+        every = {**said, silent: None} if silent else said
+        each = [
+            DEFAULT.scores({n: None if s is None else s[at] for n, s in every.items()}, *user)
+            for at, user in enumerate(users)
+        ]
+        np.testing.assert_array_equal(DEFAULT.scores(every, events, earned), each)
+
+
 def test_a_mixture_is_normalised() -> None:
     found = mix(np.array([0.3, 0.7]), [spoken(1), spoken(2)])
     assert np.exp(found).sum() == pytest.approx(1)
@@ -184,7 +200,7 @@ def test_a_fit_finds_the_source_that_tells_the_truth() -> None:
 
 
 def test_recency_prior_is_smoothed_and_normalised() -> None:
-    prior = recency_prior({"a": 3.0, "elsewhere": 9.0}, ("a", "b"), smoothing=1.0)
+    prior = recency_prior({"a": 3.0, "elsewhere": 9.0}, ("a", "b"))
     assert prior is not None
     np.testing.assert_allclose(prior, [3.5 / 4, 0.5 / 4])
 
@@ -192,6 +208,15 @@ def test_recency_prior_is_smoothed_and_normalised() -> None:
 @pytest.mark.parametrize("counts", [{}, {"elsewhere": 2.0}, {"a": float("nan")}, {"a": -1.0}])
 def test_recency_prior_is_absent_where_it_knows_none_of_the_choices(counts: dict[str, float]) -> None:
     assert recency_prior(counts, ("a", "b")) is None
+
+
+def test_priors_of_many_users_are_each_ones_own() -> None:
+    counts: list[dict[str, float]] = [{"a": 3.0}, {}, {"b": 1.0, "c": 2.0}, {"elsewhere": 1.0}]
+    found = recency_priors(counts, ("a", "b", "c"))
+    for own, row in zip(counts, found, strict=True):
+        alone = recency_prior(own, ("a", "b", "c"))
+        assert np.isnan(row).all() if alone is None else (row == alone).all()
+    assert [recency_prior(own, ("a", "b", "c")) is None for own in counts] == [False, True, False, True]
 
 
 def test_choice_takes_the_likeliest() -> None:

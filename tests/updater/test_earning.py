@@ -4,7 +4,7 @@ import pytest
 
 from oppu.embedder import HashEmbedder
 from oppu.errors import AdapterUnreadable
-from oppu.fusion import DEFAULT, earn, sources_of
+from oppu.fusion import DEFAULT, earn, recency_prior, sources_of
 from oppu.settings import RetrieverSettings
 from oppu.values import UserId
 from retriever.port import Query, knn_distribution
@@ -45,7 +45,7 @@ def expected(world: World, retriever: Retriever, first: int) -> float:
             query = Query(state, event.task, event.input, 4, 8, before_seq=event.seq)
             [found], [profile] = retriever.retrieve([query]), retriever.profiles([(state, event.task, event.seq)])
             vote = knn_distribution(found.neighbours, made.choices)
-            said = sources_of(none, own, vote, profile.prior, made.choices)
+            said = sources_of(none, own, vote, recency_prior(profile.prior, made.choices))
             gain = DEFAULT.gain(said, event.seq - 1, made.choices.index(event.output))
         earned = earn(earned, gain)
     assert earned != 0.0

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from oppu.cli.workers import _settle_heap, _Stopping, _wait_for
+from oppu.cli.workers import _Stopping, _wait_for, settle_heap
 from oppu.clock import ManualClock
 from oppu.errors import TransientError
 from oppu.health import Health
@@ -50,7 +50,7 @@ def thawed() -> Iterator[None]:
 @pytest.mark.usefixtures("thawed")
 def test_what_start_up_made_is_collected_no_more() -> None:
     early: list[object] = []
-    _settle_heap()
+    settle_heap()
     late: list[object] = []
     looked_at = {id(found) for found in gc.get_objects()}
     assert id(late) in looked_at

@@ -42,13 +42,13 @@ def settings(minilm: Any, tmp_path: Path) -> ModelSettings:
 
 def test_it_follows_the_embedder_and_goes_by_its_name(settings: ModelSettings, tmp_path: Path) -> None:
     told: list[tuple[int, int, float]] = []
-    config = DistillConfig(epochs=12, learning_rate=3e-3, batch=16)
+    config = DistillConfig(layers=2, epochs=12, learning_rate=3e-3, batch=16)
     given = [*texts(), *texts(10), " "]
     report = distill(settings, given, tmp_path / "q", config, lambda *step: told.append(step))
     distinct = len(set(texts()))
     assert report.texts == distinct - round(0.05 * distinct)
     assert report.steps == len(told) and told[-1][:2] == (report.steps, report.steps)
-    untrained = distill(settings, texts(), tmp_path / "q0", DistillConfig(epochs=1, learning_rate=1e-9))
+    untrained = distill(settings, texts(), tmp_path / "q0", DistillConfig(layers=2, epochs=1, learning_rate=1e-9))
     assert report.likeness > untrained.likeness + 0.05 and told[-1][2] < told[0][2]
     assert report.neighbours > untrained.neighbours
 
@@ -67,7 +67,7 @@ def test_it_follows_the_embedder_and_goes_by_its_name(settings: ModelSettings, t
 
 def test_the_first_block_is_kept_and_one_of_every_so_many(settings: ModelSettings, tmp_path: Path) -> None:
     whole, _ = loaded(settings.embedder, "cpu")
-    distill(settings, texts(), tmp_path / "q", DistillConfig(epochs=1, learning_rate=1e-12))
+    distill(settings, texts(), tmp_path / "q", DistillConfig(layers=2, epochs=1, learning_rate=1e-12))
     kept, _ = loaded(str(tmp_path / "q"), "cpu")
     for own, of in zip(kept[0].model.encoder.layer, (0, 2), strict=True):
         given = whole[0].model.encoder.layer[of].attention.self.query.weight
@@ -86,7 +86,9 @@ def test_one_seed_makes_one_encoder(settings: ModelSettings, tmp_path: Path) -> 
 def test_blocks_of_other_families_are_found(minilm: Any, tmp_path: Path, family: str) -> None:
     kinds = getattr(transformers, f"{family}Model"), getattr(transformers, f"{family}Config")
     settings = ModelSettings(embedder=random_encoder(minilm, tmp_path, *kinds, layers=4), dtype="float32")
-    distill(settings, texts(), tmp_path / "q", DistillConfig(layers=3, epochs=1))
+    report = distill(settings, texts(), tmp_path / "q", DistillConfig(layers=3, epochs=1))
+    expected = {"ModernBert": None, "DistilBert": 768}  # the first has gate and values in one matrix
+    assert report.neurons == expected.get(family, 16)
     documents = SentenceEmbedder(settings.embedder, dtype="float32").fingerprint
     assert QueryEncoder(str(tmp_path / "q"), documents, dtype="float32").embed(["rain"]).shape == (1, 32)
 
