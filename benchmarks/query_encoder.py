@@ -1,6 +1,6 @@
-"""Query encoders of few blocks: what evidence they find against the embedder's, and how fast they are.
+"""Query encoders of few blocks and neurons: what evidence they find against the embedder's, and how fast they are.
 
-``python -m benchmarks.query_encoder EVENTS [--task NAME] [--layers K …] [--json FILE]``. Users fall into two halves. An
+``python -m benchmarks.query_encoder EVENTS [--task NAME] [--layers K …] [--neurons SHARE …] [--json FILE]``. Users fall into two halves. An
 encoder is distilled from the inputs of one, and judged on the other's events: on the first three fifths of each user's,
 each foreseen from that user's earlier days by neighbours and prior. How these are weighed is fitted with the embedder's
 own vectors on the half that the encoder was distilled from. No user's last fifth is read, in which tests lie.
@@ -9,6 +9,7 @@ own vectors on the half that the encoder was distilled from. No user's last fift
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -40,11 +41,28 @@ Pasts = Mapping[str, Sequence[Past]]
 @click.command()
 @click.argument("events", type=click.Path(path_type=Path))
 @click.option("--task", default="news_categorize", show_default=True, help="One with choices.")
-@click.option("--layers", type=click.IntRange(min=1), multiple=True, default=(1, 2, 3), show_default=True)
+@click.option("--layers", type=click.IntRange(min=1), multiple=True, default=(1, 2), show_default=True)
+@click.option(
+    "--neurons",
+    type=click.FloatRange(0, 1, min_open=True),
+    multiple=True,
+    default=(0.25, 1.0),
+    show_default=True,
+    help="Of feed-forward layers, the share that is kept.",
+)
 @click.option("--epochs", type=click.IntRange(min=1), default=DistillConfig().epochs, show_default=True)
 @click.option("--repeats", type=click.IntRange(min=1), default=REPEATS, show_default=True)
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Also write the result there.")
-def main(*, events: Path, task: str, layers: tuple[int, ...], epochs: int, repeats: int, out: Path | None) -> None:
+def main(
+    *,
+    events: Path,
+    task: str,
+    layers: tuple[int, ...],
+    neurons: tuple[float, ...],
+    epochs: int,
+    repeats: int,
+    out: Path | None,
+) -> None:
     """Measure query encoders on this machine."""
     every = by_user(load(events, task, load_tasks()))
     items = _early(every, JUDGED_SHARE)
@@ -59,30 +77,34 @@ def main(*, events: Path, task: str, layers: tuple[int, ...], epochs: int, repea
     ]
     rows = []
     with TemporaryDirectory(prefix="oppu-query-encoder-") as folder:
-        for count in layers:
+        for count, share in product(layers, neurons):
+            recipe = DistillConfig(layers=count, neurons=share, epochs=epochs)
             parts, encoders = [], []
             for number, (learnt, judged, stack) in enumerate(halves):
-                place = Path(folder) / f"{count}-{number}"
+                place = Path(folder) / f"{count}-{share}-{number}"
                 texts = [i.input for user in learnt for i in before[user]]
-                done = distill(ModelSettings(), texts, place, DistillConfig(layers=count, epochs=epochs))
+                done = distill(ModelSettings(), texts, place, recipe)
                 encoders.append(_embedder(QueryEncoder, str(place), embedder.fingerprint))
                 own = {user: items[user] for user in judged}
-                found = dict(_found(own, vectors, embedder, encoders[-1]))
-                parts.append(_Part(own, known, found, stack))
-                click.echo(f"{count} layers, half {number}: {done.texts} texts, likeness {done.likeness:.3f}", err=True)
-            rows.append({"layers": count, **_judged(parts), **_speed(embedder, encoders[0], _texts(items), repeats)})
+                queries = embedded([i for user in judged for i in own[user]], encoders[-1])
+                parts.append(_Part(own, known, dict(_found(own, vectors, embedder, queries)), stack, queries))
+                click.echo(f"{count} layers, {share:g}, half {number}: {done.texts} texts", err=True)
+            row = {"layers": count, "neurons": share, "cosine": _cosine(parts, vectors), **_judged(parts)}
+            rows.append({**row, **_speed(embedder, encoders[0], _texts(items), repeats)})
     show("queries by a smaller encoder, evidence against the embedder's", rows)
     write(out, {"machine": machine(), "task": task, "epochs": epochs, "rows": rows})
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Some users' items, their pasts as the embedder and as the encoder finds them, and how evidence is weighed."""
+    """Some users' items, their pasts as the embedder and as the encoder finds them, how evidence is weighed, and the
+    encoder's vectors by item."""
 
     items: Mapping[str, Sequence[Item]]
     known: Pasts
     found: Pasts
     stack: Stack
+    queries: Mapping[str, Vector]
 
     def merits(self, pasts_of: Pasts) -> dict[str, tuple[Array, Array]]:
         """Return by user whether each event is foreseen, and its log loss in nats, ``[n]`` each."""
@@ -108,10 +130,19 @@ def _embedder(kind: type[SentenceEmbedder], *names: str) -> SentenceEmbedder:
 
 
 def _found(
-    items: Mapping[str, Sequence[Item]], vectors: Mapping[str, Vector], embedder: Embedder, encoder: Embedder
+    items: Mapping[str, Sequence[Item]],
+    vectors: Mapping[str, Vector],
+    embedder: Embedder,
+    queries: Mapping[str, Vector],
 ) -> Iterator[tuple[str, Sequence[Past]]]:
     for user, own in items.items():
-        yield user, pasts(own, vectors, embedder, RetrieverSettings(), queries=embedded(own, encoder))
+        yield user, pasts(own, vectors, embedder, RetrieverSettings(), queries=queries)
+
+
+def _cosine(parts: Sequence[_Part], vectors: Mapping[str, Vector]) -> float:
+    """Return the mean cosine of texts of authors that the encoder was not distilled from to the embedder's vectors."""
+    alike = [float(own @ vectors[name]) for part in parts for name, own in part.queries.items()]
+    return rounded(sum(alike) / len(alike))
 
 
 def _seen(items: Sequence[Item], found: Sequence[Past]) -> list[Seen]:

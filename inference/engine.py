@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 STEP_BUDGET_SECONDS = 2.0
 """After this much computing a step sends what it has and leaves the rest to the next one: answers do not wait for
-five hundred others, and the loop keeps polling."""
+a thousand others, and the loop keeps polling."""
 
 PIECE_TOKENS = 2048
 """So many tokens may be written in one piece, a lone text's aside, since time is not looked at before the model is

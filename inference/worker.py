@@ -6,11 +6,14 @@ stands at its committed offset again. What an answer says is the engine's busine
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
 from functools import partial
+
+from prometheus_client import Counter as CounterMetric
 
 from inference.adapters import AdapterShelf
 from inference.admission import Ask, HistoryGate, Refusal, Verdict, admit, refuse
@@ -337,17 +340,19 @@ class InferenceWorker:
 
     def _count(self, answers: Sequence[Answer]) -> None:
         """Count what is committed, once."""
-        now = self._clock.now()
+        now, metrics = self._clock.now(), self._metrics
+        counts = Counter[tuple[CounterMetric, tuple[str | None, ...]]]()
         for answer in answers:
             if answer.status == "dead_letter":
-                self._metrics.dead_letters.labels(answer.code).inc()
+                counts[metrics.dead_letters, (answer.code,)] += 1
                 continue
-            self._metrics.predictions.labels(answer.task, answer.status).inc()
+            counts[metrics.predictions, (answer.task, answer.status)] += 1
             if answer.code is not None:
-                self._metrics.errors.labels(answer.code).inc()
-            for fault in answer.degraded:
-                self._metrics.degraded.labels(fault.part, fault.reason).inc()
-            self._metrics.answer_latency.observe(waited_seconds(answer.record, now))
+                counts[metrics.errors, (answer.code,)] += 1
+            counts.update((metrics.degraded, (fault.part, fault.reason)) for fault in answer.degraded)
+            metrics.answer_latency.observe(waited_seconds(answer.record, now))
+        for (counter, labels), number in counts.items():
+            counter.labels(*labels).inc(number)
 
 
 def _begin(partition: Partition, committed: int | None, beginning: int) -> int:

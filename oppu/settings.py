@@ -78,7 +78,7 @@ class KafkaSettings(_Section):
     replication: int = Field(3, ge=1, description="Replication factor of topics we create.")
     min_insync_replicas: int = Field(2, ge=1, description="Of topics we create; at most their replication.")
     max_poll_records: int = Field(
-        500, ge=1, le=10_000, description="Records of one poll. Where so many are left over, nothing is polled."
+        1000, ge=1, le=10_000, description="Records of one poll. Where so many are left over, nothing is polled."
     )
     poll_timeout_seconds: float = Field(
         0.25, gt=0, le=5, description="Longest wait of one poll where nothing comes; a stop waits as long."

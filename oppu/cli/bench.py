@@ -184,7 +184,7 @@ def residency(
 
 
 @bench.command("end-to-end")
-@click.option("--requests", default=1024, show_default=True, type=click.IntRange(min=64), help="Of a round.")
+@click.option("--requests", default=4096, show_default=True, type=click.IntRange(min=64), help="Of a round.")
 @click.option("--users", default=200, show_default=True, type=click.IntRange(min=1))
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="That infer.")
 @quick
