@@ -1,9 +1,10 @@
 """Query encoders of few blocks and neurons: what evidence they find against the embedder's, and how fast they are.
 
-``python -m benchmarks.query_encoder EVENTS [--task NAME] [--layers K …] [--neurons SHARE …] [--json FILE]``. Users fall into two halves. An
-encoder is distilled from the inputs of one, and judged on the other's events: on the first three fifths of each user's,
-each foreseen from that user's earlier days by neighbours and prior. How these are weighed is fitted with the embedder's
-own vectors on the half that the encoder was distilled from. No user's last fifth is read, in which tests lie.
+``python -m benchmarks.query_encoder EVENTS [--task NAME] [--layers K …] [--neurons SHARE …] [--json FILE]``. Users fall
+into two halves. An encoder is distilled from the inputs of one, and judged on the other's events: on the first three
+fifths of each user's, each foreseen from that user's earlier days by neighbours and prior. How these are weighed is
+fitted with the embedder's own vectors on the half that the encoder was distilled from. No user's last fifth is read, in
+which tests lie.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
