@@ -49,7 +49,7 @@ Pasts = Mapping[str, Sequence[Past]]
     multiple=True,
     default=(0.25, 1.0),
     show_default=True,
-    help="Of feed-forward layers, the share that is kept.",
+    help="Share of feed-forward neurons that is kept.",
 )
 @click.option("--epochs", type=click.IntRange(min=1), default=DistillConfig().epochs, show_default=True)
 @click.option("--repeats", type=click.IntRange(min=1), default=REPEATS, show_default=True)

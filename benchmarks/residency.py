@@ -37,8 +37,8 @@ from oppu.registry import AdapterRegistry
 from oppu.values import BaseId, Head, UserId, UserState
 
 ROWS, RANK, ALPHA = 64, 8, 16
-AHEAD = 7
-"""Batches whose adapters are expected beside the one that runs: a poll has up to 500 requests."""
+AHEAD = 15
+"""Batches whose adapters are expected beside the one that runs: a poll has up to 1,000 requests."""
 LONG_TOKENS = 32
 """From so many tokens a row the model takes most of the time: fewer combinations show it."""
 LOOK_UPS = 200

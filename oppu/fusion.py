@@ -262,15 +262,12 @@ def log_softmax(scores: Array) -> Array:
     return normalised
 
 
-def recency_priors(
-    counts: Sequence[Mapping[str, float]], choices: Sequence[str], *, smoothing: float = PRIOR_SMOOTHING
-) -> Array:
+def recency_priors(counts: Sequence[Mapping[str, float]], choices: Sequence[str]) -> Array:
     """Turn users' recency-weighted counts of outputs into distributions over the same ``choices``.
 
     Args:
         counts: Of each user, the weight of each output given.
         choices: The allowed outputs.
-        smoothing: Pseudo-events spread evenly over the choices.
 
     Returns:
         ``[n, c] float64``; NaN throughout for a user who never gave any of them.
@@ -279,7 +276,7 @@ def recency_priors(
     seen = np.maximum(np.array(given, dtype=np.float64).reshape(len(counts), len(choices)), 0.0)
     total = seen.sum(axis=1, keepdims=True)
     usable = (total > 0) & np.isfinite(total)
-    priors: Array = (seen + smoothing / len(choices)) / (np.where(usable, total, np.nan) + smoothing)
+    priors: Array = (seen + PRIOR_SMOOTHING / len(choices)) / (np.where(usable, total, np.nan) + PRIOR_SMOOTHING)
     return priors
 
 

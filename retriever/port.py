@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from oppu.values import Event, UserId, UserState
 
+TEMPERATURE = 0.1
+"""Of neighbours' weights: a tenth of similarity is worth a factor of e."""
+
 
 class Degradation(StrEnum):
     """Why an answer rests on less evidence than was asked for; the values of ``Retrieved.degraded``."""
@@ -76,27 +79,24 @@ class Profile:
     line: str = field(repr=False)
 
 
-def nearness(neighbours: Sequence[Hit], *, temperature: float = 0.1) -> list[float]:
+def nearness(neighbours: Sequence[Hit]) -> list[float]:
     """Return each neighbour's weight, exp(similarity / temperature), the nearest one's being 1 (kNN-LM's form)."""
     top = max((hit.similarity for hit in neighbours), default=0.0)
-    return [math.exp((hit.similarity - top) / temperature) for hit in neighbours]
+    return [math.exp((hit.similarity - top) / TEMPERATURE) for hit in neighbours]
 
 
-def knn_distributions(
-    neighbours: Sequence[Sequence[Hit]], choices: Sequence[str], *, temperature: float = 0.1
-) -> NDArray[np.float64]:
+def knn_distributions(neighbours: Sequence[Sequence[Hit]], choices: Sequence[str]) -> NDArray[np.float64]:
     """Return the similarity-weighted vote of each query's neighbours' outputs over the same ``choices``, smoothed.
 
     kNN-LM's form (Khandelwal et al., arXiv 1911.00172): weight exp(similarity / temperature), the nearest one's
-    being 1.
+    being 1. Neighbours without a similarity have no vote.
 
     Args:
-        neighbours: Of each query, those with a similarity.
+        neighbours: Of each query.
         choices: The allowed outputs, distinct.
-        temperature: Of the weights.
 
     Returns:
-        ``[q, c] float64``; NaN throughout where no neighbour gave any of the choices.
+        ``[q, c] float64``; NaN throughout where no neighbour with a vote gave any of the choices.
     """
     shape = (len(neighbours), max(map(len, neighbours), default=0))
     number = {choice: at for at, choice in enumerate(choices)}
@@ -105,8 +105,10 @@ def knn_distributions(
     for row, own in enumerate(neighbours):
         alike[row, : len(own)] = [hit.similarity for hit in own]
         given[row, : len(own)] = [number.get(hit.event.output, others) for hit in own]
+    known = np.isfinite(alike)
+    alike, given = np.where(known, alike, -np.inf), np.where(known, given, others)
     nearest = alike.max(axis=1, keepdims=True, initial=-1.0)
-    weights = np.exp((alike - nearest) / temperature)
+    weights = np.exp((alike - nearest) / TEMPERATURE)
     columns = others + 1
     places = given + columns * np.arange(shape[0])[:, None]
     counts = np.bincount(places.ravel(), weights.ravel(), columns * shape[0]).reshape(shape[0], columns)[:, :others]
@@ -118,7 +120,7 @@ def knn_distributions(
 
 
 def knn_distribution(neighbours: Sequence[Hit], choices: Sequence[str]) -> NDArray[np.float64] | None:
-    """Return one query's of ``knn_distributions``, ``[c]``; ``None`` where no neighbour gave any of the choices."""
+    """Return one query's of ``knn_distributions``, ``[c]``; ``None`` where no vote is for any of the choices."""
     if not choices:
         return None
     found: NDArray[np.float64] = knn_distributions([neighbours], choices)[0]

@@ -7,7 +7,7 @@ import click
 
 from oppu.cli import Session, emit, json_option
 from oppu.cli.clients import read_events
-from oppu.cli.training import check_new, progress_bar, recipe_options
+from oppu.cli.training import check_new, finite, progress_bar, recipe_options
 
 
 @click.command()
@@ -17,6 +17,7 @@ from oppu.cli.training import check_new, progress_bar, recipe_options
 @click.option(
     "--neurons",
     type=click.FloatRange(0, 1, min_open=True),
+    callback=finite,
     default=0.25,
     show_default=True,
     help="Share of these blocks' feed-forward neurons that is kept.",

@@ -1,5 +1,6 @@
 """What the commands that train a whole model have in common: options, the folder they write, progress."""
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,13 @@ import click
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from oppu.errors import ConfigError
+
+
+def finite(_context: click.Context, option: click.Parameter, value: float) -> float:
+    """Refuse ``nan``, which lies in every range, and infinities."""
+    if not math.isfinite(value):
+        raise click.BadParameter(f"expected a finite number, got {value}", param=option)
+    return value
 
 
 def recipe_options(
@@ -33,6 +41,7 @@ def recipe_options(
             click.option(
                 "--learning-rate",
                 type=click.FloatRange(min=0, min_open=True),
+                callback=finite,
                 default=learning_rate,
                 show_default=True,
             ),

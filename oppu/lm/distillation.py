@@ -1,4 +1,4 @@
-"""Knowledge distillation: a query encoder with fewer blocks, whose vectors lie where its embedder's do.
+"""Knowledge distillation: a query encoder with fewer blocks and neurons, whose vectors lie where its embedder's do.
 
 A history's texts are embedded once, a query each time that somebody asks, so it pays to have a smaller model for
 queries alone. It begins as some of the embedder's own blocks with some of their neurons, and learns the embedder's
@@ -121,7 +121,7 @@ def distill(
     own = _embedded(student, distinct[:held])
     if not np.isfinite(own).all():
         raise ConfigError(_DIVERGED)
-    recipe = {**asdict(config), FOR_DOCUMENTS: documents, "texts": len(distinct) - held}
+    recipe = {**asdict(config), "neurons": neurons, FOR_DOCUMENTS: documents, "texts": len(distinct) - held}
 
     def save(folder: str) -> None:
         with quiet_and_local():

@@ -22,22 +22,40 @@ def narrow(blocks: Iterable[torch.nn.Module], config: Any, share: float) -> int 
         share: Of the neurons, what is kept, at least one.
 
     Returns:
-        How many a block has now; ``None`` where its layers cannot be told and stay whole: those that lead to the
-        neurons, a gate among them maybe, and the one that leads back have a width that no others have (which gate and
-        values in one matrix have not).
+        How many a block has now; ``None`` where its layers cannot be told and stay whole: only those that lead to the
+        neurons, a gate among them maybe, and the one that leads back may have their number, or a multiple of it, as a
+        dimension (gate and values in one matrix, norms between them, and some attentions' matrices have it too).
     """
-    linear = [[part for part in block.modules() if isinstance(part, Linear)] for block in blocks]
+    held = list(blocks)
     for name in _WIDTHS:
-        width: int | None = getattr(config, name, None)
-        leading = [[part for part in own if part.out_features == width] for own in linear]
-        back = [[part for part in own if part.in_features == width] for own in linear]
-        if width not in {None, config.hidden_size} and all(leading) and all(len(own) == 1 for own in back):
+        width = getattr(config, name, None)
+        if not isinstance(width, int) or width < 1:
+            continue
+        told = [_feed_forward(block, width) for block in held]
+        layers = [found for found in told if found is not None]
+        if layers and len(layers) == len(held):
             kept = max(1, round(share * width))
-            for own, [leads_back] in zip(leading, back, strict=True):
-                _keep(own, leads_back, kept)
+            for leading, leads_back in layers:
+                _keep(leading, leads_back, kept)
             setattr(config, name, kept)
             return kept
     return None
+
+
+def _feed_forward(block: torch.nn.Module, width: int) -> tuple[list[Linear], Linear] | None:
+    """Return what leads to so many neurons, and what leads back, where nothing else can have to do with them."""
+    linear = [part for part in block.modules() if isinstance(part, Linear)]
+    leading = [part for part in linear if part.out_features == width]
+    back = [part for part in linear if part.in_features == width]
+    if not leading or len(back) != 1 or back[0].out_features % width == 0:
+        return None
+    known = {id(weight) for part in (*leading, *back) for weight in part.parameters()}
+    others = [weight for weight in block.parameters() if id(weight) not in known]
+    if any(part.in_features % width == 0 for part in leading) or any(
+        size % width == 0 for weight in others for size in weight.shape
+    ):
+        return None
+    return leading, back[0]
 
 
 def _keep(leading: Sequence[Linear], leads_back: Linear, count: int) -> None:

@@ -91,7 +91,19 @@ def test_who_is_heard_is_each_asks_own() -> None:
         attempt("dora", SETS[0], "knn prior", True, 7),  # whose adapter's scores are no numbers
     ]
     found = weigh([a for a, _ in made], [r for _, r in made], DEFAULT)
-    heard = [set() if weighed is None else set(weighed.heard) for weighed in found]
-    known = {"base"} | {name for name in ("knn", "prior") if name in heard[0]}
-    assert heard == [known | {"adapter"}, {"adapter"}, set(), heard[3] - {"adapter"}]
-    assert "base" in heard[3]
+    heard = [None if weighed is None else set(weighed.heard) for weighed in found]
+    assert heard == [{"base", "knn", "prior", "adapter"}, {"adapter"}, set(), {"base", "knn", "prior"}]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("adapter", [False, True])
+def test_scores_that_are_no_numbers_cost_their_own_ask_alone(adapter: bool) -> None:
+    made = [attempt(f"user-{n}", SETS[0], "knn prior", adapter, n) for n in (1, 2, 3)]
+    broken = Scored(np.array([0.0, -1.0]), np.array([np.nan, 0.0]))
+    found = weigh([a for a, _ in made], [made[0][1], broken, made[2][1]], DEFAULT)
+    sound = [None if weighed is None else bool(np.isfinite(weighed.probabilities).all()) for weighed in found]
+    assert sound == [True, False, True]
+    for at in (0, 2):
+        weighed = found[at]
+        assert weighed is not None
+        np.testing.assert_allclose(weighed.probabilities, by_itself(*made[at]), rtol=1e-12)

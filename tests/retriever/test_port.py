@@ -55,5 +55,14 @@ def test_the_nearest_neighbour_has_the_largest_vote() -> None:
     assert nearness(hits([("a", 0.2), ("b", 0.5)]))[1] == 1.0
 
 
+@pytest.mark.parametrize("unknown", [math.nan, math.inf, -math.inf])
+def test_a_neighbour_without_a_similarity_has_no_vote(unknown: float) -> None:
+    known = [("a", 0.2), ("b", 0.5)]
+    for output in ("a", "other"):
+        vote = knn_distribution(hits([*known, (output, unknown)]), CHOICES)
+        np.testing.assert_array_equal(vote, knn_distribution(hits(known), CHOICES))
+    assert knn_distribution(hits([("a", unknown), ("other", 0.4)]), CHOICES) is None
+
+
 def test_without_choices_there_is_no_vote() -> None:
     assert knn_distribution(hits([("a", 0.2)]), ()) is None

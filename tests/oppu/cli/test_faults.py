@@ -140,7 +140,16 @@ def test_distill_refuses_what_teaches_nothing(run: Run, tmp_path: Path) -> None:
     for out, named in (("full", ["OUT"]), ("new", ["EVENTS"]), ("e.jsonl", ["OUT", "EVENTS"])):  # the last is a file
         done = run("distill", file, tmp_path / out)
         assert (done.code, [line.split(": ")[1] for line in done.err.splitlines()]) == (2, named)
-    assert run("distill", file, tmp_path / "out", "--layers", "0").code == 2
+    wrong = (
+        ("--layers", "0"),
+        ("--neurons", "0"),
+        ("--neurons", "1.1"),
+        ("--neurons", "nan"),
+        ("--learning-rate", "nan"),
+    )
+    for option, value in wrong:
+        done = run("distill", file, tmp_path / "out", option, value)
+        assert done.code == 2 and option in done.err
     assert run("distill", tmp_path / "none.jsonl", tmp_path / "out").code == 2
     assert not (tmp_path / "out").exists()
 

@@ -60,6 +60,7 @@ def test_it_follows_the_embedder_and_goes_by_its_name(settings: ModelSettings, t
     assert likeness.mean() == pytest.approx(report.likeness, abs=0.05) and likeness.max() < 0.9999
     recipe = json.loads((tmp_path / "q" / "oppu.json").read_text())
     assert recipe["documents"] == embedder.fingerprint and recipe["layers"] == 2
+    assert recipe["neurons"] == report.neurons == 16
     model, own = loaded(str(tmp_path / "q"), "cpu")
     assert own != embedder.fingerprint and len(model[0].model.encoder.layer) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["encoder", "q", "q0", "saved"]

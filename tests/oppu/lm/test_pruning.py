@@ -63,13 +63,21 @@ def test_one_neuron_stays_at_least_and_all_of_them_change_nothing() -> None:
     assert narrow([block], own, 1e-9) == own.intermediate_size == 1
 
 
-@pytest.mark.parametrize("broken", ["config", "width", "two", "none"])
+@pytest.mark.parametrize("broken", ["config", "width", "widths", "two", "none", "fused", "norm", "experts"])
 def test_layers_that_cannot_be_told_stay_whole(broken: str) -> None:
     block, own = Gated(), config()
     if broken == "config":
         own = transformers.PretrainedConfig(hidden_size=WIDTH)
     elif broken == "width":
         own.intermediate_size = WIDTH
+    elif broken == "widths":
+        own = transformers.PretrainedConfig(intermediate_size=[NEURONS, NEURONS])
+    elif broken == "fused":  # an attention's matrix has as many rows as there are neurons, whose own are two in one
+        block.up, block.gate = Linear(WIDTH, NEURONS), Linear(WIDTH, 2 * NEURONS)
+    elif broken == "norm":
+        block.between = torch.nn.LayerNorm(NEURONS)
+    elif broken == "experts":
+        block.others = torch.nn.Parameter(torch.randn(3, NEURONS, WIDTH))
     elif broken == "two":
         block.mixed = Linear(NEURONS, WIDTH)
     else:
